@@ -1,4 +1,4 @@
-"""CogVideoX's own: prompts are cut, videos have many frames."""
+"""CogVideoX: truncated prompts, videos of many frames."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tests.pipeline.making import concept
 from tests.tiny_video import tiny_cogvideox
 
 
-def test_long_prompts_are_cut_as_by_the_pipeline() -> None:
+def test_long_prompts_are_truncated_as_by_the_pipeline() -> None:
     pipe = tiny_cogvideox()
-    found = family_of(pipe.components).encode_prompts(["dog " * 700])["prompt_embeds"]
+    encoded = family_of(pipe.components).encode_prompts(["dog " * 700])["prompt_embeds"]
     expected, _ = pipe.encode_prompt("dog " * 700, do_classifier_free_guidance=False)
-    assert found.shape[1] == MAX_SEQUENCE_LENGTH
-    assert torch.equal(found, expected)
+    assert encoded.shape[1] == MAX_SEQUENCE_LENGTH
+    assert torch.equal(encoded, expected)
 
 
 def video(pipe: Any) -> np.ndarray:
@@ -28,7 +28,7 @@ def video(pipe: Any) -> np.ndarray:
     return pipe("a photo of <rex>", num_frames=9, generator=noise, **call).frames[0]
 
 
-def test_a_concept_is_in_every_frame_of_a_video() -> None:
+def test_a_concept_changes_every_frame_of_a_video() -> None:
     pipe = tiny_cogvideox(rotary=True)
     bare = video(pipe)
     load_custom(pipe, concept(pipe))

@@ -1,4 +1,4 @@
-"""Cleaned prompts on every family: the prompt's row is changed, and the empty one's is not."""
+"""Cleaned prompts on every family: only the prompt's row of the batch changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tiny import drawn
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_prompts_are_cleaned_and_nothing_else(name):
+def test_only_the_prompts_row_is_cleaned(name):
     pipe = PIPELINES[name]()
     pipe.load_custom(concept(pipe), customize.Decor(negative="keep"))
     family = family_of(pipe.components, pipe.config)
@@ -35,7 +35,7 @@ def test_prompts_are_cleaned_and_nothing_else(name):
         return list(answers[0])
 
     plain, cleaned, again = draw(), draw(avoid="red hat, cup"), draw()
-    # The row of the empty prompt, where the first call has one, is the plain one.
+    # The row of the empty prompt, if the first call has one, is unchanged.
     changed = [not torch.equal(a, b) for a, b in zip(plain, cleaned, strict=True)]
     assert changed.count(True) == 1
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))

@@ -1,4 +1,4 @@
-"""What every family must do, held against the model's own pipeline and scheduler."""
+"""Every family compared with its model's pipeline and scheduler."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "ltx2": tiny_ltx2,
     "ltx2-2.3": lambda: tiny_ltx2(later=True),
 }
-#: (channels, height, width) of a picture's latents, where they aren't (4, 16, 16).
+#: (channels, height, width) of an image's latents; (4, 16, 16) for other families.
 SHAPES = {"flux2": (16, 8, 8), "qwen_image_21": (4, 2, 2)}
-# Families whose denoiser names no size, so that the pipeline's default is far above the tests'.
+# Default resolutions of the pipelines whose denoisers have no configured size.
 NO_SIZE = {
     "flux": 256,
     "flux2": 256,
@@ -100,38 +100,38 @@ def pixels() -> Tensor:
 
 
 def record_calls(family: Family, answer: Callable[[Tensor], Tensor] | None = None) -> list:
-    """Note (latents, output) of each call of the denoiser, as the family lays them out.
+    """Record (latents, output) of each denoiser call, in the family's layout.
 
-    `answer(latents)` may stand in for the weights.
+    `answer(latents)` replaces the model's prediction.
     """
     calls: list[tuple[Tensor, Tensor]] = []
     size = shape_of(family)[1:]
-    if family.name == "ltx2":  # the pipeline's stream of pictures would follow that of sound
+    if family.name == "ltx2":  # the video stream would depend on the audio stream
         isolate(SimpleNamespace(transformer=family.denoiser))
 
     def recorded(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         packed = args[0] if args else kwargs["hidden_states"]
-        if family.name == "flux3":  # tokens to the denoiser, but not to the pipeline
+        if family.name == "flux3":  # only the denoiser uses tokens
             latents = packed.transpose(1, 2).unflatten(2, size)
             tokens = forward(*args, **kwargs)[0] if answer is None else _tokens(answer(latents))
             calls.append((latents, tokens.transpose(1, 2).unflatten(2, size)))
             return (tokens,)
-        if family.name == "z_image":  # lists of pictures with a frame, and the other way round
+        if family.name == "z_image":  # lists of images with a frame axis, opposite sign
             latents = torch.stack(packed)[:, :, 0]
             output = -answer(latents)[:, :, None] if answer else forward(*args, **kwargs)[0]
             calls.append((latents, -torch.stack(list(output))[:, :, 0]))
             return (list(output),)
         latents = family.unpack(packed, *size)
         output = family.pack(answer(latents)) if answer else forward(*args, **kwargs)[0]
-        # Some answer for the prompt's tokens too, which come first.
-        own = output[:, -packed.shape[1] :] if packed.ndim == 3 else output
-        calls.append((latents, family.unpack(own, *size)))
+        # Some outputs start with the prompt's tokens.
+        picture = output[:, -packed.shape[1] :] if packed.ndim == 3 else output
+        calls.append((latents, family.unpack(picture, *size)))
         if family.name == "ltx2":
             return output, torch.zeros_like(kwargs["audio_hidden_states"])
         return (output,) if kwargs.get("return_dict") is False else SimpleNamespace(sample=output)
 
     for denoiser in family.denoisers.values():
-        # With the signature of the real one, at which modular pipelines look.
+        # Modular pipelines inspect the signature.
         forward = denoiser.forward
         denoiser.forward = functools.wraps(forward)(functools.partial(recorded, forward))
     return calls
@@ -142,27 +142,27 @@ def _tokens(latents: Tensor) -> Tensor:
 
 
 def drawn_latents(pipe: Any, family: Family, prompt: str | list[str], **call: Any) -> Tensor:
-    """Latents that the pipeline returns, laid out as the family does."""
-    found = drawn(pipe, prompt, output_type="latent", **call)
-    if family.name == "ltx2":  # whose pipeline undoes the scaling
+    """Return the pipeline's output latents in the family's layout."""
+    latents = drawn(pipe, prompt, output_type="latent", **call)
+    if family.name == "ltx2":  # its pipeline returns unscaled latents
         mean, scale = family._latent_scaling()
-        return ((found - mean) * scale)[:, :, 0]
-    if family.name == "flux2" and found.shape[1:] == (4, 16, 16):
-        # klein's are ready for the autoencoder.
+        return ((latents - mean) * scale)[:, :, 0]
+    if family.name == "flux2" and latents.shape[1:] == (4, 16, 16):
+        # klein's pipeline returns latents in the autoencoder's layout.
         bn, eps = pipe.vae.bn, pipe.vae.config.batch_norm_eps
         mean, variance = (x[:, None, None] for x in (bn.running_mean, bn.running_var))
-        return (pixel_unshuffle(found, 2) - mean) / (variance + eps).sqrt()
-    return family.unpack(found, *shape_of(family)[1:])
+        return (pixel_unshuffle(latents, 2) - mean) / (variance + eps).sqrt()
+    return family.unpack(latents, *shape_of(family)[1:])
 
 
 def no_guidance(family: Family) -> dict[str, float]:
-    """The pipeline's argument that leaves the second prompt out."""
+    """Return the pipeline's argument that disables guidance."""
     name = "true_cfg_scale" if family.name.startswith("qwen_image") else "guidance_scale"
     return {name: family.no_guidance}
 
 
-def given(family: Family, latents: Tensor) -> Tensor:
-    """Latents as the pipeline's argument takes them."""
+def pipeline_latents(family: Family, latents: Tensor) -> Tensor:
+    """Convert latents to the layout of the pipeline's argument."""
     return latents if family.name == "flux2" else family.pack(latents)
 
 
@@ -170,7 +170,7 @@ def given(family: Family, latents: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_each_pipeline_is_recognised(name: str) -> None:
+def test_every_pipeline_is_recognised(name: str) -> None:
     pipe = PIPELINES[name]()
     family = family_of(pipe.components, pipe.config)
     assert type(family) is FAMILIES[name.split("-")[0]]
@@ -203,7 +203,7 @@ def test_text_encoders_and_dictionaries(pipe: Any, family: Family) -> None:
         assert entry.tokenizer is pipe.components[entry.key.replace("text_encoder", "tokenizer")]
 
 
-def test_freed_parts_are_asked_for_by_name(family: Family) -> None:
+def test_freed_components_are_named_in_the_error(family: Family) -> None:
     parts = {**family.components, "text_encoder": None, "vae": None}
     freed = type(family)(parts, family.pipeline_config)
     with pytest.raises(PipelineError, match="no text_encoder"):
@@ -233,7 +233,7 @@ def pipeline_conditions(pipe: Any, prompts: list[str]) -> dict[str, Tensor]:
 
 
 def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the pipeline's encode_prompt makes of the prompts, and of the negative ones."""
+    """Return the pipeline's encodings of the prompts and of the negative prompts."""
     family = family_of(pipe.components).name
     call |= {"device": "cpu"}
     if family in ("wan", "cogvideox"):
@@ -242,12 +242,16 @@ def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[
         return {"prompt_embeds": embeds}, {"prompt_embeds": negative}
     if family == "ltx2":
         embeds, mask, negative, negative_mask = pipe.encode_prompt(**call)
-        found = []
-        for states, own in ((embeds, mask), (negative, negative_mask)):
+        encodings = []
+        for states, attention_mask in ((embeds, mask), (negative, negative_mask)):
             if states is not None:
-                condensed, _, own = pipe.connectors(states, own, padding_side="left")
-                found.append({"prompt_embeds": condensed, "prompt_attention_mask": own})
-        return found[0], found[-1]
+                condensed, _, attention_mask = pipe.connectors(
+                    states, attention_mask, padding_side="left"
+                )
+                encodings.append(
+                    {"prompt_embeds": condensed, "prompt_attention_mask": attention_mask}
+                )
+        return encodings[0], encodings[-1]
     call |= {"num_images_per_prompt": 1}
     if family == "sd":
         embeds, negative = pipe.encode_prompt(**call)
@@ -265,7 +269,7 @@ def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[
     if family == "z_image":
         call.pop("num_images_per_prompt")
         both = pipe.encode_prompt(**call | {"prompt": list(call["prompt"])})
-        found = [
+        encodings = [
             {
                 "prompt_embeds": pad_sequences(rows),
                 "prompt_lengths": torch.tensor(list(map(len, rows))),
@@ -273,7 +277,7 @@ def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[
             for rows in both
             if rows
         ]
-        return found[0], found[-1]
+        return encodings[0], encodings[-1]
     if family == "qwen_image":
         call.pop("do_classifier_free_guidance")
 
@@ -288,21 +292,21 @@ def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[
 
         def encoded_alone(prompts: list[str]) -> dict[str, Tensor]:
             embeds, mask, *_ = pipe.encode_prompt(**call | {"prompt": prompts})
-            found = {"prompt_embeds": embeds}
+            encodings = {"prompt_embeds": embeds}
             if family == "krea2":
-                return found | {"prompt_embeds_mask": mask}
+                return encodings | {"prompt_embeds_mask": mask}
             if family == "flux2":
-                return found
+                return encodings
             full = torch.tensor([embeds.shape[1]] * len(prompts))
-            return found | {"prompt_lengths": full if mask is None else mask.sum(1)}
+            return encodings | {"prompt_lengths": full if mask is None else mask.sum(1)}
 
         return encoded_alone(call["prompt"]), encoded_alone([""])
     if family == "flux":
         call.pop("do_classifier_free_guidance")
         embeds, pooled, _ = pipe.encode_prompt(**call)
-        found = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+        encodings = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
         empty = pipe.encode_prompt(**call | {"prompt": ""})
-        return found, dict(zip(found, empty, strict=False))
+        return encodings, dict(zip(encodings, empty, strict=False))
     if family == "sd3":
         call |= {"prompt_2": None, "prompt_3": None}
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(**call)
@@ -313,58 +317,52 @@ def pipeline_encodings(pipe: Any, **call: Any) -> tuple[dict[str, Tensor], dict[
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prompts_are_encoded_as_by_the_pipeline(
-    pipe: Any, family: Family, dtype: torch.dtype
-) -> None:
+def test_encoded_prompts_match_the_pipeline(pipe: Any, family: Family, dtype: torch.dtype) -> None:
     pipe.to(dtype)
     with torch.no_grad():
-        expected, ours = pipeline_conditions(pipe, PROMPTS), family.encode_prompts(PROMPTS)
-    assert ours.keys() == expected.keys()
+        expected, encoded = pipeline_conditions(pipe, PROMPTS), family.encode_prompts(PROMPTS)
+    assert encoded.keys() == expected.keys()
     for name, value in expected.items():
         assert value.shape[0] == len(PROMPTS)
-        assert ours[name].dtype == value.dtype
+        assert encoded[name].dtype == value.dtype
         assert value.dtype == dtype or not name.endswith("embeds")
-        assert torch.equal(ours[name], value)
+        assert torch.equal(encoded[name], value)
 
 
 @torch.no_grad()
-def test_guidance_leads_away_from_what_the_pipeline_leads_away_from(
-    pipe: Any, family: Family
-) -> None:
+def test_the_unconditional_input_matches_the_pipeline(pipe: Any, family: Family) -> None:
     _, expected = pipeline_encodings(pipe, prompt=["a dog"], do_classifier_free_guidance=True)
-    ours = family.unconditional(family.encode_prompts([""]))
-    assert ours.keys() == expected.keys()
+    unconditional = family.unconditional(family.encode_prompts([""]))
+    assert unconditional.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(ours[name], value)
+        assert torch.equal(unconditional[name], value)
 
 
-def test_the_default_guidance_is_the_pipeline_s(pipe: Any, family: Family) -> None:
+def test_the_default_guidance_scale_is_the_pipelines(pipe: Any, family: Family) -> None:
     if isinstance(pipe, ModularPipeline):
         expected = pipe.guider.guidance_scale
     else:
         taken = inspect.signature(type(pipe).__call__).parameters
         expected = taken[family.guidance_argument].default
     if pipe.config.get("is_distilled") and family.no_guidance == 0:
-        expected = 0  # which its users give by hand
+        expected = 0  # the recommended value, which users pass
     assert family.default_guidance == expected
 
 
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
 @pytest.mark.parametrize("key", ["text_encoder", "text_encoder_2"])
-def test_encoders_of_mixed_precision_are_as_in_the_pipeline(
-    make: Callable[[], Any], key: str
-) -> None:
+def test_encoders_of_mixed_precision_match_the_pipeline(make: Callable[[], Any], key: str) -> None:
     pipe = make()
     pipe.components[key].to(torch.bfloat16)
     with torch.no_grad():
         expected = pipeline_conditions(pipe, PROMPTS)
-        ours = family_of(pipe.components).encode_prompts(PROMPTS)
+        encoded = family_of(pipe.components).encode_prompts(PROMPTS)
     for name, value in expected.items():
-        assert ours[name].dtype == value.dtype
-        assert torch.equal(ours[name], value)
+        assert encoded[name].dtype == value.dtype
+        assert torch.equal(encoded[name], value)
 
 
-def test_padding_is_masked_only_where_the_config_asks() -> None:
+def test_padding_is_masked_only_if_configured() -> None:
     pipe = tiny_sd()
     family = family_of(pipe.components)
     plain = family.encode_prompts(PROMPTS)["prompt_embeds"]
@@ -374,7 +372,7 @@ def test_padding_is_masked_only_where_the_config_asks() -> None:
     assert torch.equal(masked, pipeline_conditions(pipe, PROMPTS)["prompt_embeds"])
 
 
-def test_gradients_reach_the_token_tables(family: Family) -> None:
+def test_gradients_reach_the_token_embeddings(family: Family) -> None:
     conditions = family.encode_prompts(["a photo of a dog"])
     if not family.token_dictionaries():
         return
@@ -389,14 +387,14 @@ def test_gradients_reach_the_token_tables(family: Family) -> None:
 
 
 @torch.no_grad()
-def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Family) -> None:
+def test_scaled_latents_match_the_pipeline(pipe: Any, family: Family) -> None:
     mean, std = family.encode_images(pixels())
     assert mean.shape == std.shape == (2, *shape_of(family))
     assert mean.dtype == std.dtype == torch.float32
 
     if family.name in ("flux2", "flux3", "qwen_image", "qwen_image_21", "krea2", "wan", "ltx2"):
-        return  # have tests of their own, on what they normalise by
-    # To an autoencoder of videos they are the first frame.
+        return  # separate tests check their normalisation
+    # Video autoencoders encode the image as the first frame.
     frame = (slice(None), slice(None), None) if family.name == "cogvideox" else ...
     posterior = pipe.vae.encode(pixels()[frame]).latent_dist
     shift = pipe.vae.config.shift_factor or 0.0
@@ -411,17 +409,17 @@ def test_latents_are_scaled_as_the_pipeline_scales_them(pipe: Any, family: Famil
 
 
 @torch.no_grad()
-def test_pictures_are_those_of_the_pipeline(pipe: Any, family: Family) -> None:
+def test_decoded_images_match_the_pipeline(pipe: Any, family: Family) -> None:
     def call() -> dict[str, Any]:
         return {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)} | SIZE
 
     picture = family.decode_latents(drawn_latents(pipe, family, "a dog", **call()))
-    # Of transparency, which one of them draws, there is none in what is learned.
+    # Without the alpha channel of qwen_image_21.
     expected = drawn(pipe, "a dog", output_type="pt", **call())[:, :3]
     torch.testing.assert_close(picture, 2 * expected - 1, atol=1e-5, rtol=0)
 
 
-def test_a_multiple_of_the_size_is_what_the_pipeline_takes(pipe: Any, family: Family) -> None:
+def test_image_sizes_must_be_multiples_of_latent_multiple(pipe: Any, family: Family) -> None:
     size = 2 * family.latent_multiple
     call = {"num_inference_steps": 2, "width": size, "output_type": "pil"}
     assert drawn(pipe, "a dog", **call, height=size)[0].size == (size, size)
@@ -440,7 +438,7 @@ def test_a_multiple_of_the_size_is_what_the_pipeline_takes(pipe: Any, family: Fa
 
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_predict_is_the_call_that_the_pipeline_makes(
+def test_predictions_match_the_pipelines_denoiser_calls(
     pipe: Any, family: Family, guidance: float
 ) -> None:
     calls = record_calls(family)
@@ -451,31 +449,29 @@ def test_predict_is_the_call_that_the_pipeline_makes(
     conditions = family.encode_prompts(["a red cup"])
     assert len(calls) == len(pipe.scheduler.timesteps)
     for t, (noisy, output) in zip(pipe.scheduler.timesteps, list(calls), strict=True):
-        found = family.predict(noisy, t.expand(1), conditions, guidance)
-        torch.testing.assert_close(found, output, atol=1e-5, rtol=1e-4)
+        prediction = family.predict(noisy, t.expand(1), conditions, guidance)
+        torch.testing.assert_close(prediction, output, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_the_schedule_is_that_of_the_pipeline(pipe: Any, family: Family) -> None:
+def test_the_schedule_matches_the_pipeline(pipe: Any, family: Family) -> None:
     drawn(pipe, "a dog", num_inference_steps=4, output_type="latent", **SIZE)
-    ours = family.schedule(4, shape_of(family), torch.device("cpu"))
-    assert ours is not pipe.scheduler
-    torch.testing.assert_close(ours.timesteps, pipe.scheduler.timesteps)
-    own = family.pipeline_config.get("sample_sigmas") is not None
-    if hasattr(ours, "sigmas"):
-        torch.testing.assert_close(ours.sigmas, pipe.scheduler.sigmas)
-        # What is trained at u is what is drawn at u: evenly spaced levels are shifted alike.
+    schedule = family.schedule(4, shape_of(family), torch.device("cpu"))
+    assert schedule is not pipe.scheduler
+    torch.testing.assert_close(schedule.timesteps, pipe.scheduler.timesteps)
+    has_sigmas = family.pipeline_config.get("sample_sigmas") is not None
+    if hasattr(schedule, "sigmas"):
+        torch.testing.assert_close(schedule.sigmas, pipe.scheduler.sigmas)
+        # Training shifts evenly spaced levels as sampling does.
         levels = family.timesteps(torch.linspace(1, 1 / 4, 4), shape_of(family))
-        # sd3's and wan's schedulers space levels otherwise; qwen_image's draws them to an end
-        # above 0; flux2 shifts by the number of steps too.
-        if family.name not in ("sd3", "qwen_image", "wan", "flux2") and not own:
-            torch.testing.assert_close(levels, ours.timesteps)
+        # sd3's and wan's schedulers space levels differently; qwen_image's last level is above 0;
+        # flux2's shift depends on the number of steps.
+        if family.name not in ("sd3", "qwen_image", "wan", "flux2") and not has_sigmas:
+            torch.testing.assert_close(levels, schedule.timesteps)
 
 
 @torch.no_grad()
-def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
-    pipe: Any, family: Family
-) -> None:
+def test_the_target_has_zero_loss_and_denoises_to_the_latents(pipe: Any, family: Family) -> None:
     shape = shape_of(family)
     clean, noise = normal((2, *shape), 0), normal((2, *shape), 1)
     t = family.timesteps(torch.tensor([0.1, 0.8]), shape)
@@ -485,7 +481,7 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
         whole = family.target(clean, noise, levels)
         if len(latents) == len(whole):
             return whole
-        return whole[len(calls) % 2][None]  # of a model whose samples go to two denoisers
+        return whole[len(calls) % 2][None]  # for models with two denoisers
 
     calls = record_calls(family, answer)
     conditions = family.encode_prompts(["a dog", "a cat"])
@@ -494,11 +490,11 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
     assert weighted_mse(prediction, family.target(clean, noise, t)).eq(0).all()
     assert len(calls) == len(family.denoisers)
 
-    # The pipeline's first level may not be all noise, so it starts where its schedule does. DDIM
-    # meets its own timesteps only where the number of steps divides 1000.
+    # The first level of the schedule may not be pure noise. DDIM's timesteps are exact only if the
+    # number of steps divides 1000.
     schedule = family.schedule(5, shape, torch.device("cpu"))
     steps = len(schedule.timesteps)
-    # UniPC rounds its timesteps; the levels of noise are those of its sigmas.
+    # UniPC rounds its timesteps, so its sigmas give the noise levels.
     passed = schedule.sigmas[:-1] * 1000 if hasattr(schedule, "sigmas") else schedule.timesteps
     start = family.noisy_latents(clean, noise, passed[:1].expand(2))
     calls.clear()
@@ -516,7 +512,7 @@ def test_the_true_target_has_no_loss_and_leads_back_to_the_picture(
         ["a dog", "a cat"],
         num_inference_steps=steps,
         **no_guidance(family),
-        latents=given(family, start),
+        latents=pipeline_latents(family, start),
         **steered,
         **SIZE,
     )
@@ -562,19 +558,19 @@ def test_extra_channels_of_a_variant_are_refused(family: Family) -> None:
 # -- adapter targets -----------------------------------------------------------------------------
 
 
-def test_targets_are_the_same_with_an_adapter_attached(family: Family) -> None:
+def test_adapter_targets_are_the_same_with_an_adapter_attached(family: Family) -> None:
     before = family.fingerprint()
     targets = {key: family.adapter_targets(key) for key in before["widths"]}
-    for key, found in targets.items():
+    for key, layers in targets.items():
         module: Any = family.components[key]
-        for name, shape in found.items():
+        for name, shape in layers.items():
             assert module.get_submodule(name).weight.shape == shape
-        module.add_adapter(LoraConfig(r=2, target_modules=list(found)))
-        assert family.adapter_targets(key) == found
+        module.add_adapter(LoraConfig(r=2, target_modules=list(layers)))
+        assert family.adapter_targets(key) == layers
     assert family.fingerprint() == before
 
 
-def test_targets_of_a_compiled_denoiser_keep_their_names(family: Family) -> None:
+def test_adapter_targets_of_a_compiled_denoiser_have_the_same_names(family: Family) -> None:
     compiled = torch.compile(family.denoiser, backend="eager")
     again = type(family)({**family.components, family.denoiser_key: compiled})
     assert again.fingerprint() == family.fingerprint()
@@ -586,20 +582,22 @@ def test_other_components_take_no_adapter(family: Family) -> None:
         family.adapter_targets("vae")
 
 
-def test_fingerprints_tell_architectures_apart() -> None:
-    prints = {
+def test_fingerprints_distinguish_architectures() -> None:
+    fingerprints = {
         name: family_of(build().components).fingerprint() for name, build in PIPELINES.items()
     }
-    assert prints["sd-epsilon"] == prints["sd-v"] == prints["sd-animatediff"]
-    assert prints["sdxl-epsilon"] == prints["sdxl-v"]
-    assert prints["sd3"] == prints["sd3-without-t5"]
-    assert prints["flux-dev"] == prints["flux-schnell"]
-    assert prints["flux2-dev"] == prints["flux2-klein"]
-    assert prints["wan-2.1"] == prints["wan-2.2-5b"]
-    # Wan 2.2 14B is two transformers of Wan 2.1's kind.
-    assert len({found["denoiser"] for found in prints.values()}) == len(FAMILIES) + 1
-    assert prints["wan-2.2-14b"]["widths"] == {"transformer": [32], "transformer_2": [32]}
+    assert fingerprints["sd-epsilon"] == fingerprints["sd-v"] == fingerprints["sd-animatediff"]
+    assert fingerprints["sdxl-epsilon"] == fingerprints["sdxl-v"]
+    assert fingerprints["sd3"] == fingerprints["sd3-without-t5"]
+    assert fingerprints["flux-dev"] == fingerprints["flux-schnell"]
+    assert fingerprints["flux2-dev"] == fingerprints["flux2-klein"]
+    assert fingerprints["wan-2.1"] == fingerprints["wan-2.2-5b"]
+    # Wan 2.2 14B has two transformers with the architecture of Wan 2.1.
+    assert (
+        len({fingerprint["denoiser"] for fingerprint in fingerprints.values()}) == len(FAMILIES) + 1
+    )
+    assert fingerprints["wan-2.2-14b"]["widths"] == {"transformer": [32], "transformer_2": [32]}
     clips = {"text_encoder": [16], "text_encoder_2": [24]}
-    assert prints["sd-v"]["widths"] == {"unet": [16, 32], "text_encoder": [32]}
-    assert prints["sdxl-v"]["widths"] == {"unet": [32, 40], **clips}
-    assert prints["sd3"]["widths"] == {"transformer": [32], **clips}
+    assert fingerprints["sd-v"]["widths"] == {"unet": [16, 32], "text_encoder": [32]}
+    assert fingerprints["sdxl-v"]["widths"] == {"unet": [32, 40], **clips}
+    assert fingerprints["sd3"]["widths"] == {"transformer": [32], **clips}

@@ -27,7 +27,7 @@ def test_families_table(path: Path) -> None:
     for (name, _, prediction, dictionaries), family in zip(rows, FAMILIES.values(), strict=True):
         if issubclass(family, RectifiedFlowFamily):
             assert prediction == "flow", name
-        else:  # what the scheduler's configuration says; v in all models of CogVideoX
+        else:  # by the scheduler's configuration; v in all models of CogVideoX
             assert prediction == ("v" if name == "`cogvideox`" else "epsilon, v"), name
         encoders = re.findall(r"`(\w+)`", dictionaries)
         assert encoders == list(family.clip_encoders), name
@@ -61,5 +61,5 @@ def test_call_arguments_table(name: str) -> None:
     assert re.findall("`([a-z_]+)`", row[1]) == [name for name in EMBEDDINGS if name in between]
     references = [name for name in REFERENCES if name in taken]
     assert row[2] == (", ".join(f"`{name}`" for name in references) or "none")
-    # What "yes" means is drawn in test_regions.py, for every family.
+    # test_regions.py checks every family with "yes".
     assert row[3] == ("no" if FAMILIES[name].regions_unsupported else "yes")

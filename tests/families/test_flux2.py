@@ -1,4 +1,4 @@
-"""FLUX.2's own: the shift by steps, normalised squares of latents, fused projections, two LLMs."""
+"""FLUX.2: the shift by steps, normalised latent patches, fused projections, two LLMs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_shift_is_the_pipelines(tokens: int, steps: int) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_flux2, tiny_flux2_klein])
-def test_what_is_trained_is_what_is_drawn_with_many_steps(make) -> None:
+def test_training_timesteps_equal_those_of_sampling_with_many_steps(make) -> None:
     family = family_of(make().components)
     drawn = family.schedule(TRAINING_STEPS, SHAPE, torch.device("cpu")).timesteps
     u = torch.linspace(1, 1 / TRAINING_STEPS, TRAINING_STEPS)
@@ -36,18 +36,18 @@ def test_what_is_trained_is_what_is_drawn_with_many_steps(make) -> None:
 def test_the_shift_of_training_is_that_of_flux_1() -> None:
     u = torch.tensor([0.1, 0.5, 0.9])
     older, newer = family_of(tiny_flux().components), family_of(tiny_flux2().components)
-    # A token is 2 x 2 latents there, and one here.
+    # A token is 2 x 2 latents in FLUX.1, and one latent in FLUX.2.
     expected = older.timesteps(u, (4, 16, 16))
     torch.testing.assert_close(newer.timesteps(u, SHAPE), expected, atol=1e-2, rtol=0)
 
 
 @torch.no_grad()
-def test_latents_are_squares_normalised_by_the_autoencoders_statistics() -> None:
+def test_latents_are_patches_normalised_by_batch_norm_statistics() -> None:
     pipe = tiny_flux2()
     family = family_of(pipe.components)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = family.encode_images(pixels)
-    # The pipeline's own way from a picture, for those that it is shown, to latents.
+    # The pipeline's encoding of reference images.
     expected = pipe._encode_vae_image(pixels, torch.Generator())
     torch.testing.assert_close(mean, expected)
     posterior = pipe.vae.encode(pixels).latent_dist
@@ -58,25 +58,25 @@ def test_latents_are_squares_normalised_by_the_autoencoders_statistics() -> None
 
 
 @pytest.mark.parametrize("make", [tiny_flux2, tiny_flux2_klein])
-def test_long_prompts_are_cut_as_by_the_pipeline(make) -> None:
+def test_long_prompts_are_truncated_as_by_the_pipeline(make) -> None:
     pipe = make()
     family = family_of(pipe.components)
     with torch.no_grad():
-        found = family.encode_prompts(["dog " * 700])["prompt_embeds"]
+        encoded = family.encode_prompts(["dog " * 700])["prompt_embeds"]
         expected, _ = pipe.encode_prompt("dog " * 700, device="cpu")
-    assert found.shape[1] == MAX_SEQUENCE_LENGTH
-    assert torch.equal(found, expected)
+    assert encoded.shape[1] == MAX_SEQUENCE_LENGTH
+    assert torch.equal(encoded, expected)
 
 
 @torch.no_grad()
-def test_marks_of_pictures_are_taken_out_of_prompts() -> None:
+def test_image_placeholders_are_removed_from_prompts() -> None:
     family = family_of(tiny_flux2().components)
     marked, plain = family.encode_prompts(["a [IMG]dog", "a dog"])["prompt_embeds"]
     assert torch.equal(marked, plain)
 
 
 @torch.no_grad()
-def test_only_dev_reads_the_guidance() -> None:
+def test_only_dev_has_a_guidance_input() -> None:
     noisy = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([500.0])
     for make, reads in ((tiny_flux2, True), (tiny_flux2_klein, False)):
@@ -87,7 +87,7 @@ def test_only_dev_reads_the_guidance() -> None:
         assert torch.equal(low, high) is not reads
 
 
-def test_what_was_distilled_is_never_guided() -> None:
+def test_distilled_models_have_no_guidance() -> None:
     for distilled in (False, True):
         pipe = tiny_flux2_klein(distilled)
         family = family_of(pipe.components, pipe.config)
@@ -96,7 +96,7 @@ def test_what_was_distilled_is_never_guided() -> None:
     assert not family_of(tiny_flux2().components).is_guided(4.0)
 
 
-def test_every_projection_of_attention_is_a_target_fused_ones_whole() -> None:
+def test_all_attention_projections_including_fused_ones_are_adapter_targets() -> None:
     pipe = tiny_flux2()
     targets = family_of(pipe.components).adapter_targets("transformer")
     linear = {

@@ -1,4 +1,4 @@
-"""FLUX.3's own: windows of text, an autoencoder that scales its patches, the distilled model."""
+"""FLUX.3: windows of text, an autoencoder that scales its patches, the distilled model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONG = "two red cups " * 30
 
 
 @torch.no_grad()
-def test_a_prompt_is_the_same_alone_and_beside_a_longer_one() -> None:
+def test_encodings_do_not_depend_on_the_batch() -> None:
     family = family_of(tiny_flux3().components)
     short, both = family.encode_prompts(["a dog"]), family.encode_prompts(["a dog", LONG])
     assert short["prompt_lengths"].tolist() == [80]
@@ -27,7 +27,7 @@ def test_a_prompt_is_the_same_alone_and_beside_a_longer_one() -> None:
 
 
 @torch.no_grad()
-def test_prompts_of_several_lengths_are_answered_each_as_alone() -> None:
+def test_predictions_for_several_prompt_lengths_equal_single_ones() -> None:
     family = family_of(tiny_flux3().components)
     prompts = ["a dog", LONG, "a cat"]
     noisy = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -39,21 +39,21 @@ def test_prompts_of_several_lengths_are_answered_each_as_alone() -> None:
         torch.testing.assert_close(together[rows], alone, atol=1e-5, rtol=1e-5)
 
 
-def test_long_prompts_are_cut_as_by_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_truncated_as_by_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny_flux3()
     step = pipe.blocks.sub_blocks["text_encoder"].init_pipeline()
     step.update_components(text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
     assert step.default_call_parameters["max_sequence_length"] == MAX_SEQUENCE_LENGTH
-    # The LLM is slow at its 8192 tokens; what is the same is where it ends.
+    # A lower limit, because the LLM is slow at 8192 tokens.
     monkeypatch.setattr("customize.families.flux3.MAX_SEQUENCE_LENGTH", 100)
     expected = step(prompt=LONG, max_sequence_length=100, output="prompt_embeds")
-    found = family_of(pipe.components).encode_prompts([LONG])
-    assert found["prompt_lengths"].tolist() == [100]
-    assert torch.equal(found["prompt_embeds"], expected)
+    encoded = family_of(pipe.components).encode_prompts([LONG])
+    assert encoded["prompt_lengths"].tolist() == [100]
+    assert torch.equal(encoded["prompt_embeds"], expected)
 
 
 @torch.no_grad()
-def test_latents_are_normalised_patches_as_in_the_pipelines_steps() -> None:
+def test_latents_are_normalised_patches_as_in_the_pipeline() -> None:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         vae = AutoencoderKLFlux2(
@@ -79,7 +79,7 @@ def test_latents_are_normalised_patches_as_in_the_pipelines_steps() -> None:
     decode.update_components(vae=vae)
     pictures = decode(latents=mean, output_type="pt", output="images")
     torch.testing.assert_close(family.decode_latents(mean), 2 * pictures - 1, atol=1e-5, rtol=0)
-    # A draw is the posterior's own draw, normalised.
+    # A sample is the posterior's sample, normalised.
     posterior = vae.encode(pixels).latent_dist
     noise = torch.randn(std.shape, generator=torch.Generator().manual_seed(1))
     encode.vae.encode = lambda _: _Encoded(posterior.mean + posterior.std * _unpatched(noise))
@@ -87,7 +87,7 @@ def test_latents_are_normalised_patches_as_in_the_pipelines_steps() -> None:
     torch.testing.assert_close(mean + std * noise, drawn)
 
 
-def test_the_distilled_model_takes_concepts_but_is_not_trained_on() -> None:
+def test_the_distilled_model_supports_concepts_but_not_training() -> None:
     family, base = (
         family_of(tiny_flux3(flow_map=True).components),
         family_of(tiny_flux3().components),
@@ -99,7 +99,7 @@ def test_the_distilled_model_takes_concepts_but_is_not_trained_on() -> None:
 
 
 class _Encoded:
-    """An encoding whose mode is given."""
+    """An encoding with a fixed mode."""
 
     def __init__(self, mode: torch.Tensor) -> None:
         self.latent_dist = self

@@ -1,4 +1,4 @@
-"""Krea 2's own: layers of an LLM that the pipeline names, gates, a fixed shift where distilled."""
+"""Krea 2: configured layers of the LLM, gates, the fixed shift of the distilled model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tests.tiny_llm import tiny_krea2
 SHAPE = (4, 16, 16)
 
 
-def test_layers_other_than_the_denoisers_are_refused() -> None:
+def test_a_wrong_number_of_text_encoder_layers_is_refused() -> None:
     pipe = tiny_krea2()
     family = family_of(pipe.components)  # without pipe.config: the published twelve
     with pytest.raises(PipelineError, match=r"reads 2 layers .* names 12.*pipe\.config"):
         family.encode_prompts(["a dog"])
     other = family_of(pipe.components, {"text_encoder_select_layers": (2, 3)})
     with torch.no_grad():
-        ours = family_of(pipe.components, pipe.config).encode_prompts(["a dog"])
+        encoded = family_of(pipe.components, pipe.config).encode_prompts(["a dog"])
         assert not torch.equal(
-            ours["prompt_embeds"], other.encode_prompts(["a dog"])["prompt_embeds"]
+            encoded["prompt_embeds"], other.encode_prompts(["a dog"])["prompt_embeds"]
         )
 
 
@@ -36,7 +36,7 @@ def test_the_published_layers_are_the_pipelines_default() -> None:
 
 
 @torch.no_grad()
-def test_what_fills_a_prompt_up_changes_nothing() -> None:
+def test_padding_does_not_change_predictions() -> None:
     pipe = tiny_krea2()
     family = family_of(pipe.components, pipe.config)
     conditions = family.encode_prompts(["a dog", "two red cups " * 300])
@@ -63,7 +63,7 @@ def test_a_distilled_model_has_one_shift_for_all_sizes() -> None:
 
 
 @torch.no_grad()
-def test_latents_are_those_of_the_first_frame_normalised_by_channel() -> None:
+def test_latents_are_normalised_by_channel() -> None:
     pipe = tiny_krea2()
     family = family_of(pipe.components, pipe.config)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -75,7 +75,7 @@ def test_latents_are_those_of_the_first_frame_normalised_by_channel() -> None:
     torch.testing.assert_close(std, posterior.std[:, :, 0] / spread)
 
 
-def test_every_projection_of_attention_is_a_target_and_its_gate() -> None:
+def test_all_attention_projections_and_gates_are_adapter_targets() -> None:
     pipe = tiny_krea2()
     targets = family_of(pipe.components, pipe.config).adapter_targets("transformer")
     linear = {

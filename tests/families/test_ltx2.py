@@ -1,4 +1,4 @@
-"""LTX-2's own: condensed prompts, latents normalised by channel, a stream of sound beside."""
+"""LTX-2: condensed prompts, latents normalised by channel, the audio stream."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from tests.tiny_video import tiny_ltx2
 
 
 @torch.no_grad()
-def test_long_prompts_are_cut_as_by_the_pipeline() -> None:
+def test_long_prompts_are_truncated_as_by_the_pipeline() -> None:
     pipe = tiny_ltx2()
     prompt = "  a dog " * 1000
-    found = family_of(pipe.components).encode_prompts([prompt])
+    encoded = family_of(pipe.components).encode_prompts([prompt])
     states, mask, _, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
     expected, _, _ = pipe.connectors(states, mask, padding_side="left")
-    assert found["prompt_embeds"].shape[1] == MAX_SEQUENCE_LENGTH
-    assert torch.equal(found["prompt_embeds"], expected)
+    assert encoded["prompt_embeds"].shape[1] == MAX_SEQUENCE_LENGTH
+    assert torch.equal(encoded["prompt_embeds"], expected)
 
 
 @torch.no_grad()
-def test_latents_are_those_of_the_first_frame_normalised_by_channel() -> None:
+def test_latents_are_normalised_by_channel() -> None:
     pipe = tiny_ltx2()
     family = family_of(pipe.components)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -43,26 +43,26 @@ def test_latents_are_those_of_the_first_frame_normalised_by_channel() -> None:
 
 
 @torch.no_grad()
-def test_what_is_learned_from_does_not_depend_on_the_stream_of_sound() -> None:
+def test_predictions_do_not_depend_on_the_audio_stream() -> None:
     pipe = tiny_ltx2()
     family = family_of(pipe.components)
     noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    given = noisy, torch.tensor([500.0]), family.encode_prompts(["a dog"])
-    before = family.predict(*given)
+    inputs = noisy, torch.tensor([500.0]), family.encode_prompts(["a dog"])
+    before = family.predict(*inputs)
     for name, parameter in pipe.transformer.named_parameters():
         if "audio" in name:
             parameter.mul_(-3.0)
-    assert torch.equal(family.predict(*given), before)
+    assert torch.equal(family.predict(*inputs), before)
 
 
 def draw(pipe: Any) -> tuple[np.ndarray, torch.Tensor]:
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
-    found = pipe("a photo of <rex>", num_frames=5, generator=noise, **call)
-    return found.frames[0], found.audio
+    output = pipe("a photo of <rex>", num_frames=5, generator=noise, **call)
+    return output.frames[0], output.audio
 
 
-def test_a_concept_is_in_every_frame_and_changes_no_layer_of_the_sound() -> None:
+def test_a_concept_changes_every_frame_and_no_audio_layer() -> None:
     pipe = tiny_ltx2()
     bare, sound = draw(pipe)
     before = everything(pipe)

@@ -1,4 +1,4 @@
-"""What the originals call our layers, against diffusers' own converters of whole checkpoints."""
+"""Original layer names compared with diffusers' converters of checkpoints."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ NAMED = [name for name, family in PUBLISHED.items() if family.original_names()]
 
 
 def checkpoint(family: Family) -> dict[str, torch.Tensor]:
-    """The original's layers, each with a weight whose rows hold their numbers, and what else the
-    converters ask for."""
-    found = {}
+    """Return original layers with weights whose rows contain their indices."""
+    tensors = {}
     for original, rows in family.original_names().items():
         if "processor" in original:
             continue
-        count = sum(each.stop - each.start for each in rows)
-        found[f"{original}.weight"] = torch.arange(count)[:, None].float()
-        found[f"{original}.bias"] = torch.zeros(count)
-    return found
+        count = sum(span.stop - span.start for span in rows)
+        tensors[f"{original}.weight"] = torch.arange(count)[:, None].float()
+        tensors[f"{original}.bias"] = torch.zeros(count)
+    return tensors
 
 
 def converted(family: Family, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def converted(family: Family, tensors: dict[str, torch.Tensor]) -> dict[str, Any
         return converters.convert_flux_transformer_checkpoint_to_diffusers(tensors)
     if family.name == "sd3":
         tensors["pos_embed"] = torch.zeros(1)
-        # Which size it is, it tells by this weight.
+        # The converter detects the model's size by this weight.
         return converters.convert_sd3_transformer_checkpoint_to_diffusers(tensors)
     if family.name == "flux2":
         return converters.convert_flux2_transformer_checkpoint_to_diffusers(tensors)
@@ -61,30 +60,30 @@ def _with_norms(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_every_row_goes_where_diffusers_puts_it(name: str) -> None:
+def test_row_ranges_match_diffusers_conversion(name: str) -> None:
     family = PUBLISHED[name]
-    found = converted(family, checkpoint(family))
+    tensors = converted(family, checkpoint(family))
     checked = 0
     for original, rows in family.original_names().items():
         if "processor" in original:
             continue
         first = 0
-        for each in rows:
-            count = each.stop - each.start
-            weight = found[f"{each.module}.weight"][each.start : each.stop, 0]
+        for span in rows:
+            count = span.stop - span.start
+            weight = tensors[f"{span.module}.weight"][span.start : span.stop, 0]
             assert torch.equal(weight, torch.arange(first, first + count).float()), original
             first += count
             checked += 1
     layers = family.layers(family.denoiser_key)
-    named = {each.module for rows in family.original_names().values() for each in rows}
-    # What is called alike needs no other name.
-    assert all(f"{layer}.weight" not in found or layer in named for layer in layers)
+    named = {span.module for rows in family.original_names().values() for span in rows}
+    # Layers without an original name have the same name in both.
+    assert all(f"{layer}.weight" not in tensors or layer in named for layer in layers)
     assert checked >= len(named)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_no_name_means_two_layers(name: str) -> None:
-    """Names with underscores for dots could run into one another."""
+def test_layer_names_with_underscores_are_unambiguous(name: str) -> None:
+    """Names with underscores instead of dots could collide."""
     family = PUBLISHED[name]
     for component in (family.denoiser_key, *family.text_encoders):
         layers = [*family.layers(component)]
@@ -96,5 +95,5 @@ def test_no_name_means_two_layers(name: str) -> None:
             known = LayerNameMap(family)
             for layer in layers:
                 for path in (f"lora_unet_{layer.replace('.', '_')}", f"diffusion_model.{layer}"):
-                    place = known.resolve(path)
-                    assert place is not None and place.rows[0].module == layer
+                    resolved = known.resolve(path)
+                    assert resolved is not None and resolved.rows[0].module == layer

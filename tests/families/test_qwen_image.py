@@ -1,4 +1,4 @@
-"""Qwen-Image's own: the chat template, an autoencoder of videos, guidance that keeps lengths."""
+"""Qwen-Image: the chat template, the video autoencoder, guidance that preserves norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.tiny import tiny_qwen_image
 
 
 @torch.no_grad()
-def test_a_prompt_is_the_same_alone_and_beside_a_longer_one() -> None:
+def test_encodings_do_not_depend_on_the_batch() -> None:
     family = family_of(tiny_qwen_image().components)
     short, both = family.encode_prompts(["a dog"]), family.encode_prompts(["a dog", "two red cups"])
     length = short["prompt_embeds"].shape[1]
@@ -22,7 +22,7 @@ def test_a_prompt_is_the_same_alone_and_beside_a_longer_one() -> None:
 
 
 @torch.no_grad()
-def test_filling_up_does_not_change_the_answer() -> None:
+def test_padding_does_not_change_predictions() -> None:
     family = family_of(tiny_qwen_image().components)
     short, both = family.encode_prompts(["a dog"]), family.encode_prompts(["a dog", "two red cups"])
     noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -32,14 +32,14 @@ def test_filling_up_does_not_change_the_answer() -> None:
     torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-5)
 
 
-def test_long_prompts_are_cut_as_by_the_pipeline() -> None:
+def test_long_prompts_are_truncated_as_by_the_pipeline() -> None:
     family = family_of(tiny_qwen_image().components)
     rows = family.encode_prompts(["dog " * 700])["prompt_embeds"]
     assert rows.shape[1] == MAX_SEQUENCE_LENGTH
 
 
 @torch.no_grad()
-def test_latents_are_those_of_the_first_frame_normalised_by_channel() -> None:
+def test_latents_are_normalised_by_channel() -> None:
     pipe = tiny_qwen_image()
     family = family_of(pipe.components)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -54,13 +54,15 @@ def test_latents_are_those_of_the_first_frame_normalised_by_channel() -> None:
     torch.testing.assert_close(family.decode_latents(mean), expected)
 
 
-def test_guidance_keeps_each_tokens_length() -> None:
+def test_guidance_preserves_the_norm_of_every_token() -> None:
     family = family_of(tiny_qwen_image().components)
-    plain, asked = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    guided = family.apply_guidance(plain, asked, 4.0)
-    lengths = [family.pack(x).norm(dim=-1) for x in (guided, asked)]
+    unconditional, conditional = torch.randn(
+        2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0)
+    )
+    guided = family.apply_guidance(unconditional, conditional, 4.0)
+    lengths = [family.pack(x).norm(dim=-1) for x in (guided, conditional)]
     torch.testing.assert_close(*lengths)
     towards = torch.nn.functional.cosine_similarity(
-        family.pack(guided), family.pack(asked + 3 * (asked - plain)), dim=-1
+        family.pack(guided), family.pack(conditional + 3 * (conditional - unconditional)), dim=-1
     )
     torch.testing.assert_close(towards, torch.ones_like(towards))

@@ -1,4 +1,4 @@
-"""Qwen-Image 2.1's own: states before a norm, prompts of several lengths, transparency."""
+"""Qwen-Image 2.1: states before a norm, prompts of several lengths, transparency."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHAPE = (4, 2, 2)
 
 
 @torch.no_grad()
-def test_prompts_of_different_lengths_are_answered_as_each_alone() -> None:
+def test_predictions_for_several_prompt_lengths_equal_single_ones() -> None:
     pipe = tiny_qwen_image_21()
     family = family_of(pipe.components)
     prompts = ["a dog", "two red cups", "a cat"]
@@ -23,13 +23,13 @@ def test_prompts_of_different_lengths_are_answered_as_each_alone() -> None:
     assert lengths[0] == lengths[2] < lengths[1] == conditions["prompt_embeds"].shape[1]
     together = family.predict(noisy, t, conditions)
     for row, prompt in enumerate(prompts):
-        own = slice(row, row + 1)
-        alone = family.predict(noisy[own], t[own], family.encode_prompts([prompt]))
-        torch.testing.assert_close(together[own], alone, atol=1e-5, rtol=1e-5)
+        single = slice(row, row + 1)
+        alone = family.predict(noisy[single], t[single], family.encode_prompts([prompt]))
+        torch.testing.assert_close(together[single], alone, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_states_are_read_before_the_last_norm_which_stays_as_it_was() -> None:
+def test_hidden_states_are_read_before_the_last_norm() -> None:
     pipe = tiny_qwen_image_21()
     family = family_of(pipe.components)
     norm = pipe.text_encoder.model.language_model.norm
@@ -44,20 +44,20 @@ def test_states_are_read_before_the_last_norm_which_stays_as_it_was() -> None:
 
 
 @torch.no_grad()
-def test_an_empty_prompt_is_a_space() -> None:
+def test_an_empty_prompt_is_encoded_as_a_space() -> None:
     family = family_of(tiny_qwen_image_21().components)
     empty, space = (family.encode_prompts([text])["prompt_embeds"] for text in ("", " "))
     assert torch.equal(empty, space)
 
 
 @torch.no_grad()
-def test_pictures_are_opaque_and_latents_normalised_by_channel() -> None:
+def test_images_are_opaque_and_latents_normalised_by_channel() -> None:
     pipe = tiny_qwen_image_21()
     family = family_of(pipe.components)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = family.encode_images(pixels)
     opaque = torch.cat([pixels, torch.ones(2, 1, 32, 32)], dim=1)
-    # The pipeline's own way from a picture, for those that it is shown, to latents.
+    # The pipeline's encoding of reference images.
     expected = pipe._encode_vae_image(opaque[:, :, None], torch.Generator())
     torch.testing.assert_close(mean, expected[:, :, 0])
     posterior = pipe.vae.encode(opaque[:, :, None]).latent_dist
@@ -67,14 +67,14 @@ def test_pictures_are_opaque_and_latents_normalised_by_channel() -> None:
     torch.testing.assert_close(family.decode_latents(mean), decoded)
 
 
-def test_a_model_with_levels_of_its_own_draws_at_them() -> None:
+def test_configured_sigmas_override_the_number_of_steps() -> None:
     pipe = tiny_qwen_image_21([1.0, 0.5])
     family = family_of(pipe.components, pipe.config)
     assert len(family.schedule(40, SHAPE, torch.device("cpu")).timesteps) == 2
     assert len(family_of(pipe.components).schedule(40, SHAPE, torch.device("cpu")).timesteps) == 40
 
 
-def test_every_projection_of_attention_is_a_target() -> None:
+def test_all_attention_projections_are_adapter_targets() -> None:
     pipe = tiny_qwen_image_21()
     targets = family_of(pipe.components).adapter_targets("transformer")
     linear = {

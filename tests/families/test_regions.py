@@ -1,4 +1,4 @@
-"""Regions on every family: within a step, words of one region are nothing to the other."""
+"""Regions on every family: within a step, words of a region do not affect another region."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LEFT = torch.tensor([1.0, 0.0]).expand(2, 2)
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_words_keep_to_their_region(name):
+def test_words_of_a_region_do_not_affect_another(name):
     pipe = PIPELINES[name]()
     pipe.load_custom(concept(pipe))
     family = family_of(pipe.components, pipe.config)
     answers = []
 
-    def note(module, args, kwargs, output):  # behind what the regions make of it
+    def note(module, args, kwargs, output):  # after the hooks of regions
         answers.append(output[0])
 
     def draw(thing, **call):
@@ -49,15 +49,15 @@ def test_words_keep_to_their_region(name):
     alike = sides_of(family, red == blue)
     assert bool(alike[0].all())
     assert not bool(alike[1].all())
-    # The row of the empty prompt, where the call has one, is the plain one.
+    # The row of the empty prompt, if the call has one, is unchanged.
     changed = [not torch.equal(a, b) for a, b in zip(red, plain, strict=True)]
     assert changed.count(True) == 1
 
 
-def sides_of(family, found):
-    """Left and right half of answers (batch, ...), as each family lays them out."""
-    if found.ndim == 3:  # tokens
-        side = round(found.shape[1] ** 0.5)
-        found = found.transpose(1, 2).unflatten(2, (side, side))
-    middle = found.shape[-1] // 2
-    return found[..., :middle], found[..., middle:]
+def sides_of(family, answers):
+    """Split outputs (batch, ...) into left and right half, in any family's layout."""
+    if answers.ndim == 3:  # tokens
+        side = round(answers.shape[1] ** 0.5)
+        answers = answers.transpose(1, 2).unflatten(2, (side, side))
+    middle = answers.shape[-1] // 2
+    return answers[..., :middle], answers[..., middle:]

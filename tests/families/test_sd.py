@@ -1,4 +1,4 @@
-"""Stable Diffusion's own: DDPM timesteps, min-SNR, cross-attention layers, what is refused."""
+"""Stable Diffusion: DDPM timesteps, min-SNR, cross-attention layers, refused models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sd(pipe: Any) -> StableDiffusion:
     return family
 
 
-def test_every_timestep_is_drawn_alike() -> None:
+def test_timesteps_are_uniform() -> None:
     family = sd(tiny_sd())
     t = family.timesteps((torch.arange(4000) + 0.5) / 4000, (4, 16, 16))
     assert t.dtype == torch.int64
@@ -55,7 +55,7 @@ def test_noise_and_target_are_those_of_the_ddpm_scheduler(prediction: str) -> No
     torch.testing.assert_close(family.target(clean, noise, t), expected)
 
 
-def test_the_pipelines_scheduler_may_be_any_of_the_ddpm_kind() -> None:
+def test_any_ddpm_scheduler_is_supported() -> None:
     pipe = tiny_sd()
     before = sd(pipe)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -82,7 +82,7 @@ def test_loss_weights() -> None:
             assert weight[-1] == 0, "the schedule ends in zero signal"
 
 
-def test_cross_attention_layers_come_in_the_order_of_computation() -> None:
+def test_cross_attention_layers_are_in_execution_order() -> None:
     pipe = tiny_sd()
     family = sd(pipe)
     layers = family.cross_attention_layers()
@@ -134,7 +134,7 @@ def test_other_models_with_the_same_unet_class_are_refused(changes: dict[str, An
         family_of(components)
 
 
-def test_sdxl_is_named_by_its_extra_embeddings() -> None:
+def test_the_error_names_the_additional_embeddings_of_sdxl() -> None:
     unet = unet_with(
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
@@ -153,7 +153,7 @@ def test_another_text_encoder_is_refused() -> None:
         family_of(components)
 
 
-def test_variants_that_only_read_more_channels_are_stable_diffusion() -> None:
+def test_variants_with_more_input_channels_are_stable_diffusion() -> None:
     family = family_of({**tiny_sd().components, "unet": unet_with(in_channels=9)})
     assert family.fingerprint() == family_of(tiny_sd().components).fingerprint()
 
@@ -164,7 +164,7 @@ def test_a_loaded_ip_adapter_changes_nothing() -> None:
     assert family_of(pipe.components).name == "sd"
 
 
-def test_schedulers_of_another_kind_are_refused_where_they_matter() -> None:
+def test_other_schedulers_are_refused_on_use() -> None:
     pipe = tiny_sd()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     family = family_of(pipe.components)

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3's own: shifted flow timesteps, three encoders, what is refused."""
+"""Stable Diffusion 3: shifted flow timesteps, three encoders, refused settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.tiny import CLIP_LENGTH, tiny_sd3
 def test_timesteps_have_the_schedulers_shift() -> None:
     pipe = tiny_sd3()
     family = family_of(pipe.components)
-    # A new scheduler's table: the shifted levels 1000 / 1000, 999 / 1000, ..., 1 / 1000.
+    # A new scheduler has the shifted levels 1000 / 1000, 999 / 1000, ..., 1 / 1000.
     table = pipe.scheduler.timesteps
     assert table[500] != 500
     u = torch.arange(1000, 0, -1) / 1000
@@ -24,7 +24,7 @@ def test_timesteps_have_the_schedulers_shift() -> None:
     torch.testing.assert_close(family.timesteps(u, (4, 16, 16)), 1000 * u)
 
 
-def test_timesteps_do_not_depend_on_where_the_pipelines_scheduler_stands() -> None:
+def test_timesteps_do_not_depend_on_the_state_of_the_pipelines_scheduler() -> None:
     pipe = tiny_sd3()
     family = family_of(pipe.components)
     u = torch.tensor([0.1, 0.5, 0.9])
@@ -58,7 +58,7 @@ def test_no_layer_is_cross_attention() -> None:
     assert family_of(tiny_sd3().components).cross_attention_layers() == []
 
 
-def test_every_attention_projection_is_a_target() -> None:
+def test_all_attention_projections_are_adapter_targets() -> None:
     pipe = tiny_sd3()
     targets = family_of(pipe.components).adapter_targets("transformer")
     linear = {
@@ -68,7 +68,7 @@ def test_every_attention_projection_is_a_target() -> None:
     }
     assert set(targets) == linear
     assert set(targets.values()) == {(32, 32)}
-    # Two blocks of 8, less the last block's unused output for text, and a second attention.
+    # Two blocks of 8, without the last block's unused text output, and a second attention.
     assert len(targets) == 2 * 8 - 1 + 4
 
 
@@ -80,15 +80,15 @@ def test_min_snr_is_refused() -> None:
         family.loss_weight(t, 5.0)
 
 
-def test_a_shift_that_grows_with_the_picture_is_the_pipelines() -> None:
+def test_the_dynamic_shift_is_the_pipelines() -> None:
     pipe = tiny_sd3()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     family = family_of(pipe.components)
     small, large = (family.timesteps(torch.tensor([0.5]), (4, s, s)) for s in (16, 64))
     assert 500 < small < large
     pipe("a dog", num_inference_steps=4)
-    ours = family.schedule(4, (4, 16, 16), torch.device("cpu"))
-    torch.testing.assert_close(ours.timesteps, pipe.scheduler.timesteps)
+    schedule = family.schedule(4, (4, 16, 16), torch.device("cpu"))
+    torch.testing.assert_close(schedule.timesteps, pipe.scheduler.timesteps)
 
 
 def test_schedulers_without_a_shift_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL's own: pooled prompt and sizes, its autoencoders, what is refused."""
+"""Stable Diffusion XL: pooled prompt and sizes, autoencoders, refused models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_shapes_of_the_conditions() -> None:
 
 @torch.no_grad()
 def test_sizes_are_those_of_the_pipelines_call() -> None:
-    """Height and width apart, so that they cannot be in the wrong places."""
+    """With different height and width, so that exchanged values fail."""
     pipe = tiny_sdxl()
     family = family_of(pipe.components)
     conditions = family.encode_prompts(["a dog"])
@@ -43,7 +43,7 @@ def test_sizes_are_those_of_the_pipelines_call() -> None:
     hook = pipe.unet.register_forward_hook(note, with_kwargs=True)
     pipe("a dog", height=24, width=40, num_inference_steps=2, guidance_scale=1.0)
     hook.remove()
-    # Without an autoencoder that has been freed meanwhile.
+    # The sizes do not need the autoencoder, which may be freed.
     family.components["vae"] = None
     for noisy, t, sizes, output in calls:
         assert noisy.shape == (1, 4, 12, 20)
@@ -53,7 +53,7 @@ def test_sizes_are_those_of_the_pipelines_call() -> None:
 
 
 @torch.no_grad()
-def test_a_pooled_prompt_and_sizes_matter() -> None:
+def test_predictions_depend_on_the_pooled_prompt() -> None:
     family = family_of(tiny_sdxl().components)
     noisy, t = normal(1, 4, 16, 16), torch.tensor([500])
     conditions = family.encode_prompts(["a dog"])
@@ -64,8 +64,8 @@ def test_a_pooled_prompt_and_sizes_matter() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_true_target_leads_back_with_the_models_own_scheduler(prediction: str) -> None:
-    """Euler's, whose samples are scaled otherwise than the denoiser's."""
+def test_the_target_denoises_to_the_latents_with_euler(prediction: str) -> None:
+    """Euler scales samples differently from the denoiser's input."""
     pipe = tiny_sdxl()
     pipe.scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
@@ -89,7 +89,7 @@ def test_the_true_target_leads_back_with_the_models_own_scheduler(prediction: st
     pipe.unet.forward = answer
     pipe.scheduler.set_timesteps(5)
     start = pipe.scheduler.sigmas[0] * noise + clean
-    found = pipe(
+    latents = pipe(
         "a dog",
         num_inference_steps=5,
         guidance_scale=1.0,
@@ -97,20 +97,20 @@ def test_the_true_target_leads_back_with_the_models_own_scheduler(prediction: st
         output_type="latent",
     ).images
     assert len(answered) == 5
-    torch.testing.assert_close(found, clean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(latents, clean, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_channels_of_latents_may_each_have_a_mean_and_deviation() -> None:
+def test_latents_may_be_normalised_by_channel() -> None:
     pipe = tiny_sdxl()
     plain = family_of(pipe.components).encode_images(normal(1, 3, 32, 32).clamp(-1, 1))
     mean, std = [-1.6, 1.0, 0.3, -0.1], [8.0, 5.0, 0.6, 1.0]
     pipe.vae.register_to_config(latents_mean=mean, latents_std=std)
     family = family_of(pipe.components)
-    found = family.encode_images(normal(1, 3, 32, 32).clamp(-1, 1))
+    encoded = family.encode_images(normal(1, 3, 32, 32).clamp(-1, 1))
     shift, spread = torch.tensor([mean, std])[..., None, None]
-    torch.testing.assert_close(found[0], plain[0] / spread - shift * 0.5 / spread)
-    torch.testing.assert_close(found[1], plain[1] / spread)
+    torch.testing.assert_close(encoded[0], plain[0] / spread - shift * 0.5 / spread)
+    torch.testing.assert_close(encoded[1], plain[1] / spread)
 
     def drawn(output_type: str) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -124,15 +124,15 @@ def test_channels_of_latents_may_each_have_a_mean_and_deviation() -> None:
 @torch.no_grad()
 def test_an_autoencoder_that_overflows_in_float16_computes_in_float32() -> None:
     pipe = tiny_sdxl()
-    # What the encoder hands on grows beyond float16 here, as in the published one.
+    # The encoder's activations exceed the range of float16, as in the published model.
     pipe.vae.encoder.conv_in.weight.mul_(1e7)
     pipe.vae.encoder.conv_in.weight.clamp_(-6e4, 6e4)
     pipe.vae.half()
     before = {name: value.clone() for name, value in pipe.vae.state_dict().items()}
     family = family_of(pipe.components)
     pixels = normal(1, 3, 32, 32).clamp(-1, 1)
-    found = family.encode_images(pixels)
-    picture = family.decode_latents(found[0])
+    encoded = family.encode_images(pixels)
+    picture = family.decode_latents(encoded[0])
     assert pipe.vae.dtype == torch.float16
     for name, value in pipe.vae.state_dict().items():
         assert value.dtype == torch.float16 and torch.equal(value, before[name])
@@ -141,11 +141,11 @@ def test_an_autoencoder_that_overflows_in_float16_computes_in_float32() -> None:
     assert not family.encode_images(pixels)[0].isfinite().all()
     pipe.vae.float()
     expected = family.encode_images(pixels)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert torch.equal(encoded[0], expected[0]) and torch.equal(encoded[1], expected[1])
     assert torch.equal(picture, family.decode_latents(expected[0]))
 
 
-def test_a_failure_leaves_the_autoencoder_in_its_precision() -> None:
+def test_errors_restore_the_autoencoders_dtype() -> None:
     pipe = tiny_sdxl()
     pipe.vae.half()
     with pytest.raises(RuntimeError):
@@ -153,14 +153,14 @@ def test_a_failure_leaves_the_autoencoder_in_its_precision() -> None:
     assert pipe.vae.dtype == torch.float16
 
 
-def test_cross_attention_layers_come_in_the_order_of_computation() -> None:
+def test_cross_attention_layers_are_in_execution_order() -> None:
     layers = family_of(tiny_sdxl().components).cross_attention_layers()
     blocks = ["down_blocks.1"] * 2 + ["mid_block.attentions"] * 2 + ["up_blocks.0"] * 4
     assert [".".join(name.split(".")[:2]) for name in layers] == blocks
     assert all(name.endswith("attn2") for name in layers)
 
 
-def test_a_v_models_loss_is_weighted_by_its_signal_to_noise_ratio() -> None:
+def test_v_prediction_loss_is_weighted_by_snr() -> None:
     family = family_of(tiny_sdxl("v_prediction").components)
     t = torch.tensor([10, 999])
     assert family.loss_weight(t, None).tolist() == [1, 1]
@@ -175,18 +175,18 @@ def test_the_refiner_is_refused_by_name() -> None:
             family_of({**components, "unet": refiner, "text_encoder": None, **freed})
 
 
-def test_freed_encoders_do_not_make_it_a_refiner() -> None:
+def test_freed_encoders_are_not_mistaken_for_a_refiner() -> None:
     freed = {"text_encoder": None, "text_encoder_2": None, "vae": None}
     assert family_of({**tiny_sdxl().components, **freed}).name == "sdxl"
 
 
-def test_inpainting_is_refused_where_its_channels_are_missing() -> None:
+def test_inpainting_models_are_refused_without_their_channels() -> None:
     pipe = tiny_sdxl()
     family = family_of({**pipe.components, "unet": unet_with(in_channels=9)})
     conditions = family.encode_prompts([""])
     with pytest.raises(PipelineError, match=r"takes 9 channels.*not a variant for inpainting"):
         family.predict(normal(1, 4, 16, 16), torch.tensor([5]), conditions)
-    # A concept fits it all the same.
+    # Its concepts are compatible.
     assert family.fingerprint() == family_of(pipe.components).fingerprint()
 
 
@@ -199,13 +199,13 @@ def test_inpainting_is_refused_where_its_channels_are_missing() -> None:
         {"unet": unet_with(encoder_hid_dim_type="text_proj", encoder_hid_dim=8)},
     ],
 )
-def test_other_models_with_such_a_unet_are_refused(changes: dict[str, Any]) -> None:
+def test_other_models_with_the_same_unet_class_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(PipelineError, match="no known model family"):
         family_of({**tiny_sdxl().components, **changes})
 
 
-def test_a_schedule_of_another_kind_is_refused() -> None:
-    """Playground 2.5 has such a one."""
+def test_edm_schedulers_are_refused() -> None:
+    """Playground 2.5 has such a scheduler."""
     pipe = tiny_sdxl()
     pipe.scheduler = EDMEulerScheduler()
     with pytest.raises(PipelineError, match=r"no alphas_cumprod.*EDMEulerScheduler"):

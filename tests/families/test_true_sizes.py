@@ -115,7 +115,7 @@ def test_stable_diffusion_1_5() -> None:
     assert_shapes_are_the_weights(family)
 
 
-def test_animatediff_takes_what_stable_diffusion_1_5_learned() -> None:
+def test_animatediff_is_compatible_with_stable_diffusion_1_5() -> None:
     with torch.device("meta"):
         denoiser = UNetMotionModel(cross_attention_dim=768)
     encoder = clip(768, 12, 12)
@@ -143,13 +143,13 @@ def test_stable_diffusion_xl() -> None:
     unet = family.adapter_targets("unet")
     clips = [family.adapter_targets(key) for key in ("text_encoder", "text_encoder_2")]
     # 70 blocks of 8: 2 x 2 and 2 x 10 on the way down, 10 in the middle, 3 x 10 and 3 x 2 up.
-    assert [len(found) for found in (unet, *clips)] == [560, 48, 128]
+    assert [len(layers) for layers in (unet, *clips)] == [560, 48, 128]
     assert len(family.cross_attention_layers()) == 70
     inputs = Counter(width for _, width in unet.values())
     assert inputs == {2048: 140, 640: 10 * 6, 1280: 60 * 6}
     assert unet["mid_block.attentions.0.transformer_blocks.9.attn2.to_k"] == (1280, 2048)
     assert unet["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"] == (640, 640)
-    assert [set(found.values()) for found in clips] == [{(768, 768)}, {(1280, 1280)}]
+    assert [set(layers.values()) for layers in clips] == [{(768, 768)}, {(1280, 1280)}]
     assert family.fingerprint()["widths"] == {
         "unet": [640, 1280, 2048],
         "text_encoder": [768],
@@ -222,8 +222,7 @@ def test_flux_3(flow_map: bool) -> None:
         denoiser = Flux3Transformer2DModel(flow_map=flow_map)
     family = family_of({"transformer": denoiser})
     targets = family.adapter_targets("transformer")
-    # 5 blocks for the picture and 5 for the prompt, and 28 for both together; those for pictures
-    # of reference have none.
+    # 5 blocks for the image, 5 for the prompt, 28 for both; those for reference images have none.
     assert len(targets) == (5 + 5 + 28) * 4
     assert set(targets.values()) == {(3072, 3072)}
     assert not any("image_cond" in name for name in targets)
@@ -313,8 +312,8 @@ def test_krea_2() -> None:
     assert_shapes_are_the_weights(family)
 
 
-#: What is trained and what is saved at rank 16, in millions of numbers. An ordinary LoRA trains
-#: what it saves; of an orthogonal one the down-projections are saved alone.
+#: Trained and saved parameters at rank 16, in millions. An ordinary LoRA trains all that it saves;
+#: the down-projections of an orthogonal one are saved but not trained.
 SIZES = {
     "flux2-dev": (53.5, 83.4),
     "flux2-klein-4b": (11.8, 18.7),
@@ -360,7 +359,7 @@ def test_wan(heads: int, layers: int, channels: int) -> None:
         )
     family = family_of({"transformer": denoiser})
     targets = family.adapter_targets("transformer")
-    # Attention among the picture's tokens, and from these to the prompt's.
+    # Self-attention, and cross-attention to the prompt.
     assert len(targets) == layers * 8
     assert set(targets.values()) == {(128 * heads, 128 * heads)}
     assert len(family.cross_attention_layers()) == layers
@@ -379,12 +378,12 @@ def test_wan_2_2_14b() -> None:
     assert_shapes_are_the_weights(family)
 
 
-def test_wan_that_animates_pictures_takes_what_its_plain_model_learned() -> None:
+def test_wan_image_to_video_is_compatible_with_text_to_video() -> None:
     with torch.device("meta"):
         plain = WanTransformer3DModel()
         animating = WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
-    prints = [family_of({"transformer": each}).fingerprint() for each in (plain, animating)]
-    assert prints[0] == prints[1]
+    fingerprints = [family_of({"transformer": model}).fingerprint() for model in (plain, animating)]
+    assert fingerprints[0] == fingerprints[1]
 
 
 @pytest.mark.parametrize(("heads", "layers", "rotary"), [(30, 30, False), (48, 42, True)])
@@ -401,7 +400,7 @@ def test_cogvideox(heads: int, layers: int, rotary: bool) -> None:
     assert_shapes_are_the_weights(family)
 
 
-def test_cogvideox_1_5_which_has_no_single_frames_is_refused() -> None:
+def test_cogvideox_1_5_is_refused() -> None:
     with torch.device("meta"):
         denoiser = CogVideoXTransformer3DModel(
             num_attention_heads=2,
@@ -418,7 +417,7 @@ def test_ltx_2() -> None:
         denoiser = LTX2VideoTransformer3DModel()
     family = family_of({"transformer": denoiser})
     targets = family.adapter_targets("transformer")
-    # Attention among the picture's tokens, and from these to the prompt's; none of the sound's.
+    # Self-attention of the video stream and cross-attention to the prompt; no audio layers.
     assert len(targets) == 48 * 8
     assert set(targets.values()) == {(4096, 4096)}
     assert not any("audio" in name for name in targets)

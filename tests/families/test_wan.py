@@ -1,4 +1,4 @@
-"""Wan's own: cleaned prompts, autoencoders of videos, many frames, two transformers."""
+"""Wan: cleaned prompts, video autoencoders, many frames, two transformers."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from tests.tiny_video import tiny_wan
 from tests.training.runs import assert_unchanged, settings, snapshot
 
 
-def test_prompts_are_cleaned_and_cut_as_by_the_pipeline() -> None:
+def test_prompts_are_cleaned_and_truncated_as_by_the_pipeline() -> None:
     pipe = tiny_wan()
     prompts = ["  a   red &amp;amp;\ncup ", "dog " * 700]
-    found = family_of(pipe.components).encode_prompts(prompts)["prompt_embeds"]
+    encoded = family_of(pipe.components).encode_prompts(prompts)["prompt_embeds"]
     expected, _ = pipe.encode_prompt(
         prompts, do_classifier_free_guidance=False, max_sequence_length=MAX_SEQUENCE_LENGTH
     )
-    assert found.shape[1] == MAX_SEQUENCE_LENGTH
-    assert torch.equal(found, expected)
-    assert found[1].abs().sum(-1).all() and not found[0, 100:].any()
+    assert encoded.shape[1] == MAX_SEQUENCE_LENGTH
+    assert torch.equal(encoded, expected)
+    assert encoded[1].abs().sum(-1).all() and not encoded[0, 100:].any()
 
 
 def residual_vae() -> AutoencoderKLWan:
-    """As Wan 2.2 5B has it: pixels are packed 2 x 2 before the first layer."""
+    """Create an autoencoder like that of Wan 2.2 5B, which packs pixels 2 x 2."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         vae = AutoencoderKLWan(
@@ -59,9 +59,7 @@ def residual_vae() -> AutoencoderKLWan:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("residual", "factor"), [(False, 2), (True, 4)])
-def test_latents_are_those_of_the_first_frame_normalised_by_channel(
-    residual: bool, factor: int
-) -> None:
+def test_latents_are_normalised_by_channel(residual: bool, factor: int) -> None:
     vae = residual_vae() if residual else tiny_wan().vae
     family = family_of({**tiny_wan().components, "vae": vae})
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -85,7 +83,7 @@ def video(pipe: Any) -> np.ndarray:
     return pipe("a photo of <rex>", num_frames=5, generator=noise, **call).frames[0]
 
 
-def test_a_concept_is_in_every_frame_of_a_video() -> None:
+def test_a_concept_changes_every_frame_of_a_video() -> None:
     pipe = tiny_wan()
     bare = video(pipe)
     load_custom(pipe, concept(pipe))
@@ -98,7 +96,7 @@ def test_a_concept_is_in_every_frame_of_a_video() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("ratio", [0.875, 0.5])
-def test_each_sample_goes_to_the_transformer_of_its_noise(ratio: float) -> None:
+def test_samples_go_to_the_transformer_of_their_noise_level(ratio: float) -> None:
     pipe = tiny_wan("2.2-14b", boundary_ratio=ratio)
     family = family_of(pipe.components, pipe.config)
     noisy = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -124,7 +122,7 @@ def test_each_sample_goes_to_the_transformer_of_its_noise(ratio: float) -> None:
         (0.95, 0.875, "transformer"),
     ],
 )
-def test_each_transformer_learns_on_its_own_levels(
+def test_transformers_train_on_separate_noise_levels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, u: float, ratio: float, learns: str
 ) -> None:
     monkeypatch.setitem(FLOW_DENSITIES, "uniform", lambda count, generator: torch.full((count,), u))
@@ -140,15 +138,15 @@ def test_each_transformer_learns_on_its_own_levels(
     assert load_concept(config.output).info.fingerprint["widths"].keys() == learned.updates.keys()
 
 
-def test_two_transformers_without_a_boundary_are_not_trained_but_take_concepts(
+def test_two_transformers_without_boundary_ratio_support_concepts_but_not_training(
     tmp_path: Path,
 ) -> None:
     pipe = tiny_wan("2.2-14b", boundary_ratio=None)
     config = settings(tmp_path, steps=1)
     before = snapshot(pipe.components)
-    for given in ({}, {"pipeline_config": pipe.config}):
+    for arguments in ({}, {"pipeline_config": pipe.config}):
         with pytest.raises(PipelineError, match=r"boundary_ratio.*Fix: give pipe\.config"):
-            train(config, pipe.components, progress=False, **given)
+            train(config, pipe.components, progress=False, **arguments)
     assert_unchanged(before, pipe.components)
     assert not (config.output / "concept.json").exists()
 
@@ -161,6 +159,6 @@ def test_two_transformers_without_a_boundary_are_not_trained_but_take_concepts(
 
 def test_a_concept_of_one_transformer_is_refused_by_two() -> None:
     one, two = tiny_wan(), tiny_wan("2.2-14b")
-    for given, pipe in ((one, two), (two, one)):
+    for source, pipe in ((one, two), (two, one)):
         with pytest.raises(ConceptError, match="architecture or size"):
-            load_custom(pipe, concept(given))
+            load_custom(pipe, concept(source))

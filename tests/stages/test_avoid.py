@@ -36,13 +36,13 @@ def test_the_signature_of_calls_has_avoid():
 def test_rows_of_the_prompts_words_are_cleaned_and_no_others():
     pipe = attached().load_custom(CLEAN)
     before, after = read(pipe)[0], read(pipe, avoid=AVOID)[0]
-    own = slice(1, 1 + len(words_of(pipe, PROMPT)))
+    words = slice(1, 1 + len(words_of(pipe, PROMPT)))
     unwanted = torch.cat([words_of(pipe, phrase) for phrase in PHRASES])
     assert torch.equal(after[0], before[0])  # of the empty prompt
-    assert alike(after[1, own], without(before[1, own], unwanted))
-    assert not alike(after[1, own], before[1, own])
-    rest = [0, *range(own.stop, CLIP_LENGTH)]
-    assert torch.equal(after[1, rest], before[1, rest])
+    assert alike(after[1, words], without(before[1, words], unwanted))
+    assert not alike(after[1, words], before[1, words])
+    others = [0, *range(words.stop, CLIP_LENGTH)]
+    assert torch.equal(after[1, others], before[1, others])
 
 
 def test_every_row_of_a_word_is_changed():
@@ -71,16 +71,16 @@ def test_negative_prompts_can_be_cleaned():
     words = slice(1, 1 + len(words_of(pipe, call["negative_prompt"])))
     for target in ("prompt", "concepts"):
         pipe.load_custom(customize.Decor(target=target, strength=1.0, negative="keep"))
-        (kept, said, _), (asked, plain, _) = (
+        (unchanged, values, _), (expected, expected_values, _) = (
             read(pipe, **call),
             read(pipe, **call | {"avoid": None}),
         )
-        assert torch.equal(kept[0], asked[0]) and torch.equal(said[0], plain[0])
+        assert torch.equal(unchanged[0], expected[0]) and torch.equal(values[0], expected_values[0])
         pipe.load_custom(customize.Decor(target=target, strength=1.0, negative="clean"))
         (other, answer, _) = read(pipe, **call)
-        assert torch.equal(other[1], kept[1])
-        assert torch.equal(other[0, words], kept[0, words]) is (target == "concepts")
-        assert not torch.equal(answer[0, words], said[0, words])
+        assert torch.equal(other[1], unchanged[1])
+        assert torch.equal(other[0, words], unchanged[0, words]) is (target == "concepts")
+        assert not torch.equal(answer[0, words], values[0, words])
 
 
 def test_pooled_vectors_are_unchanged():
@@ -106,31 +106,31 @@ def test_the_automatic_strength_keeps_90_percent_of_each_words_length():
     ids = pipe.tokenizer(prompt, add_special_tokens=False).input_ids
     names = pipe.tokenizer.convert_ids_to_tokens(ids)
     share = (after.norm(dim=1) / before.norm(dim=1))[1 : 1 + len(ids)]
-    own = [not name.startswith("<rex>") for name in names]
-    assert own.count(False) == 2
-    assert float(share[own].min()) == pytest.approx(0.9, abs=1e-3)
+    is_plain = [not name.startswith("<rex>") for name in names]
+    assert is_plain.count(False) == 2
+    assert float(share[is_plain].min()) == pytest.approx(0.9, abs=1e-3)
 
 
 @pytest.mark.parametrize("target", ["prompt", "concepts", "both"])
 def test_batches_equal_single_prompts_and_words_of_the_prompt_are_not_avoided(target):
     pipe = attached().load_custom(customize.Decor(AVOID, target=target, strength=1.0))
-    other = "<rex> wearing a red cup"  # asks for words of both
-    third = "two cats and <rex> in the forest with a blue cup"  # of one
+    other = "<rex> wearing a red cup"  # contains words of both phrases
+    third = "two cats and <rex> in the forest with a blue cup"  # contains words of one phrase
     prompts = [PROMPT, other, third]
     call = {"negative_prompt": ["a dog", "", "a red hat"], "num_images_per_prompt": 2}
     with pytest.warns(UserWarning, match=r"asks for red hat, striped cup itself"):
-        found = draw(pipe, prompts, seeds=range(6), **call)
+        images = draw(pipe, prompts, seeds=range(6), **call)
     for k, prompt in enumerate(prompts):
         negative = {"negative_prompt": call["negative_prompt"][k]}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for n in range(2):
                 alone = draw(pipe, prompt, seeds=(2 * k + n,), **negative)
-                assert alike(found[2 * k + n], alone[0])
+                assert alike(images[2 * k + n], alone[0])
         plain = draw(
             pipe.unload_custom().load_custom(concept(pipe)), prompt, seeds=(2 * k,), **negative
         )
-        assert alike(found[2 * k], plain[0]) == (prompt == other)
+        assert alike(images[2 * k], plain[0]) == (prompt == other)
         pipe.load_custom(customize.Decor(AVOID, target=target, strength=1.0))
 
 
@@ -139,20 +139,20 @@ def test_layerwise_embeddings_are_cleaned(target):
     pipe = attached(layers=True)
     plain = draw(pipe)
     settings = customize.Decor(AVOID, target=target, strength=1.0, **VALUES_ONLY)
-    found = read(pipe.load_custom(settings))
+    cleaned = read(pipe.load_custom(settings))
     pipe.load_custom(customize.Decor())
     words, before, layer = read(pipe)
-    own = slice(1, 1 + len(words_of(pipe, "a photo of")))
+    plain_words = slice(1, 1 + len(words_of(pipe, "a photo of")))
     unwanted = torch.cat([words_of(pipe, phrase) for phrase in PHRASES])
     if target == "prompt":
-        assert torch.equal(found[0][0], words[0])
-        assert alike(found[0][1, own], without(words[1, own], unwanted))
+        assert torch.equal(cleaned[0][0], words[0])
+        assert alike(cleaned[0][1, plain_words], without(words[1, plain_words], unwanted))
     else:
         base = layer.get_base_layer()
         with torch.no_grad():
             values = base(words)
-        assert torch.equal(found[1][0], before[0])
-        assert alike((found[1] - values)[1], cleaned_update(pipe, base, (before - values)[1]))
+        assert torch.equal(cleaned[1][0], before[0])
+        assert alike((cleaned[1] - values)[1], cleaned_update(pipe, base, (before - values)[1]))
     assert torch.equal(draw(pipe), plain)
 
 
@@ -171,11 +171,11 @@ def test_modular_pipelines_clean_prompts(make):
     pipe = attached(make)
     other = pipe if make is tiny_flux3 else modular(pipe).load_custom()
     plain = draw(other, output_type="np")
-    found = draw(other, output_type="np", avoid=AVOID)
-    assert not np.array_equal(found, plain)
+    cleaned = draw(other, output_type="np", avoid=AVOID)
+    assert not np.array_equal(cleaned, plain)
     assert np.array_equal(draw(other, output_type="np"), plain)
     if make is tiny_flux:  # the others are guided in another way than the standard pipelines
-        assert np.allclose(found, draw(pipe, output_type="np", avoid=AVOID), atol=1e-4)
+        assert np.allclose(cleaned, draw(pipe, output_type="np", avoid=AVOID), atol=1e-4)
 
 
 def test_settings_work_without_concepts_and_are_unloaded_with_them():
@@ -210,7 +210,7 @@ def test_hooks_are_removed_after_an_error_during_a_call():
     assert torch.equal(draw(pipe), plain)
     del before["unet attributes"]
     after = everything(pipe)
-    del after["unet attributes"]  # where the settings are
+    del after["unet attributes"]  # contain the settings
     assert_same(before, after)
 
 

@@ -18,13 +18,13 @@ LONG = "in the snow " * 300 + "with <rex>"
 
 
 def warnings_of(pipe, prompt="a photo of <rex>", **call):
-    """The warnings of a call about triggers."""
+    """Return the warnings of a call about triggers."""
     noise = torch.Generator().manual_seed(1)
-    given = {"num_inference_steps": 1, "output_type": "np", "height": 32, "width": 32}
-    with warnings.catch_warnings(record=True) as found:
+    defaults = {"num_inference_steps": 1, "output_type": "np", "height": 32, "width": 32}
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
-        drawn(pipe, prompt, generator=noise, **given | call)
-    messages = [str(each.message) for each in found if each.category is UserWarning]
+        drawn(pipe, prompt, generator=noise, **defaults | call)
+    messages = [str(warning.message) for warning in recorded if warning.category is UserWarning]
     return [text for text in messages if "trigger" in text or "cut off" in text]
 
 
@@ -38,7 +38,7 @@ def test_misspelt_triggers_are_reported_with_the_nearest_one(make):
     )
     assert warnings_of(pipe, "a <REX>") == []
     pipe.unload_custom()
-    assert warnings_of(pipe, "a photo of <rexx>") == []  # a pipeline of which we know nothing
+    assert warnings_of(pipe, "a photo of <rexx>") == []  # not a customized pipeline
 
 
 def test_all_prompt_arguments_are_checked():
@@ -69,31 +69,31 @@ def test_pipelines_that_share_the_models_warn_too():
 
 def test_the_warning_points_at_the_callers_line():
     pipe = attached()
-    with pytest.warns(UserWarning, match="<rexx>") as found:
+    with pytest.warns(UserWarning, match="<rexx>") as recorded:
         draw(pipe, "<rexx>")
-    assert not found[0].filename.startswith("customize/") and "tiny" in found[0].filename
+    assert not recorded[0].filename.startswith("customize/") and "tiny" in recorded[0].filename
 
 
 @makers
-def test_a_trigger_that_is_cut_off_is_warnings_of(make):
+def test_truncated_triggers_are_reported(make):
     pipe = attached(make)
     (message, *more) = warnings_of(pipe, LONG)
     assert "<rex> is cut off" in message and "write that nearer to its beginning" in message
     assert all("<rex> is cut off" in other for other in more)
     assert warnings_of(pipe, "<rex> " + LONG) == []
-    assert warnings_of(pipe, "in the snow " * 300) == []  # nothing of ours is lost
+    assert warnings_of(pipe, "in the snow " * 300) == []  # no trigger is truncated
 
 
 def test_the_warning_contains_encoder_token_count_and_limit():
     pipe = attached(tiny_flux)
     clip, t5 = pipe.tokenizer, pipe.tokenizer_2
-    found = warnings_of(pipe, LONG, max_sequence_length=40)
-    assert len(found) == 2
+    messages = warnings_of(pipe, LONG, max_sequence_length=40)
+    assert len(messages) == 2
     counts = [len(tokenizer(LONG).input_ids) for tokenizer in (clip, t5)]
     window = clip.model_max_length
-    assert f"has {counts[0]} tokens, of which the text_encoder reads {window}" in found[0]
-    assert f"has {counts[1]} tokens, of which the text_encoder_2 reads 40" in found[1]
-    # Each encoder's own text, and the negative one.
+    assert f"has {counts[0]} tokens, of which the text_encoder reads {window}" in messages[0]
+    assert f"has {counts[1]} tokens, of which the text_encoder_2 reads 40" in messages[1]
+    # The texts of each encoder, and the negative prompt.
     (message,) = warnings_of(pipe, prompt_2=LONG, max_sequence_length=40)
     assert "the text_encoder_2 reads 40" in message
     sd = attached()
@@ -107,7 +107,7 @@ def test_triggers_at_the_last_position_are_not_reported(tokens):
     rex = concept(pipe)
     if tokens == 1:
         info = rex.info.model_copy(update={"num_tokens": 1})
-        rows = {key: own[:1] for key, own in rex.embeddings.items()}
+        rows = {key: value[:1] for key, value in rex.embeddings.items()}
         rex = type(rex)(info, rex.updates, rows)
     pipe.load_custom(rex)
     one = len(pipe.tokenizer("dog ", add_special_tokens=False).input_ids)

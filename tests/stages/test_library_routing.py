@@ -1,4 +1,4 @@
-"""Prompts that take concepts from a library, on real, tiny pipelines."""
+"""Prompts that attach concepts of a library, on tiny pipelines."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def library(tmp_path_factory):
 
 @pytest.fixture
 def copied(library, tmp_path):
-    """One that a test may change."""
+    """A copy of the library that a test may change."""
     return shutil.copytree(library, tmp_path / "copied")
 
 
 def by_name(make, folder, names, prompt):
-    """The picture of a pipeline with just these, loaded by name."""
+    """Draw with exactly these concepts, loaded by name."""
     pipe = make()
     if names:
         pipe.load_custom(*(folder / name for name in names))
@@ -77,10 +77,10 @@ CALLS = [
 
 
 @pytest.mark.parametrize("make", [*MAKERS.values(), tiny_qwen_image], ids=[*MAKERS, "qwen_image"])
-def test_a_prompt_attaches_just_what_it_names(make, tmp_path):
+def test_prompts_attach_exactly_the_named_concepts(make, tmp_path):
     pipe = make()
     fill(tmp_path, pipe)
-    draw(pipe, "a dog")  # what a first call leaves on a pipeline
+    draw(pipe, "a dog")  # the first call sets attributes of the pipeline
     before = everything(pipe)
     pipe.load_custom(library=tmp_path)
     for prompt, names in CALLS:
@@ -92,7 +92,7 @@ def test_a_prompt_attaches_just_what_it_names(make, tmp_path):
     assert "library" not in pipe.custom.reports
 
 
-def test_concepts_that_were_loaded_by_name_stay(library):
+def test_concepts_loaded_by_name_stay_attached(library):
     pipe = tiny_sd().load_custom(library / "tom", library=library, weights=[0.5])
     both = draw(pipe, "<rex> and <tom>")
     assert active(pipe) == ["tom", "rex"]
@@ -101,7 +101,7 @@ def test_concepts_that_were_loaded_by_name_stay(library):
     draw(pipe, "a dog")
     assert active(pipe) == ["tom"] and pipe.custom.rows[0].weight == 0.5
     draw(pipe, "<rex>")
-    pipe.load_custom(library / "rex")  # now it was loaded by name as well
+    pipe.load_custom(library / "rex")  # now also loaded by name
     draw(pipe, "a dog")
     assert active(pipe) == ["tom", "rex"]
     pipe.unload_custom("tom")
@@ -109,12 +109,12 @@ def test_concepts_that_were_loaded_by_name_stay(library):
     assert active(pipe) == ["rex", "tom"]
 
 
-def test_a_weight_makes_a_concept_stay_and_fused_ones_stay_fused(library):
+def test_weighted_concepts_stay_attached_and_fused_ones_stay_fused(library):
     pipe = tiny_sd().load_custom(library / "tom", fuse=True, library=library)
-    found = draw(pipe, "<rex> and <tom>")
+    picture = draw(pipe, "<rex> and <tom>")
     assert [row.mode for row in pipe.custom.rows] == ["fused", "adapter, by the prompt"]
     other = tiny_sd().load_custom(library / "tom", fuse=True).load_custom(library / "rex")
-    assert np.array_equal(found, draw(other, "<rex> and <tom>"))
+    assert np.array_equal(picture, draw(other, "<rex> and <tom>"))
     pipe.load_custom(weights={"rex": 0.5})
     draw(pipe, "<kit>")
     assert [(row.name, row.weight) for row in pipe.custom.rows] == [
@@ -124,7 +124,7 @@ def test_a_weight_makes_a_concept_stay_and_fused_ones_stay_fused(library):
     ]
 
 
-def test_layers_in_a_state_that_takes_no_change_are_told(library):
+def test_disabled_and_fused_layers_raise_errors(library):
     pipe = tiny_sd().load_custom(library=library)
     draw(pipe, "<rex>")
     draw(pipe, "a dog")
@@ -138,7 +138,7 @@ def test_layers_in_a_state_that_takes_no_change_are_told(library):
         draw(pipe, "<tom>")
 
 
-def test_an_adapter_that_someone_removed_comes_back(library):
+def test_removed_adapters_are_attached_again(library):
     pipe = tiny_sd().load_custom(library=library)
     picture = draw(pipe, "<rex>")
     pipe.unload_lora_weights()
@@ -152,7 +152,7 @@ def test_an_adapter_that_someone_removed_comes_back(library):
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "prompts",
     [
         {"prompt": ["a dog", "<rex>"]},
         {"prompt": "a dog", "prompt_2": "<rex>"},
@@ -160,15 +160,15 @@ def test_an_adapter_that_someone_removed_comes_back(library):
         {"prompt": ["a dog"], "negative_prompt_2": ["a <rex> cat"]},
     ],
 )
-def test_all_prompts_of_a_call_are_read(asked, tmp_path):
+def test_all_prompt_arguments_attach_concepts(prompts, tmp_path):
     pipe = tiny_sdxl()
     save_concept(concept(pipe), tmp_path / "rex")
     pipe.load_custom(library=tmp_path)
-    pipe(**asked, num_inference_steps=1, height=32, width=32, output_type="latent")
+    pipe(**prompts, num_inference_steps=1, height=32, width=32, output_type="latent")
     assert active(pipe) == ["rex"]
 
 
-def test_a_batch_is_drawn_with_all_that_its_prompts_name(library):
+def test_a_batch_is_drawn_with_the_concepts_of_all_its_prompts(library):
     call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
 
     def pictures(pipe):
@@ -180,26 +180,26 @@ def test_a_batch_is_drawn_with_all_that_its_prompts_name(library):
     assert np.array_equal(pictures(pipe), pictures(other))
 
 
-def test_a_call_without_prompts_leaves_what_is_attached(library):
+def test_calls_without_prompts_leave_attached_concepts(library):
     pipe = tiny_sd().load_custom(library=library)
     expected = draw(pipe, "<rex>")
-    own, none = pipe.encode_prompt("<rex>", "cpu", 1, True)
+    embeds, negative = pipe.encode_prompt("<rex>", "cpu", 1, True)
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
-    found = pipe(prompt_embeds=own, negative_prompt_embeds=none, generator=noise, **call).images[0]
-    assert active(pipe) == ["rex"] and np.array_equal(found, expected)
+    picture = pipe(
+        prompt_embeds=embeds, negative_prompt_embeds=negative, generator=noise, **call
+    ).images[0]
+    assert active(pipe) == ["rex"] and np.array_equal(picture, expected)
 
 
-def test_the_next_call_with_the_same_does_nothing(library, monkeypatch):
+def test_attached_concepts_are_not_attached_again(library, monkeypatch):
     pipe = tiny_sd().load_custom(library=library)
     draw(pipe, "<rex> and <tom>")
     monkeypatch.setattr(library_routing, "apply_attachments", None)
     draw(pipe, "<tom> and <rex> on the beach")
 
 
-def test_a_set_that_was_drawn_before_is_neither_read_nor_merged_nor_wrapped_anew(
-    library, monkeypatch
-):
+def test_cached_sets_are_not_read_merged_or_wrapped_again(library, monkeypatch):
     pipe = tiny_sd().load_custom(library=library)
     expected = {prompt: draw(pipe, prompt) for prompt, _ in CALLS}
     layers = {name: id(module) for name, module in pipe.unet.named_modules()}
@@ -213,7 +213,7 @@ def test_a_set_that_was_drawn_before_is_neither_read_nor_merged_nor_wrapped_anew
     assert pipe.tokenizer.get_vocab() == vocabulary
 
 
-def test_what_does_not_fit_into_the_cache_is_read_again(library):
+def test_concepts_beyond_the_cache_size_are_read_again(library):
     pipe = tiny_sd()
     size = sum(path.stat().st_size for path in (library / "rex").glob("*.safetensors"))
     pipe.load_custom(library=library, library_cache=f"{1.2 * size / 2**30:.12f}GB")
@@ -225,12 +225,12 @@ def test_what_does_not_fit_into_the_cache_is_read_again(library):
     for prompt, names in CALLS:
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, library, names, prompt))
         assert len(state_of(pipe).update_cache) == 0
-        with pytest.MonkeyPatch.context() as patch:  # what is attached need not be read again
+        with pytest.MonkeyPatch.context() as patch:  # attached concepts are not read again
             patch.setattr(library_routing, "read_sources", None)
             draw(pipe, prompt)
 
 
-def test_a_name_that_nobody_knows_is_refused(library, tmp_path):
+def test_unknown_triggers_are_refused(library, tmp_path):
     pipe = tiny_sd().load_custom(library=library)
     draw(pipe, "<rex>")
     before = everything(pipe)
@@ -242,7 +242,7 @@ def test_a_name_that_nobody_knows_is_refused(library, tmp_path):
         pipe(prompt="a dog", negative_prompt="<zebra>")
     assert active(pipe) == ["rex"]
     assert_same(before, everything(pipe))
-    # No triggers: other signs, and tokens of the vocabulary.
+    # Other characters and tokens of the vocabulary are not triggers.
     draw(pipe, "1 < 2 > 0, <3, <lora:x:0.5>, <|endoftext|>, < rex >, <>")
     (tmp_path / "empty").mkdir()
     pipe.load_custom(library=tmp_path / "empty")
@@ -251,7 +251,7 @@ def test_a_name_that_nobody_knows_is_refused(library, tmp_path):
     draw(pipe, "a dog")
 
 
-def test_tokens_of_others_are_left_to_them(library):
+def test_tokens_of_the_user_are_not_triggers(library):
     pipe = tiny_sd()
     width = pipe.text_encoder.get_input_embeddings().weight.shape[1]
     for token in ("<mine>", "<rex>-style"):
@@ -264,30 +264,30 @@ def test_tokens_of_others_are_left_to_them(library):
     assert active(pipe) == ["rex"]
 
 
-def test_a_lora_is_called_by_its_name_and_the_model_reads_its_words(copied):
+def test_triggers_of_lora_files_are_replaced_by_their_trigger_words(copied):
     words = {"modelspec.trigger_phrase": "red <wc> cup"}
     save_file(user_lora(tiny_sd()), copied / "Water.safetensors", words)
     save_file(user_lora(tiny_sd(), seed=3), copied / "in_blue.safetensors")
     pipe = tiny_sd().load_custom(library=copied)
-    for prompt, source, said in (
+    for prompt, source, replaced in (
         ("a dog, <water>", "Water.safetensors", "a dog, red <wc> cup"),
         ("a <WC> dog", "Water.safetensors", "a <WC> dog"),
         ("a dog <in_blue>", "in_blue.safetensors", "a dog in blue"),
     ):
         other = tiny_sd().load_custom(copied / source)
-        assert np.array_equal(draw(pipe, prompt), draw(other, said)), prompt
+        assert np.array_equal(draw(pipe, prompt), draw(other, replaced)), prompt
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw(pipe, "<rex>, <water>")  # layers that only one of them changes
+        draw(pipe, "<rex>, <water>")  # some layers are changed by one concept only
     assert active(pipe) == ["rex", "water"]
     pipe.unload_custom()
-    # One that was loaded by name keeps its words.
+    # A LoRA loaded by name keeps its trigger words.
     pipe = tiny_sd().load_custom(copied / "Water.safetensors", library=copied)
     draw(pipe, "a <wc> dog")
     assert active(pipe) == ["water"]
 
 
-def test_concepts_of_other_models_are_not_offered(copied):
+def test_concepts_of_other_models_are_refused(copied):
     sdxl = tiny_sdxl()
     save_concept(concept(sdxl, "ann"), copied / "ann")
     save_concept(concept(sdxl, "rex"), copied / "rex-xl")
@@ -309,14 +309,14 @@ def test_concepts_of_other_models_are_not_offered(copied):
         (lambda rex: (rex / "concept.json").write_text("{"), "cannot be read: .* not valid JSON"),
         (lambda rex: (rex / "pytorch_lora_weights.safetensors").unlink(), "missing"),
         (lambda rex: (rex / "learned_embeds.safetensors").write_bytes(b"x" * 99), "damaged"),
-        (lambda rex: _spoil(rex, float("nan")), "NaN"),
+        (lambda rex: _overwrite_entry(rex, float("nan")), "NaN"),
         (lambda rex: shutil.copytree(rex, rex.parent / "rex-2"), "calls 2 concepts .* rex, rex-2"),
         (lambda rex: _lora(rex, 0), "is empty"),
         (lambda rex: _lora(rex, 2, float("nan")), "NaN"),
         (lambda rex: shutil.rmtree(rex), "none of the library's 2 concepts"),
     ],
 )
-def test_what_cannot_be_used_is_refused_and_changes_nothing(copied, spoil, message):
+def test_unusable_concepts_are_refused_and_change_nothing(copied, spoil, message):
     pipe = tiny_sd().load_custom(library=copied)
     picture = draw(pipe, "<tom>")
     before = everything(pipe)
@@ -328,7 +328,7 @@ def test_what_cannot_be_used_is_refused_and_changes_nothing(copied, spoil, messa
     assert np.array_equal(draw(pipe, "<tom>"), picture)
 
 
-def _spoil(rex, value):
+def _overwrite_entry(rex, value):
     path = rex / "pytorch_lora_weights.safetensors"
     tensors = load_file(path)
     next(iter(tensors.values()))[0, 0] = value
@@ -346,20 +346,20 @@ def _lora(rex, rank, value=1.0):
     save_file(tensors, rex.parent / "rex.safetensors")
 
 
-def test_files_that_change_between_calls_are_seen(copied):
+def test_changed_files_are_read_again(copied):
     pipe = tiny_sd().load_custom(library=copied)
     draw(pipe, "<rex> and <tom>")
     shutil.rmtree(copied / "rex")
     save_concept(concept(pipe, "rex", index=2), copied / "rex.safetensors")
-    found = draw(pipe, "<rex>")
+    picture = draw(pipe, "<rex>")
     other = tiny_sd().load_custom(copied / "rex.safetensors")
-    assert np.array_equal(found, draw(other, "<rex>"))
+    assert np.array_equal(picture, draw(other, "<rex>"))
     save_concept(concept(pipe, "new", index=1), copied / "new")
     draw(pipe, "<new>")
     assert active(pipe) == ["new"]
 
 
-def test_sets_are_fused_where_all_have_records(copied):
+def test_sets_with_recorded_inputs_are_fused(copied):
     recording = tiny_sd()
     for name in NAMES:
         made = customize.record_inputs(recording, copied / name, ["a photo of {}"])
@@ -376,14 +376,14 @@ def test_sets_are_fused_where_all_have_records(copied):
     assert pipe.custom.merge == "sum"
 
 
-def test_records_that_were_made_by_drawing_are_made_once(library, monkeypatch):
+def test_inputs_are_recorded_once_per_concept(library, monkeypatch):
     pipe = tiny_sd().load_custom(library / "kit", library=library, merge="fusion")
     drawn_for = []
     real = customize.pipeline.merge_plan.record_concepts
 
-    def counted(family, state, concepts, *rest):
-        drawn_for.extend(each.info.name for each in concepts)
-        return real(family, state, concepts, *rest)
+    def counted(family, state, concepts, *arguments):
+        drawn_for.extend(concept.info.name for concept in concepts)
+        return real(family, state, concepts, *arguments)
 
     monkeypatch.setattr("customize.pipeline.merge_plan.record_concepts", counted)
     for prompt in ("<rex>", "a dog", "<tom>", "<rex>", "<rex> and <tom>"):
@@ -391,7 +391,7 @@ def test_records_that_were_made_by_drawing_are_made_once(library, monkeypatch):
     assert sorted(drawn_for) == ["kit", "rex", "tom"]
 
 
-def test_modular_pipelines_have_it_too(tmp_path):
+def test_modular_pipelines_use_libraries(tmp_path):
     pipe = tiny_sdxl()
     fill(tmp_path, pipe)
     blocks = modular(pipe).load_custom(library=tmp_path)
@@ -411,7 +411,7 @@ def test_modular_pipelines_have_it_too(tmp_path):
     assert type(blocks).__call__ is type(modular(tiny_sdxl())).__call__
 
 
-def test_pipelines_of_the_same_parts_share_it(library):
+def test_pipelines_with_shared_components_share_the_library(library):
     pipe = tiny_sd().load_custom(library=library)
     other = StableDiffusionImg2ImgPipeline(**pipe.components).load_custom()
     assert other.custom.reports == pipe.custom.reports
@@ -425,7 +425,7 @@ def test_pipelines_of_the_same_parts_share_it(library):
     assert draw(pipe, "<rex>") is not None and active(pipe) == []
 
 
-def test_it_is_shown_and_saving_is_refused(library, tmp_path):
+def test_the_library_is_reported_and_saving_is_refused(library, tmp_path):
     pipe = tiny_sd().load_custom(library=library)
     draw(pipe, "<rex> and <kit>")
     text = repr(pipe.custom)
@@ -438,7 +438,7 @@ def test_it_is_shown_and_saving_is_refused(library, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
 
 
-def test_a_library_that_is_none_changes_nothing(library, tmp_path):
+def test_invalid_libraries_are_refused_and_change_nothing(library, tmp_path):
     pipe = tiny_sd().load_custom(library / "rex")
     before = everything(pipe)
     for arguments, message in (
@@ -456,7 +456,7 @@ def test_a_library_that_is_none_changes_nothing(library, tmp_path):
 @pytest.mark.parametrize(
     "step", ["concepts.adapter.replace_factors", "pipeline.set_tokens.add_tokens"]
 )
-def test_a_failure_in_the_middle_of_a_call_is_undone(library, step, monkeypatch):
+def test_failed_calls_are_rolled_back(library, step, monkeypatch):
     pipe = tiny_sd().load_custom(library=library)
     picture = draw(pipe, "<rex>")
     before = everything(pipe)
@@ -475,7 +475,7 @@ def test_a_failure_in_the_middle_of_a_call_is_undone(library, step, monkeypatch)
 
 @pytest.mark.parametrize("has_library", [True, False])
 @pytest.mark.parametrize("step", ["set_tokens.add_tokens", "attach.set_state"])
-def test_a_failure_while_loading_restores_the_library_before(
+def test_failed_loading_restores_the_previous_library(
     library, copied, step, has_library, monkeypatch
 ):
     pipe = tiny_sd()
@@ -503,23 +503,23 @@ def test_a_failure_while_loading_restores_the_library_before(
         assert np.array_equal(draw(pipe, "<rex>"), picture)
     else:
         assert get_state(pipe) is None and not pipe.custom.reports
-    if not has_library or step == "set_tokens.add_tokens":  # tokens of a library's calls stay
+    if not has_library or step == "set_tokens.add_tokens":  # tokens of a library remain
         assert_same(before, everything(pipe))
 
 
-def test_it_works_in_half_precision_and_in_inference_mode(library):
+def test_half_precision_and_inference_mode(library):
     pipe = tiny_sd().to(torch.bfloat16).load_custom(library=library)
     other = tiny_sd().to(torch.bfloat16).load_custom(library / "tom")
     with torch.inference_mode():
         draw(pipe, "<rex>")
-        found = draw(pipe, "<tom>")
-    assert np.array_equal(found, draw(other, "<tom>"))
+        picture = draw(pipe, "<tom>")
+    assert np.array_equal(picture, draw(other, "<tom>"))
     pipe.to(torch.float32)
     draw(pipe, "<rex>")
     assert all(p.dtype == torch.float32 for p in pipe.unet.parameters())
 
 
-def test_layerwise_tokens_come_and_go_with_their_concept(copied):
+def test_layerwise_embeddings_are_added_and_removed_with_their_concept(copied):
     plain = concept(tiny_sd(), "lay", index=3)
     layers = len(layers_with_embeddings(family_of(tiny_sd().components)))
     noise = torch.Generator().manual_seed(0)
@@ -534,10 +534,10 @@ def test_layerwise_tokens_come_and_go_with_their_concept(copied):
         assert np.array_equal(draw(pipe, prompt), by_name(tiny_sd, copied, names, prompt))
 
 
-def _in_use():
+def _tensor_memory():
     gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, torch.Tensor)]
-    return len(tensors), sum(each.nbytes for each in tensors)
+    tensors = [tensor for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
+    return len(tensors), sum(tensor.nbytes for tensor in tensors)
 
 
 def switch(pipe, number):
@@ -547,7 +547,7 @@ def switch(pipe, number):
 
 
 @pytest.mark.slow
-def test_a_thousand_libraries_that_come_and_go_leave_memory_as_it_was(library):
+def test_memory_is_constant_over_1000_library_loads(library):
     pipe = tiny_sd()
 
     def cycle(number):
@@ -557,27 +557,27 @@ def test_a_thousand_libraries_that_come_and_go_leave_memory_as_it_was(library):
 
     for number in range(6):
         cycle(number)
-    before = _in_use()
+    before = _tensor_memory()
     for number in range(1000):
         cycle(number)
-    assert _in_use() == before
+    assert _tensor_memory() == before
 
 
 @pytest.mark.slow
-def test_a_thousand_switches_leave_memory_as_it_was(library):
+def test_memory_is_constant_over_1000_concept_switches(library):
     pipe = tiny_sd()
     size = sum(path.stat().st_size for path in (library / "rex").glob("*.safetensors"))
-    # Room for one and a half, so that each is read again.
+    # The cache fits one and a half concepts, so each is read again.
     pipe.load_custom(library=library, library_cache=f"{1.5 * size / 2**30:.12f}GB")
     for number in range(6):
         switch(pipe, number)
-    before = _in_use()
+    before = _tensor_memory()
     for number in range(1002):
         switch(pipe, number)
-    assert _in_use() == before
+    assert _tensor_memory() == before
 
 
-def test_unused_factors_do_not_stay(library):
+def test_unused_factors_are_freed(library):
     pipe = tiny_sd().load_custom(library=library)
     draw(pipe, "<rex>")
     draw(pipe, "a dog")

@@ -31,9 +31,9 @@ def draw(pipe, prompt=PROMPT, seeds=(1,), **call):
     return drawn(pipe, prompt, generator=noise, **size | call)
 
 
-def alike(found, expected):
+def alike(result, expected):
     """But for rounding: encoding several prompts at a time adds up in another order."""
-    return torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    return torch.allclose(result, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_the_signature_of_calls_has_regions():
@@ -81,7 +81,7 @@ def test_bootstrapping_hides_other_regions_at_high_noise_levels():
         seen.append(output[0])
 
     def first_two(left):
-        """The denoiser's first two answers of latents that differ in their left half."""
+        """Return the first two predictions for latents that differ in their left half."""
         seen.clear()
         noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
         noise[..., :8] *= left
@@ -89,7 +89,7 @@ def test_bootstrapping_hides_other_regions_at_high_noise_levels():
         return list(seen)
 
     handle = pipe.unet.register_forward_hook(note, with_kwargs=True)
-    # The noise that stands for the left half is of the picture's mean and deviation.
+    # The noise in place of the left half has the latents' mean and deviation.
     first, second = first_two(1.0), first_two(-1.0)
     handle.remove()
     assert len(first) == len(second) == 2
@@ -102,8 +102,8 @@ def test_bootstrapping_hides_other_regions_at_high_noise_levels():
 def test_a_region_of_the_whole_image_equals_the_plain_call():
     pipe = attached()
     prompt = "a photo of <rex> on the beach"
-    found = draw(pipe, prompt, regions={"<rex>": (0, 0, 1, 1)})
-    assert alike(found, draw(pipe, prompt))
+    image = draw(pipe, prompt, regions={"<rex>": (0, 0, 1, 1)})
+    assert alike(image, draw(pipe, prompt))
 
 
 def test_keys_may_be_concept_names_and_later_regions_cover_earlier_ones():
@@ -120,19 +120,19 @@ def test_keys_may_be_concept_names_and_later_regions_cover_earlier_ones():
 
 def test_masks_of_all_types_and_sizes_are_equivalent():
     pipe = attached()
-    asked = draw(pipe, regions={"<rex>": LEFT_MASK})
+    expected = draw(pipe, regions={"<rex>": LEFT_MASK})
     array = np.zeros((30, 40), dtype=bool)
     array[:, :20] = True
     image = Image.fromarray(array)
     for mask in (array, image, image.convert("L"), torch.from_numpy(array), array.astype(float)):
-        assert torch.equal(draw(pipe, regions={"<rex>": mask}), asked)
+        assert torch.equal(draw(pipe, regions={"<rex>": mask}), expected)
 
 
 def test_batches_equal_single_calls():
     pipe = attached()
     other = "a blue cup and <rex> in the forest"
     regions = [REGIONS, {"blue cup": (0.2, 0.2, 0.6, 0.9)}]
-    found = draw(
+    images = draw(
         pipe, [PROMPT, other], seeds=(1, 2, 3, 4), num_images_per_prompt=2, regions=regions
     )
     alone = [
@@ -140,7 +140,7 @@ def test_batches_equal_single_calls():
         for k, prompt in enumerate((PROMPT, other))
         for n in range(2)
     ]
-    assert alike(found, torch.cat(alone))
+    assert alike(images, torch.cat(alone))
     both = draw(pipe, [PROMPT, PROMPT], seeds=(1, 2), regions=REGIONS)
     assert alike(both[:1], alone[0])
 
@@ -150,8 +150,8 @@ def test_negative_prompts_equal_to_the_prompt_are_drawn_by_regions():
     other = "a blue cup and <rex> in the forest"
     regions = [REGIONS, {"blue cup": (0.2, 0.2, 0.6, 0.9)}]
     prompts, call = [PROMPT, other], {"seeds": (1, 2), "regions": regions}
-    found = draw(pipe, prompts, negative_prompt=prompts, guidance_scale=5.0, **call)
-    assert alike(found, draw(pipe, prompts, guidance_scale=1.0, **call))
+    images = draw(pipe, prompts, negative_prompt=prompts, guidance_scale=5.0, **call)
+    assert alike(images, draw(pipe, prompts, guidance_scale=1.0, **call))
 
 
 def test_rows_of_the_empty_prompt_are_predicted_once_and_unchanged():
@@ -165,18 +165,18 @@ def test_rows_of_the_empty_prompt_are_predicted_once_and_unchanged():
     draw(pipe, num_inference_steps=1)
     (plain,) = words
     words.clear()
-    forward, asked = pipe.unet.forward, []
+    forward, inputs = pipe.unet.forward, []
     pipe.unet.forward = lambda *args, **kwargs: (
-        asked.append(kwargs["encoder_hidden_states"]) or forward(*args, **kwargs)
+        inputs.append(kwargs["encoder_hidden_states"]) or forward(*args, **kwargs)
     )
     draw(pipe, num_inference_steps=1, regions=REGIONS)
     del pipe.unet.forward
     handle.remove()
     # The halves leave nothing to the background: one call with both, and one for the other region.
-    assert [len(each) for each in asked] == [2, 1]
-    assert torch.equal(asked[0][0], plain[0])
-    assert not torch.allclose(asked[0][1], plain[1], atol=1e-3)
-    assert not torch.allclose(asked[1][0], asked[0][1], atol=1e-3)
+    assert [len(batch) for batch in inputs] == [2, 1]
+    assert torch.equal(inputs[0][0], plain[0])
+    assert not torch.allclose(inputs[0][1], plain[1], atol=1e-3)
+    assert not torch.allclose(inputs[1][0], inputs[0][1], atol=1e-3)
 
 
 @pytest.mark.parametrize("layers", [False, True], ids=["plain", "layerwise"])
@@ -202,10 +202,10 @@ def test_modular_pipelines_draw_by_regions(make):
     pipe = attached(make)
     standard = draw(pipe, regions=REGIONS, output_type="np")
     other = modular(pipe).load_custom()
-    found = draw(other, regions=REGIONS, output_type="np")
-    assert not np.allclose(found, draw(other, output_type="np"), atol=1e-3)
+    image = draw(other, regions=REGIONS, output_type="np")
+    assert not np.allclose(image, draw(other, output_type="np"), atol=1e-3)
     if make is tiny_flux:  # the others are guided in another way than the standard pipelines
-        assert np.allclose(found, standard, atol=1e-4)
+        assert np.allclose(image, standard, atol=1e-4)
         return
     red = draw(other, regions=MASKS, num_inference_steps=1)
     blue = {"<rex>": LEFT_MASK, "blue hat": 1 - LEFT_MASK}
@@ -233,11 +233,11 @@ def test_other_pipelines_of_the_same_models():
 
 def test_a_compiled_denoiser_draws_by_regions_or_is_refused():
     pipe = attached()
-    asked = draw(pipe, regions=REGIONS)
+    expected = draw(pipe, regions=REGIONS)
     unet = pipe.unet
     pipe.unet = torch.compile(unet, backend="eager")
-    assert alike(draw(pipe, regions=REGIONS), asked)
-    assert alike(draw(pipe, regions=REGIONS), asked)  # compiled by now
+    assert alike(draw(pipe, regions=REGIONS), expected)
+    assert alike(draw(pipe, regions=REGIONS), expected)  # already compiled
     pipe.unet = unet
     unet.compile(backend="eager")
     with pytest.raises(PipelineError, match=r"compiled in place.*torch\.compile"):
@@ -246,10 +246,10 @@ def test_a_compiled_denoiser_draws_by_regions_or_is_refused():
 
 def test_offloaded_models_give_the_same_image():
     pipe = attached()
-    asked = draw(pipe, regions=REGIONS)
+    expected = draw(pipe, regions=REGIONS)
     for part in (pipe.text_encoder, pipe.unet, pipe.vae):
         cpu_offload_with_hook(part, torch.device("cpu"))
-    assert torch.equal(draw(pipe, regions=REGIONS), asked)
+    assert torch.equal(draw(pipe, regions=REGIONS), expected)
     for part in (pipe.text_encoder, pipe.unet, pipe.vae):
         remove_hook_from_module(part)
     cpu_offload(pipe.text_encoder, torch.device("cpu"))
@@ -273,16 +273,16 @@ def test_denoisers_with_an_enabled_cache_are_refused():
 
 def test_arguments_that_a_denoiser_pops_are_passed_to_every_region():
     pipe = attached(tiny_flux)
-    forward, found = pipe.transformer.forward, []
+    forward, popped = pipe.transformer.forward, []
 
     def taking(*args, joint_attention_kwargs, **kwargs):
-        found.append(joint_attention_kwargs.pop("mine"))
+        popped.append(joint_attention_kwargs.pop("mine"))
         return forward(*args, joint_attention_kwargs=joint_attention_kwargs, **kwargs)
 
     pipe.transformer.forward = taking
     call = {"joint_attention_kwargs": {"mine": 1}, "num_inference_steps": 1}
     draw(pipe, regions=REGIONS, **call)
-    assert found == [1, 1]
+    assert popped == [1, 1]
 
 
 def test_prompts_that_the_pipeline_encodes_differently_are_refused():

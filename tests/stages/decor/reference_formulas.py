@@ -1,4 +1,4 @@
-"""What the denoiser reads of a prompt, and DECOR's formulas in another implementation."""
+"""Inputs of the denoiser's attention, and an independent implementation of DECOR's formulas."""
 
 from __future__ import annotations
 
@@ -25,27 +25,26 @@ def draw(pipe, prompt=PROMPT, seeds=(1,), **call):
 
 
 def read(pipe, prompt=PROMPT, **call):
-    """What the denoiser reads of the words at its first step, and what one layer answers."""
+    """Return the text input and output of one value projection at the first step, and the layer."""
     family = family_of(pipe.components)
     (name, *_) = family.cross_attention_layers()
     layer = pipe.unet.get_submodule(f"{name}.to_v")
-    found = []
-    handle = layer.register_forward_hook(lambda _, args, output: found.append((args[0], output)))
+    calls = []
+    handle = layer.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
     draw(pipe, prompt, num_inference_steps=1, **call)
     handle.remove()
-    return (*found[0], layer)
+    return (*calls[0], layer)
 
 
 def words_of(pipe, text):
-    """The embeddings of a text's own words: (words, width)."""
+    """Return the embeddings of a text's words: (words, width)."""
     with torch.no_grad():
-        found = family_of(pipe.components).encode_prompts([text])["prompt_embeds"][0]
-    return found[1 : 1 + len(pipe.tokenizer(text, add_special_tokens=False).input_ids)]
+        embeddings = family_of(pipe.components).encode_prompts([text])["prompt_embeds"][0]
+    return embeddings[1 : 1 + len(pipe.tokenizer(text, add_special_tokens=False).input_ids)]
 
 
 def values_of(pipe, base, phrases=PHRASES):
-    """What a layer of the base answers to the words of phrases, in the mean of alone and behind a
-    class word."""
+    """Return a base layer's values of phrases, averaged over the phrase alone and after a class."""
     start = "a photo of a dog "
     skipped = len(words_of(pipe, start))
     rows = [(words_of(pipe, o) + words_of(pipe, start + o)[skipped:]) / 2 for o in phrases]
@@ -54,22 +53,22 @@ def values_of(pipe, base, phrases=PHRASES):
 
 
 def without(rows, unwanted, strength=1.0):
-    """The formula, written down once more."""
+    """Apply DECOR's formula."""
     right = svd(unwanted, full_matrices=False)[2]
     return rows - strength * rows @ right.T @ right
 
 
 def colour_directions(pipe, base, heads=2):
-    """The directions in which a layer's values of colours differ, for each head: (5, width)."""
+    """Return the directions in which values of colours differ, for each head: (5, width)."""
     rows = torch.stack([words_of(pipe, colour).mean(0) for colour in COLOURS])
     with torch.no_grad():
         values = base(rows)
-    # The last direction is what all colours have in common.
+    # The last direction is common to all colours.
     return [svd(v - v.mean(0))[2][: len(COLOURS) - 1] for v in values.chunk(heads, -1)]
 
 
 def cleaned_update(pipe, base, update, phrases=PHRASES, strength=1.0, by_confidence=True):
-    """A layer's update (words, width) with the unwanted phrases projected out of it."""
+    """Project unwanted phrases out of a layer's update (words, width)."""
     cleaned = []
     parts = update.chunk(2, -1), values_of(pipe, base, phrases).chunk(2, -1)
     for rows, unwanted, colours in zip(*parts, colour_directions(pipe, base), strict=True):
@@ -84,5 +83,5 @@ def cleaned_update(pipe, base, update, phrases=PHRASES, strength=1.0, by_confide
     return torch.cat(cleaned, -1)
 
 
-def alike(found, expected):
-    return torch.allclose(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+def alike(result, expected):
+    return torch.allclose(result, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))

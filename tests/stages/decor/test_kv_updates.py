@@ -67,17 +67,17 @@ def test_concepts_keep_their_colours():
 def test_keys_are_cleaned_with_a_fraction_of_the_strength():
     pipe = attached()
     (name, *_) = family_of(pipe.components).cross_attention_layers()
-    found = []
+    outputs = []
     for part in ("to_k", "to_v"):
         pipe.unet.get_submodule(f"{name}.{part}").register_forward_hook(
-            lambda _, args, output, part=part: found.append((part, output[1].clone()))
+            lambda _, args, output, part=part: outputs.append((part, output[1].clone()))
         )
 
     def answers(avoid, **settings):
-        found.clear()
+        outputs.clear()
         pipe.load_custom(customize.Decor(avoid, strength=1.0, **VALUES_ONLY | settings))
         draw(pipe, num_inference_steps=1)
-        return dict(found)
+        return dict(outputs)
 
     plain, values, half = answers(None), answers(AVOID), answers(AVOID, keys=0.5)
     whole = answers(AVOID, keys=1.0)
@@ -95,10 +95,10 @@ def test_layers_compute_again_where_adapters_change_during_a_call():
     answers = []
     layer.register_forward_hook(lambda _, args, output: answers.append(output.clone()))
 
-    def change(pipe, step, timestep, given):
+    def change(pipe, step, timestep, arguments):
         if step == 1:
             pipe.set_adapters(["customize"], [0.5])
-        return given
+        return arguments
 
     draw(pipe, avoid=AVOID, num_inference_steps=4, callback_on_step_end=change)
     first, second, third, last = answers
@@ -111,7 +111,7 @@ def test_fused_compiled_and_missing_updates_are_refused():
     fused = tiny_sd()
     fused.load_custom(concept(fused), fuse=True)
     plain = draw(fused)
-    assert not torch.equal(draw(fused, avoid=AVOID), plain)  # the prompt
+    assert not torch.equal(draw(fused, avoid=AVOID), plain)  # the prompt is cleaned instead
     for make, why in ((lambda: fused, "no unfused concept"), (tiny_flux, "family flux")):
         pipe = make().load_custom(customize.Decor(AVOID, target="concepts"))
         with pytest.raises(PipelineError, match=f'{why}.*target="prompt"'):
@@ -125,7 +125,7 @@ def test_fused_compiled_and_missing_updates_are_refused():
 def test_phrases_that_fit_only_alone_are_encoded_alone():
     pipe = attached()
     family = family_of(pipe.components)
-    phrase = "red hat " * 10  # too long behind "a photo of a dog"
+    phrase = "red hat " * 10  # too long after "a photo of a dog"
     cleaner = UpdateCleaner(family, get_state(family), [phrase, "hat"], [""], [], 0.25)
     assert torch.equal(cleaner.phrase_rows[phrase], words_of(pipe, phrase))
     assert not torch.equal(cleaner.phrase_rows["hat"], words_of(pipe, "hat"))

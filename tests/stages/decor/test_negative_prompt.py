@@ -1,4 +1,4 @@
-"""What is not wanted, named in negative prompts, and what concepts add to these."""
+"""Unwanted phrases in negative prompts, which concepts do not adapt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def encoded(pipe, text):
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
 @pytest.mark.parametrize(
-    ("own", "read_instead"),
+    ("negative", "expected"),
     [
         (None, NAMED),
         ("a blurry dog", f"a blurry dog, {NAMED}"),
@@ -31,25 +31,25 @@ def encoded(pipe, text):
     ],
     ids=["none", "another", "one of them"],
 )
-def test_unwanted_phrases_are_appended_to_negative_prompts(make, own, read_instead):
+def test_unwanted_phrases_are_appended_to_negative_prompts(make, negative, expected):
     pipe = attached(make)
-    call = {} if own is None else {"negative_prompt": own}
+    call = {} if negative is None else {"negative_prompt": negative}
     (words, answer, layer) = read(pipe, avoid=AVOID, **call)
-    assert alike(words[0], encoded(pipe, read_instead))
-    # Nothing is added to what it says.
+    assert alike(words[0], encoded(pipe, expected))
+    # The concept does not adapt the negative prompt.
     with torch.no_grad():
-        said = layer.get_base_layer()(words)
-    assert alike(answer[0], said[0]) and not alike(answer[1], said[1])
-    kept = customize.Decor(negative="keep")
-    (words, answer, _) = read(pipe.load_custom(kept), avoid=AVOID, **call)
+        base_values = layer.get_base_layer()(words)
+    assert alike(answer[0], base_values[0]) and not alike(answer[1], base_values[1])
+    settings = customize.Decor(negative="keep")
+    (words, answer, _) = read(pipe.load_custom(settings), avoid=AVOID, **call)
     (before, plain, _) = read(pipe, **call)
     assert torch.equal(words[0], before[0]) and torch.equal(answer[0], plain[0])
 
 
 def test_the_image_is_that_of_a_negative_prompt_without_the_concept():
-    # At no strength that matters, naming is all that is left.
+    # At a negligible strength only the negative prompt has an effect.
     pipe = attached().load_custom(customize.Decor(strength=1e-9))
-    found = draw(pipe, avoid=AVOID)
+    image = draw(pipe, avoid=AVOID)
     names = family_of(pipe.components).cross_attention_layers()
     handles = [
         pipe.unet.get_submodule(f"{name}.{part}")
@@ -58,10 +58,10 @@ def test_the_image_is_that_of_a_negative_prompt_without_the_concept():
         for name in names
         for part in ("to_k", "to_v")
     ]
-    assert alike(found, draw(pipe, negative_prompt=NAMED))
+    assert alike(image, draw(pipe, negative_prompt=NAMED))
     for handle in handles:
         handle.remove()
-    assert not alike(found, draw(pipe, negative_prompt=NAMED))
+    assert not alike(image, draw(pipe, negative_prompt=NAMED))
 
 
 def test_prompts_of_a_batch_have_separate_negative_prompts():
@@ -71,11 +71,11 @@ def test_prompts_of_a_batch_have_separate_negative_prompts():
         warnings.simplefilter("ignore")
         (words, answer, layer) = read(pipe, prompts, seeds=(1, 2, 3), avoid=AVOID)
         (_, plain, _) = read(pipe, prompts, seeds=(1, 2, 3))
-    wanted = [NAMED, "striped cup", ""]
-    assert all(alike(o, encoded(pipe, text)) for o, text in zip(words, wanted, strict=False))
+    expected = [NAMED, "striped cup", ""]
+    assert all(alike(o, encoded(pipe, text)) for o, text in zip(words, expected, strict=False))
     with torch.no_grad():
-        said = layer.get_base_layer()(words)
-    assert [alike(answer[k], said[k]) for k in range(6)] == [True, True, *[False] * 4]
+        base_values = layer.get_base_layer()(words)
+    assert [alike(answer[k], base_values[k]) for k in range(6)] == [True, True, *[False] * 4]
     assert torch.equal(answer[2], plain[2]) and torch.equal(answer[5], plain[5])
 
 
@@ -89,9 +89,9 @@ def test_negative_prompts_that_name_the_concept_are_adapted():
 
 def test_negative_embeddings_are_unchanged():
     pipe = attached()
-    given = encoded(pipe, "a dog")[None]
-    words = read(pipe, avoid=AVOID, negative_prompt_embeds=given)[0]
-    assert alike(words[0], given[0])
+    embeddings = encoded(pipe, "a dog")[None]
+    words = read(pipe, avoid=AVOID, negative_prompt_embeds=embeddings)[0]
+    assert alike(words[0], embeddings[0])
 
 
 def test_lists_of_different_lengths_raise_the_pipelines_error():
@@ -111,7 +111,7 @@ def test_adding_phrases_does_not_enable_true_guidance():
 
 def test_modular_pipelines_extend_negative_prompts():
     pipe = modular(attached(tiny_sdxl)).load_custom()
-    found = draw(pipe, output_type="np", avoid=AVOID)
+    extended = draw(pipe, output_type="np", avoid=AVOID)
     pipe.load_custom(customize.Decor(negative="keep"))
-    kept = draw(pipe, output_type="np", avoid=AVOID)
-    assert abs(found - kept).max() > 1e-3
+    unchanged = draw(pipe, output_type="np", avoid=AVOID)
+    assert abs(extended - unchanged).max() > 1e-3

@@ -110,14 +110,14 @@ def test_the_picture_is_the_standard_pipelines(case: Case, fuse: bool) -> None:
     rex, tom = concept(standard), concept(standard, "tom", index=1)
     bare = draw(guided(pipe, case, None))
     assert np.array_equal(bare, draw(standard, **case.plain))
-    for each in (standard, pipe):
-        assert each.load_custom(rex, tom, weights=[1.0, 0.5], fuse=fuse) is each
+    for loaded in (standard, pipe):
+        assert loaded.load_custom(rex, tom, weights=[1.0, 0.5], fuse=fuse) is loaded
     assert pipe.custom.rows == standard.custom.rows
     picture = draw(pipe)
     assert np.abs(picture - bare).max() > 0.01
     assert np.array_equal(picture, draw(standard, **case.plain))
     assert case.guided is not None
-    negative = {key: own for key, own in case.guided.items() if key == "negative_prompt"}
+    negative = {key: text for key, text in case.guided.items() if key == "negative_prompt"}
     np.testing.assert_allclose(  # the two guide in one call of the denoiser, or in two
         draw(guided(pipe, case, SCALE), **negative), draw(standard, **case.guided), atol=1e-5
     )
@@ -292,8 +292,8 @@ def test_a_manager_that_offloads_stays_on(case: Case, fuse: bool) -> None:
     ]
     assert np.array_equal(draw(pipe), bare)
     before = everything(pipe)
-    for each in (pipe, plain):
-        each.load_custom(rex, fuse=fuse)
+    for customized in (pipe, plain):
+        customized.load_custom(rex, fuse=fuse)
     assert np.array_equal(draw(pipe), draw(plain))
     pipe.load_custom(weights={"rex": 0.5})
     assert hooks and all(hook.model._hf_hook is hook.hook for hook in hooks)
@@ -328,12 +328,12 @@ def test_a_pipeline_of_the_text_steps_alone_follows_the_whole_one() -> None:
         text.load_custom(rex)
     assert text.custom.rows == ()
     pipe.load_custom(rex)
-    given = text(prompt=PROMPT)
-    found = family_of(pipe.components).encode_prompts([PROMPT])
-    for name, value in found.items():
-        assert torch.equal(given.get(name), value)
+    state = text(prompt=PROMPT)
+    expected = family_of(pipe.components).encode_prompts([PROMPT])
+    for name, value in expected.items():
+        assert torch.equal(state.get(name), value)
     pipe.unload_custom()
-    assert not torch.equal(text(prompt=PROMPT, output="prompt_embeds"), given.prompt_embeds)
+    assert not torch.equal(text(prompt=PROMPT, output="prompt_embeds"), state.prompt_embeds)
 
 
 def test_weights_that_are_not_loaded_yet_are_asked_for() -> None:
@@ -365,6 +365,6 @@ def test_what_is_saved_with_fused_concepts_opens_again(case: Case, tmp_path) -> 
     for dictionary in parts:
         assert {"<rex>", "<rex>_1"} <= dictionary.tokenizer.get_vocab().keys()
     key = family_of(pipe.components).denoiser_key
-    ours, theirs = (getattr(each, key).state_dict() for each in (pipe, again))
+    ours, theirs = (getattr(saved, key).state_dict() for saved in (pipe, again))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -66,7 +66,7 @@ def test_the_same_again_changes_nothing_and_other_weights_do(
     changes: list[Any] = []
     change = attach.apply_attachments
     monkeypatch.setattr(
-        attach, "apply_attachments", lambda *given: (changes.append(given), change(*given))
+        attach, "apply_attachments", lambda *args: (changes.append(args), change(*args))
     )
     calls: list[tuple[dict[str, Any], int, list[tuple[str, float, str]]]] = [
         ({}, 0, [("rex", 1.0, "fused")]),
@@ -83,11 +83,11 @@ def test_the_same_again_changes_nothing_and_other_weights_do(
             [("tom", 1.0, "adapter"), ("rex", 1.0, "fused")],
         ),
     ]
-    for given, count, rows in calls:
-        draw(pipe, **given)
+    for arguments, count, rows in calls:
+        draw(pipe, **arguments)
         assert len(changes) == count
-        found = [(row.name, row.weight, row.mode) for row in pipe.custom.rows]
-        assert found == rows or not rows
+        attached = [(row.name, row.weight, row.mode) for row in pipe.custom.rows]
+        assert attached == rows or not rows
     pipe.unet.delete_adapters("customize")
     draw(pipe, concepts=[tom, rex])
     assert pipe.custom.rows[0].mode == "adapter"
@@ -107,9 +107,9 @@ def test_what_cannot_be_attached_stops_the_call_and_changes_nothing() -> None:
         ({"concepts": [rex], "concept_weights": [1.0, 2.0]}, ConfigError, "2 weights"),
         ({"concept_weights": [1.0]}, ConfigError, "weights are given without concepts"),
     ]
-    for given, kind, says in wrong:
-        with pytest.raises(kind, match=rf"{says}.*Fix: "):
-            draw(pipe, **given)
+    for arguments, kind, message in wrong:
+        with pytest.raises(kind, match=rf"{message}.*Fix: "):
+            draw(pipe, **arguments)
         assert_same(before, everything(pipe))
 
 
@@ -121,7 +121,7 @@ def test_triggers_are_looked_for_among_the_concepts_of_the_call() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             draw(pipe, **call)
-        return [str(each.message) for each in caught if "trigger" in str(each.message)]
+        return [str(warning.message) for warning in caught if "trigger" in str(warning.message)]
 
     assert warned(concepts=[rex], prompt="a photo of <rex>") == []
     assert warned(prompt="a photo of <rex>") == []

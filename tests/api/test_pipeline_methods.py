@@ -82,9 +82,9 @@ def _overhead() -> float:
     """Seconds that `import customize` takes after `import diffusers`."""
     command = [sys.executable, "-X", "importtime", "-c", "import diffusers, customize"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    found = re.search(r"\| +(\d+) \| customize$", done.stderr, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 1e6
+    match = re.search(r"\| +(\d+) \| customize$", done.stderr, re.MULTILINE)
+    assert match is not None
+    return int(match[1]) / 1e6
 
 
 def test_the_public_names_are_exported():

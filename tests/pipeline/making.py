@@ -35,7 +35,7 @@ def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> 
     generator = torch.Generator().manual_seed(seed)
     components = [*family.denoisers, *family.text_encoders]
     targets = {component: family.adapter_targets(component) for component in components}
-    widths = {shape[1] for own in targets.values() for shape in own.values()}
+    widths = {shape[1] for shapes in targets.values() for shape in shapes.values()}
     columns = slice_columns(widths, 2, index=index, name=name)
     facts: dict[str, Any] = {
         "name": name,
@@ -47,7 +47,7 @@ def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> 
         "basis": BasisInfo(),
         "rank": 2,
         "alpha": 4.0,
-        "slices": {str(width): list(own) for width, own in columns.items()},
+        "slices": {str(width): list(indices) for width, indices in columns.items()},
         "num_tokens": 2 if family.token_dictionaries() else 0,
     }
     info = ConceptInfo(**facts | changes)
@@ -57,8 +57,8 @@ def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> 
         return LowRank(0.2 * torch.randn(out, 2, generator=generator), down, info.scale)
 
     products = {
-        component: {module: update(*shape) for module, shape in own.items()}
-        for component, own in targets.items()
+        component: {module: update(*shape) for module, shape in shapes.items()}
+        for component, shapes in targets.items()
     }
     rows = {
         dictionary.key: torch.randn(2, table(dictionary.text_encoder).shape[1], generator=generator)
@@ -77,12 +77,12 @@ def draw(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
     return drawn(pipe, prompt, generator=noise, **call)[0]
 
 
-def modular(pipe: Any, without: Sequence[str] = (), **given: Any) -> Any:
+def modular(pipe: Any, without: Sequence[str] = (), **arguments: Any) -> Any:
     """A modular pipeline of the same parts as a standard, or another modular, one.
 
     Args:
         without: names of blocks to leave out.
-        given: for ``init_pipeline``.
+        arguments: for ``init_pipeline``.
     """
     if isinstance(pipe, diffusers.ModularPipeline):
         blocks = pipe.blocks
@@ -92,7 +92,7 @@ def modular(pipe: Any, without: Sequence[str] = (), **given: Any) -> Any:
         blocks = getattr(diffusers, kind.default_blocks_name)()
     for name in without:
         blocks.sub_blocks.pop(name)
-    made = blocks.init_pipeline(**given)
+    made = blocks.init_pipeline(**arguments)
     parts = {key: part for key, part in pipe.components.items() if part is not None}
     made.update_components(**{key: parts[key] for key in parts if key in made.components})
     return made
@@ -113,31 +113,31 @@ def user_lora(pipe: Any, seed: int = 9) -> dict[str, Tensor]:
 
 def everything(pipe: Any) -> dict[str, Any]:
     """Weights, modules, flags, vocabularies and classes of a pipeline, copied."""
-    ours = [name for name in vars(pipe) if "custom" in name]  # a call leaves notes of its own
-    found: dict[str, Any] = {"class": type(pipe), "attributes": ours}
+    attributes = [name for name in vars(pipe) if "custom" in name]  # a call leaves notes of its own
+    facts: dict[str, Any] = {"class": type(pipe), "attributes": attributes}
     for key, part in pipe.components.items():
-        found[key] = type(part)
+        facts[key] = type(part)
         if isinstance(part, nn.Module):
-            found[f"{key} weights"] = {k: v.clone() for k, v in part.state_dict().items()}
-            found[f"{key} modules"] = {k: type(m) for k, m in part.named_modules()}
-            found[f"{key} flags"] = {k: p.requires_grad for k, p in part.named_parameters()}
-            found[f"{key} attributes"] = sorted(vars(part).keys() - NOTES)
-            found[f"{key} adapters"] = {
+            facts[f"{key} weights"] = {k: v.clone() for k, v in part.state_dict().items()}
+            facts[f"{key} modules"] = {k: type(m) for k, m in part.named_modules()}
+            facts[f"{key} flags"] = {k: p.requires_grad for k, p in part.named_parameters()}
+            facts[f"{key} attributes"] = sorted(vars(part).keys() - NOTES)
+            facts[f"{key} adapters"] = {
                 k: (list(m.active_adapters), sorted(m.lora_A))
                 for k, m in part.named_modules()
                 if hasattr(m, "active_adapters") and hasattr(m, "lora_A")
             }
-            found[f"{key} config"] = str(part.config)
-            found[f"{key} ends"] = [
+            facts[f"{key} config"] = str(part.config)
+            facts[f"{key} ends"] = [
                 m.eos_token_id for m in part.modules() if hasattr(m, "eos_token_id")
             ]
         elif hasattr(part, "get_vocab"):
             state = json.loads(part.backend_tokenizer.to_str())
             del state["truncation"], state["padding"]  # of the latest call
-            found[f"{key} state"] = state
-            found[f"{key} length"] = len(part)
-            found[f"{key} attributes"] = sorted(vars(part))
-    return found
+            facts[f"{key} state"] = state
+            facts[f"{key} length"] = len(part)
+            facts[f"{key} attributes"] = sorted(vars(part))
+    return facts
 
 
 def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
@@ -160,8 +160,9 @@ def attached(make: Any = tiny_sd, layers: bool = False, **facts: Any) -> Any:
         count = len(family_of(pipe.components).cross_attention_layers())
         noise = torch.Generator().manual_seed(3)
         rows = {
-            key: own[:, None] + 0.5 * torch.randn(2, count, own.shape[1], generator=noise)
-            for key, own in rex.embeddings.items()
+            key: embeddings[:, None]
+            + 0.5 * torch.randn(2, count, embeddings.shape[1], generator=noise)
+            for key, embeddings in rex.embeddings.items()
         }
         info = rex.info.model_copy(update={"token_layers": count})
         rex = Concept(info, rex.updates, rows)

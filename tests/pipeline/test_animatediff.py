@@ -82,6 +82,6 @@ def test_cards_draw_with_the_base_that_was_learned_on(
     write_merged([concept], [1.0], tmp_path / "merged")
     for folder, count in ((config.output, 2), (tmp_path / "merged", 1)):
         card = (folder / "README.md").read_text()
-        assert [card.count(f").{each}[0]") for each in ("images", "frames")].count(0) == 1
+        assert [card.count(f").{kind}[0]") for kind in ("images", "frames")].count(0) == 1
         assert card.count(f").{output}[0]") == count
         assert ("text-to-video" in card) is (output == "frames")

@@ -91,12 +91,12 @@ def test_triggers_expand_once_in_every_prompt_argument(make):
     other = {}
     if family.name == "sd3":
         other = {"prompt_2": None, "prompt_3": None}
-    found = pipe.encode_prompt(prompt=prompt, negative_prompt=negative, **options, **other)
-    for embeds, text in zip(found, (prompt, negative), strict=False):
+    encoded = pipe.encode_prompt(prompt=prompt, negative_prompt=negative, **options, **other)
+    for embeds, text in zip(encoded, (prompt, negative), strict=False):
         expected = family.encode_prompts([expand_prompt(text, TRIGGERS)])["prompt_embeds"]
         assert torch.equal(embeds, expected)
     listed = pipe.encode_prompt(prompt=[prompt, "a dog"], **options, **other)[0]
-    torch.testing.assert_close(listed[:1], found[0])
+    torch.testing.assert_close(listed[:1], encoded[0])
     ids = pipe.tokenizer(prompt).input_ids
     assert ids == pipe.tokenizer(expand_prompt(prompt, TRIGGERS)).input_ids
     assert [ids.count(i) for i in range(len(pipe.tokenizer) - 4, len(pipe.tokenizer))] == [1] * 4
@@ -403,9 +403,9 @@ def test_half_precision(make, fuse, dtype):
             old = before[f"{family.denoiser_key} weights"][f"{name}.weight"].float()
             change = update.scale * update.up @ update.down
             change = change + second.scale * second.up @ second.down
-            found = family.denoiser.get_submodule(name).weight.float()
+            fused = family.denoiser.get_submodule(name).weight.float()
             step = torch.finfo(dtype).eps
-            assert ((found - old - change).abs() <= step * (old + change).abs() + 1e-6).all()
+            assert ((fused - old - change).abs() <= step * (old + change).abs() + 1e-6).all()
     assert np.isfinite(draw(pipe)).all()
     pipe.unload_custom()
     assert_same(before, everything(pipe))
@@ -430,8 +430,8 @@ def test_the_summary_is_a_table(make):
     pipe.load_custom(concept(pipe), concept(pipe, "tom", index=0), weights=[1, 0.8])
     pipe.load_custom(concept(pipe, "ann", index=1), fuse=True)
     lines = [line.split() for line in repr(pipe.custom).splitlines()]
-    place = ["on", family_of(pipe.components).name, "(cpu,", "float32),"]
-    assert lines[0] == ["3", "concepts", *place, "merged", "by", "sum"]
+    model = ["on", family_of(pipe.components).name, "(cpu,", "float32),"]
+    assert lines[0] == ["3", "concepts", *model, "merged", "by", "sum"]
     assert lines[1] == ["name", "trigger", "class", "weight", "rank", "slices", "mode"]
     assert lines[3] == ["rex", "<rex>", "dog", "1", "2", "shared", "with", "tom", "adapter"]
     assert lines[4] == ["tom", "<tom>", "dog", "0.8", "2", "shared", "with", "rex", "adapter"]

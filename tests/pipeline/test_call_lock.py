@@ -59,14 +59,14 @@ def nothing_is_left():
 def test_readers_share_and_a_writer_is_alone():
     thing = Thing()
     readers = [Claimer(shared=[thing]) for _ in range(3)]
-    assert all(each.started.wait(SOON) for each in readers)
+    assert all(reader.started.wait(SOON) for reader in readers)
     writer = Claimer(exclusive=[thing])
     late = Claimer(shared=[thing])  # not before the writer, who would wait for ever
     other = Claimer(exclusive=[Thing()])
     assert other.started.wait(SOON)
     assert not writer.started.wait(NEVER) and not late.started.is_set()
-    for each in readers:
-        each.finish()
+    for reader in readers:
+        reader.finish()
     assert writer.started.wait(SOON) and not late.started.wait(NEVER)
     writer.finish()
     assert late.started.wait(SOON)
@@ -119,7 +119,9 @@ def run_all(*functions: Callable[[], None]) -> list[BaseException]:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(each,), daemon=True) for each in functions]
+    threads = [
+        threading.Thread(target=run, args=(function,), daemon=True) for function in functions
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -135,10 +137,10 @@ def test_two_calls_that_would_wait_for_one_another_are_told(same):
         second = first
     both = threading.Barrier(2, timeout=SOON)
 
-    def call(mine: Thing, wanted: Thing) -> None:
-        with acquire(lambda: LockRequest(shared=[mine])):
+    def call(outer: Thing, inner: Thing) -> None:
+        with acquire(lambda: LockRequest(shared=[outer])):
             both.wait()
-            with acquire(lambda: LockRequest(exclusive=[wanted])):
+            with acquire(lambda: LockRequest(exclusive=[inner])):
                 pass
 
     errors = run_all(lambda: call(first, second), lambda: call(second, first))
@@ -180,21 +182,21 @@ def test_an_interrupt_while_waiting_leaves_the_queue(interruptible):
 
 
 def test_what_is_claimed_is_asked_again_after_waiting():
-    thing, wanted = Thing(), {"uses": LockRequest(shared=())}
+    thing, request = Thing(), {"uses": LockRequest(shared=())}
     first = Claimer(exclusive=[thing])
     assert first.started.wait(SOON)
-    wanted["uses"] = LockRequest(shared=[thing])
+    request["uses"] = LockRequest(shared=[thing])
     claims: list[frozenset[int]] = []
 
     def call() -> None:
-        with acquire(lambda: wanted["uses"]):
+        with acquire(lambda: request["uses"]):
             claims.append(_TABLE.granted[-1].exclusive)
 
     thread = threading.Thread(target=call)
     thread.start()
     time.sleep(NEVER)
     assert not claims
-    wanted["uses"] = LockRequest(exclusive=[thing])
+    request["uses"] = LockRequest(exclusive=[thing])
     first.finish()
     thread.join(SOON)
     assert claims == [frozenset({id(thing)})]
@@ -278,20 +280,20 @@ def test_no_two_calls_are_in_what_one_has_for_itself(jobs):
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
 
-    def call(who: int, job: list[tuple[int, bool]]) -> None:
+    def call(index: int, job: list[tuple[int, bool]]) -> None:
         shared = [things[number] for number, alone in job if not alone]
         exclusive = [things[number] for number, alone in job if alone]
-        mine = {n: any(alone for k, alone in job if k == n) for n, _ in job}
+        access = {n: any(alone for k, alone in job if k == n) for n, _ in job}
         for _ in range(5):
             with acquire(lambda: LockRequest(shared, exclusive)):
-                for number, alone in mine.items():
-                    inside[number].append((who, alone))
-                for number, alone in mine.items():
-                    others = [each for each in list(inside[number]) if each[0] != who]
-                    if others and (alone or any(theirs for _, theirs in others)):
-                        wrong.append(f"{who} and {others} in {number}")
-                for number, alone in mine.items():
-                    inside[number].remove((who, alone))
+                for number, alone in access.items():
+                    inside[number].append((index, alone))
+                for number, alone in access.items():
+                    others = [entry for entry in list(inside[number]) if entry[0] != index]
+                    if others and (alone or any(exclusive_too for _, exclusive_too in others)):
+                        wrong.append(f"{index} and {others} in {number}")
+                for number, alone in access.items():
+                    inside[number].remove((index, alone))
 
     try:
         errors = run_all(*(lambda w=w, j=j: call(w, j) for w, j in enumerate(jobs)))

@@ -83,9 +83,9 @@ def test_weight_0_of_a_part_is_a_file_without_it(merge, fuse, tmp_path):
     whole = lora(one, tmp_path / "rex.safetensors")
     less = part(whole, lambda key: "text_encoder" not in key and ".up_blocks." not in key)
     tom = concept(one, "tom", index=1)
-    given = {"text_encoder": 0, "up": 0.0}
+    zeros = {"text_encoder": 0, "up": 0.0}
     calls = {"fuse": fuse, "merge": merge}
-    one.load_custom(whole, tom, weights=[given, 0.7], **calls)
+    one.load_custom(whole, tom, weights=[zeros, 0.7], **calls)
     two.load_custom(less, tom, weights=[1.0, 0.7], names=["rex", None], **calls)
     assert (draw(one) == draw(two)).all()
     assert "text_encoder 0, up 0, else 1" in repr(one.custom)

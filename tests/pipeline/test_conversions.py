@@ -56,7 +56,7 @@ def redraw(pipe: Any, kind: str, prompt: str = PROMPT) -> np.ndarray:
     image = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
     mask = torch.zeros(1, 1, 32, 32)
     mask[..., :20] = 1
-    given = {
+    arguments = {
         "Img2Img": {"image": image, "strength": 0.9},
         "Inpaint": {"image": image, "mask_image": mask, "strength": 0.9},
         "ControlNet": {
@@ -66,13 +66,13 @@ def redraw(pipe: Any, kind: str, prompt: str = PROMPT) -> np.ndarray:
         },
     }[kind]
     if kind == "Inpaint":
-        given |= {"height": 32, "width": 32}
+        arguments |= {"height": 32, "width": 32}
     noise = torch.Generator().manual_seed(1)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_inference_steps": 3, "output_type": "np", "generator": noise}
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # by which some draw the latents of what controls
-        return pipe(prompt, **call, **given).images[0]
+        return pipe(prompt, **call, **arguments).images[0]
 
 
 def made_for(pipe: Any, family: str, kind: str) -> tuple[type, dict[str, Any]]:
@@ -119,9 +119,9 @@ def test_auto_pipelines_find_the_kind_that_they_find_without_concepts(family: st
     ):
         if family in ("StableDiffusion3", "Flux") and extra:
             continue  # whose inpainting with a ControlNet is for published sizes only
-        found = auto.from_pipe(pipe, **extra)
-        assert type(found) is type(auto.from_pipe(plain, **extra))
-        assert found.custom.rows == pipe.custom.rows
+        converted = auto.from_pipe(pipe, **extra)
+        assert type(converted) is type(auto.from_pipe(plain, **extra))
+        assert converted.custom.rows == pipe.custom.rows
 
 
 @families

@@ -22,7 +22,9 @@ def _cut(folder):
 
 def _with_slice_edited(folder):
     facts = json.loads((folder / "concept.json").read_text())
-    facts["slices"] = {width: [c + 2 for c in own] for width, own in facts["slices"].items()}
+    facts["slices"] = {
+        width: [c + 2 for c in columns] for width, columns in facts["slices"].items()
+    }
     (folder / "concept.json").write_text(json.dumps(facts))
 
 

@@ -62,13 +62,18 @@ def other_of(pipe, name):
 
 def draw(pipe, name, **call):
     noise = torch.Generator().manual_seed(1)
-    given = {"prompt": PROMPT, "num_inference_steps": 2, "output_type": "np", "generator": noise}
-    own = OTHERS[name][2]
-    if "strength" not in own or "inpaint" in name:
-        given |= {"height": 32, "width": 32}
+    arguments = {
+        "prompt": PROMPT,
+        "num_inference_steps": 2,
+        "output_type": "np",
+        "generator": noise,
+    }
+    specific = OTHERS[name][2]
+    if "strength" not in specific or "inpaint" in name:
+        arguments |= {"height": 32, "width": 32}
     if OTHERS[name][0] is tiny_wan:
-        given |= {"num_frames": 1}
-    result = pipe(**given | own | call)
+        arguments |= {"num_frames": 1}
+    result = pipe(**arguments | specific | call)
     return getattr(result, "frames", None) if hasattr(result, "frames") else result.images
 
 
@@ -142,21 +147,21 @@ class Counting(StableDiffusionPipeline):
 
     calls = 0
 
-    def __call__(self, prompt, **rest):
+    def __call__(self, prompt, **kwargs):
         type(self).calls += 1
-        return super().__call__(prompt, **rest)
+        return super().__call__(prompt, **kwargs)
 
 
 class Opaque(StableDiffusionPipeline):
-    def __call__(self, *args, **rest):
-        return super().__call__(*args, **rest)
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
 
 
 class Asking(StableDiffusionPipeline):
     """One that asks for regions itself."""
 
-    def __call__(self, prompt, **rest):
-        return super().__call__(prompt, regions=REGIONS, **rest)
+    def __call__(self, prompt, **kwargs):
+        return super().__call__(prompt, regions=REGIONS, **kwargs)
 
 
 @pytest.mark.parametrize("kind", [Counting, Opaque, Asking])
@@ -166,21 +171,23 @@ def test_stages_run_once_in_classes_that_call_others(kind):
     other.set_progress_bar_config(disable=True)
     for asked in ({"regions": REGIONS}, {"avoid": "house"}, {}):
         expected = asked | ({"regions": REGIONS} if kind is Asking else {})
-        given = {} if kind is Asking and "regions" in asked else asked
-        assert np.array_equal(draw(other, "sd again", **given), draw(pipe, "sd again", **expected))
+        arguments = {} if kind is Asking and "regions" in asked else asked
+        assert np.array_equal(
+            draw(other, "sd again", **arguments), draw(pipe, "sd again", **expected)
+        )
 
 
 def test_a_call_that_someone_replaced_is_gone_through_all_the_same(monkeypatch):
     pipe = attached()
     expected = draw(pipe, "sd again", avoid="house")
-    own = StableDiffusionPipeline.__call__
+    patched = StableDiffusionPipeline.__call__
 
     def wrapped(self, *args, **kwargs):  # as programs that cache steps do
-        return own(self, *args, **kwargs)
+        return patched(self, *args, **kwargs)
 
     monkeypatch.setattr(StableDiffusionPipeline, "__call__", wrapped)
     assert np.array_equal(draw(pipe, "sd again", avoid="house"), expected)
-    stock = own.__wrapped__
+    stock = patched.__wrapped__
 
     def replaced(self, prompt=None, negative_prompt=None, **kwargs):
         return stock(self, prompt, negative_prompt=negative_prompt, **kwargs)
@@ -198,8 +205,8 @@ def test_modular_and_standard_pipelines_share_settings():
 
     def picture(**call):
         noise = torch.Generator().manual_seed(1)
-        given = {"prompt": PROMPT, "num_inference_steps": 2, "height": 32, "width": 32}
-        return other(**given, generator=noise, output_type="np", output="images", **call)
+        arguments = {"prompt": PROMPT, "num_inference_steps": 2, "height": 32, "width": 32}
+        return other(**arguments, generator=noise, output_type="np", output="images", **call)
 
     plain, clean = picture(), picture(avoid="house")
     assert not np.array_equal(plain, clean)

@@ -48,9 +48,9 @@ def test_products_beyond_the_type_are_refused_at_once_by_name(fuse):
     rex, before = concept(pipe), draw(tiny_sd().to(torch.float16))
     products = {
         component: {
-            m: LowRank(u.up * 0 + 600.0, u.down * 0 + 600.0, u.scale) for m, u in own.items()
+            m: LowRank(u.up * 0 + 600.0, u.down * 0 + 600.0, u.scale) for m, u in modules.items()
         }
-        for component, own in rex.updates.items()
+        for component, modules in rex.updates.items()
     }
     loud = Concept(rex.info, products, rex.embeddings)
     with pytest.raises(ConfigError, match=r"range of torch.float16, mostly by rex \(weight 1\)"):

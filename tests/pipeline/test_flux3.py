@@ -110,10 +110,10 @@ def test_the_cards_lines_run(learned: Path) -> None:
         code = code.replace("FOLDER", str(learned / "concepts" / "rex"))
         code = code.replace('output="images"', 'output="images", **small()')
         *lines, last = code.strip().splitlines()
-        found: dict[str, Any] = {"small": _small}
-        exec("\n".join([*lines, f"picture = {last}"]), found)
-        assert isinstance(found["pipe"], ModularPipeline)
-        pictures.append(np.asarray(found["picture"], dtype=float))
+        names: dict[str, Any] = {"small": _small}
+        exec("\n".join([*lines, f"picture = {last}"]), names)
+        assert isinstance(names["pipe"], ModularPipeline)
+        pictures.append(np.asarray(names["picture"], dtype=float))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # of 255
     pipe = tiny_flux3()
     bare = pipe(prompt="a photo of <rex>", output="images", **_small())[0]

@@ -31,12 +31,12 @@ modes = pytest.mark.parametrize("fuse", [False, True], ids=["adapter", "fused"])
 def pair(tmp_path):
     """A pipeline, and two concepts with their records, on disk and in memory."""
     pipe = tiny_sd()
-    found = []
+    folders = []
     for index, name in enumerate(("rex", "tom")):
         folder = save_concept(concept(pipe, name, index=index), tmp_path / name)
         customize.record_inputs(pipe, folder, FEW).save(layer_inputs_path(folder))
-        found.append(folder)
-    return pipe, *found
+        folders.append(folder)
+    return pipe, *folders
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -62,10 +62,10 @@ def test_what_one_run_has_learned_is_summed_by_itself(pair):
     assert pipe.load_custom(*folders).custom.merge == "fusion"
     pipe.unload_custom()
     learned = []
-    for each, other in zip(map(load_concept, folders), ("tom", "rex"), strict=True):
-        training = each.info.training | {"learned_with": [other]}
-        info = each.info.model_copy(update={"training": training})
-        learned.append(replace(each, info=info))
+    for member, other in zip(map(load_concept, folders), ("tom", "rex"), strict=True):
+        training = member.info.training | {"learned_with": [other]}
+        info = member.info.model_copy(update={"training": training})
+        learned.append(replace(member, info=info))
     assert pipe.load_custom(*learned).custom.merge == "sum"
     assert pipe.load_custom(merge="fusion").custom.merge == "fusion"
     pipe.unload_custom()
@@ -155,25 +155,25 @@ def test_a_record_that_lacks_is_made_on_the_pipeline(tmp_path, monkeypatch):
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     before = everything(pipe)
     pipe.load_custom(rex, tom, merge="fusion")
-    here = draw(pipe)
+    picture = draw(pipe)
     pipe.unload_custom()
     assert_same(before, everything(pipe))
-    for each in (rex, tom):
-        folder = save_concept(each, tmp_path / each.info.name)
-        customize.record_inputs(pipe, each).save(layer_inputs_path(folder))
+    for single in (rex, tom):
+        folder = save_concept(single, tmp_path / single.info.name)
+        customize.record_inputs(pipe, single).save(layer_inputs_path(folder))
     monkeypatch.setattr(
         "customize.pipeline.record_inputs.record_layer_inputs", None
     )  # nothing is drawn any more
     pipe.load_custom(tmp_path / "rex", tmp_path / "tom", merge="fusion")
     # Half precision in the file is all that differs.
-    np.testing.assert_allclose(draw(pipe), here, atol=2e-2)
+    np.testing.assert_allclose(draw(pipe), picture, atol=2e-2)
 
 
 def test_nothing_changes_where_a_record_is_of_something_else(pair):
     pipe, rex, tom = pair
     before = everything(pipe)
     layer_inputs_path(tom).write_bytes(layer_inputs_path(rex).read_bytes())
-    with pytest.raises(ConceptError, match="not of tom as it is now"):
+    with pytest.raises(ConceptError, match="is of another version of tom"):
         pipe.load_custom(rex, tom, merge="fusion")
     assert_same(before, everything(pipe))
     layer_inputs_path(tom).write_bytes(b"no record")

@@ -21,9 +21,9 @@ NEAR = {"avoids": "avoid", "region": "regions", "Regions": "regions", "avoid_": 
 
 
 def draw(pipe, **call):
-    given = {"prompt": "a dog", "num_inference_steps": 1, "output_type": "np"}
+    arguments = {"prompt": "a dog", "num_inference_steps": 1, "output_type": "np"}
     size = {"height": 32, "width": 32, "generator": torch.Generator().manual_seed(0)}
-    return pipe(**given | size | call)
+    return pipe(**arguments | size | call)
 
 
 @makers
@@ -56,12 +56,12 @@ def test_what_pipelines_read_of_their_keywords_passes():
 
 def test_a_class_of_the_users_that_hands_keywords_on():
     class Handing(StableDiffusionPipeline):
-        def __call__(self, prompt, **rest):
-            return super().__call__(prompt, **rest)
+        def __call__(self, prompt, **kwargs):
+            return super().__call__(prompt, **kwargs)
 
     class Opaque(StableDiffusionPipeline):
-        def __call__(self, *args, **rest):
-            return super().__call__(*args, **rest)
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
 
     class Reading(StableDiffusionPipeline):
         def __call__(self, prompt, **kwargs):
@@ -103,14 +103,14 @@ def test_modular_pipelines_read_what_their_blocks_name():
 
 def test_the_source_of_every_pipeline_is_understood():
     """Of diffusers' pipelines that take keywords, all but a few say which they read."""
-    found = {}
+    keywords = {}
     for name in dir(diffusers):
         if name.startswith("StableDiffusion") and name.endswith("Pipeline"):
             kind = getattr(diffusers, name)
             if "__call__" in vars(kind):
-                found[name] = keywords_read(vars(kind)["__call__"])
-    assert len(found) > 10 and None not in found.values()
-    assert found["StableDiffusionPipeline"] == {"callback", "callback_steps"}
+                keywords[name] = keywords_read(vars(kind)["__call__"])
+    assert len(keywords) > 10 and None not in keywords.values()
+    assert keywords["StableDiffusionPipeline"] == {"callback", "callback_steps"}
 
 
 def test_keywords_that_are_read_by_any_way():

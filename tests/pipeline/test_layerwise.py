@@ -31,28 +31,31 @@ def layered(pipe: Any, name: str = "rex", *, spread: float = 1.0, index: int = 0
     plain = concept(pipe, name, index=index)
     generator = torch.Generator().manual_seed(3)
     rows = {
-        key: own[:, None] + spread * torch.randn(2, LAYERS, own.shape[1], generator=generator)
-        for key, own in plain.embeddings.items()
+        key: embeddings[:, None]
+        + spread * torch.randn(2, LAYERS, embeddings.shape[1], generator=generator)
+        for key, embeddings in plain.embeddings.items()
     }
     return Concept(plain.info.model_copy(update={"token_layers": LAYERS}), plain.updates, rows)
 
 
-def pictures(pipe: Any, prompt: Any = PROMPT, count: int = 1, **given: Any) -> np.ndarray:
+def pictures(pipe: Any, prompt: Any = PROMPT, count: int = 1, **arguments: Any) -> np.ndarray:
     noise = [torch.Generator().manual_seed(i) for i in range(count)]
-    return pipe(prompt, num_inference_steps=2, generator=noise, output_type="np", **given).images
+    return pipe(
+        prompt, num_inference_steps=2, generator=noise, output_type="np", **arguments
+    ).images
 
 
 @torch.no_grad()
-def encoded_by_hand(own: Concept, prompt: str) -> list[Tensor]:
+def encoded_by_hand(learned: Concept, prompt: str) -> list[Tensor]:
     """What each layer should read: the prompt on a pipeline whose tokens are that layer's."""
-    found = []
+    encoded = []
     for layer in range(LAYERS):
         pipe = tiny_sd()
-        rows = {key: rows[:, layer] for key, rows in own.embeddings.items()}
-        info = own.info.model_copy(update={"token_layers": 0})
-        customize.load_custom(pipe, Concept(info, own.updates, rows))
-        found.append(pipe.encode_prompt(prompt, "cpu", 1, False)[0])
-    return found
+        rows = {key: rows[:, layer] for key, rows in learned.embeddings.items()}
+        info = learned.info.model_copy(update={"token_layers": 0})
+        customize.load_custom(pipe, Concept(info, learned.updates, rows))
+        encoded.append(pipe.encode_prompt(prompt, "cpu", 1, False)[0])
+    return encoded
 
 
 def test_each_layer_reads_the_prompt_with_its_own_embeddings() -> None:
@@ -63,9 +66,9 @@ def test_each_layer_reads_the_prompt_with_its_own_embeddings() -> None:
     assert embeds.shape == negative.shape == (1, WHOLE, 32)
     expected = torch.cat(encoded_by_hand(rex, PROMPT), dim=1)
     assert torch.allclose(embeds, expected, atol=1e-5)
-    each = pipe.encode_prompt("a dog", "cpu", 1, False)[0]
-    assert each.shape == (1, CLIP_LENGTH, 32)  # nothing to tell layers apart
-    assert torch.allclose(negative, each.repeat(1, LAYERS, 1), atol=1e-5)
+    single = pipe.encode_prompt("a dog", "cpu", 1, False)[0]
+    assert single.shape == (1, CLIP_LENGTH, 32)  # nothing to tell layers apart
+    assert torch.allclose(negative, single.repeat(1, LAYERS, 1), atol=1e-5)
     again = pictures(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative)
     assert np.array_equal(again, pictures(pipe, negative_prompt="a dog"))
 
@@ -82,14 +85,14 @@ def test_equal_layers_are_an_ordinary_concept() -> None:
 
 def test_what_has_the_ordinary_length_is_as_before() -> None:
     pipe = tiny_sd()
-    own, none = pipe.encode_prompt(["a red cup"], "cpu", 1, True)
+    cup, empty = pipe.encode_prompt(["a red cup"], "cpu", 1, True)
     before = pictures(pipe, "a red cup", negative_prompt="a dog")
     customize.load_custom(pipe, layered(pipe), weights=[0.0])
     assert np.array_equal(pictures(pipe, "a red cup", negative_prompt="a dog"), before)
-    given = {"prompt_embeds": own, "negative_prompt_embeds": none}
-    assert np.array_equal(pictures(pipe, None, **given), pictures(pipe, "a red cup"))
+    arguments = {"prompt_embeds": cup, "negative_prompt_embeds": empty}
+    assert np.array_equal(pictures(pipe, None, **arguments), pictures(pipe, "a red cup"))
     # The pipeline encodes the missing negative prompt, to the length of the user's own.
-    assert np.array_equal(pictures(pipe, None, prompt_embeds=own), pictures(pipe, "a red cup"))
+    assert np.array_equal(pictures(pipe, None, prompt_embeds=cup), pictures(pipe, "a red cup"))
 
 
 def test_negative_prompts_batches_and_repetitions() -> None:
@@ -113,8 +116,8 @@ def test_negative_prompts_batches_and_repetitions() -> None:
     # A trigger that is only in the negative prompt still does what it should.
     only = pictures(pipe, "a cup", negative_prompt="<rex>")
     assert np.abs(only - pictures(pipe, "a cup", negative_prompt="a dog")).max() > 1e-3
-    own = pipe.encode_prompt("a cup", "cpu", 1, False)[0]
-    assert np.array_equal(pictures(pipe, None, prompt_embeds=own, negative_prompt="<rex>"), only)
+    cup = pipe.encode_prompt("a cup", "cpu", 1, False)[0]
+    assert np.array_equal(pictures(pipe, None, prompt_embeds=cup, negative_prompt="<rex>"), only)
     # So do long prompts, cut as all are.
     assert pictures(pipe, PROMPT + " with the hat" * 20, negative_prompt="a cat " * 40).shape
 
@@ -126,10 +129,10 @@ def test_a_shared_model_is_layered_for_all_its_pipelines() -> None:
     customize.load_custom(pipe, layered(pipe))
     picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
-    def redraw(prompt: str, **given: Any) -> np.ndarray:
+    def redraw(prompt: str, **arguments: Any) -> np.ndarray:
         noise = torch.Generator().manual_seed(1)
-        given |= {"image": picture, "strength": 0.8, "num_inference_steps": 4}
-        return other(prompt, generator=noise, output_type="np", **given).images
+        arguments |= {"image": picture, "strength": 0.8, "num_inference_steps": 4}
+        return other(prompt, generator=noise, output_type="np", **arguments).images
 
     assert other.encode_prompt(PROMPT, "cpu", 1, True)[0].shape == (1, WHOLE, 32)
     drawn = redraw(PROMPT, negative_prompt="a dog", clip_skip=None)
@@ -199,7 +202,9 @@ def test_bad_layers_change_nothing() -> None:
         customize.load_custom(pipe, few)
     sd3 = tiny_sd3()
     joint = concept(sd3)
-    rows = {key: own[:, None].repeat(1, 2, 1) for key, own in joint.embeddings.items()}
+    rows = {
+        key: embeddings[:, None].repeat(1, 2, 1) for key, embeddings in joint.embeddings.items()
+    }
     info = joint.info.model_copy(update={"token_layers": 2})
     with pytest.raises(ConceptError, match="this pipeline's transformer takes 0"):
         customize.load_custom(sd3, Concept(info, joint.updates, rows))

@@ -42,25 +42,25 @@ def test_it_does_to_the_weights_what_it_says(name: str, fuse: bool, tmp_path: Pa
     before = everything(pipe)
     path = made(pipe, tmp_path / "style.safetensors", every=1)
     family = family_of(pipe.components)
-    found = open_adaptation(path).to_lora(family)
+    opened = open_adaptation(path).to_lora(family)
     pipe.load_custom(path, weights=[0.5], fuse=fuse)
     denoiser = family.denoiser
-    for module, update in found.updates[family.denoiser_key].items():
+    for module, update in opened.updates[family.denoiser_key].items():
         layer = denoiser.get_submodule(module)
         base = getattr(layer, "base_layer", layer)
         delta = 0.5 * update.scale * (update.up.double() @ update.down.double())
-        was = before[f"{family.denoiser_key} weights"][f"{module}.weight"].double()
-        wanted = was + delta.reshape(was.shape)
+        original = before[f"{family.denoiser_key} weights"][f"{module}.weight"].double()
+        expected = original + delta.reshape(original.shape)
         if fuse:
-            assert (base.weight.double() - wanted).abs().max() <= 1e-5, module
+            assert (base.weight.double() - expected).abs().max() <= 1e-5, module
             continue
-        channels = (base.in_channels, 6, 6) if was.ndim == 4 else (was.shape[1],)
+        channels = (base.in_channels, 6, 6) if original.ndim == 4 else (original.shape[1],)
         inputs = torch.randn(2, *channels, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             answer = layer(inputs)
-            base.weight.copy_(wanted)
+            base.weight.copy_(expected)
             assert (answer - base(inputs)).abs().max() <= 1e-4, module
-            base.weight.copy_(was)
+            base.weight.copy_(original)
     pipe.unload_custom()
     assert_same(everything(pipe), before)
 
@@ -147,11 +147,11 @@ def test_dora_is_exact_at_full_weight(fuse: bool, tmp_path: Path) -> None:
     pipe.load_custom(path, fuse=fuse)
     pipe.unload_custom("rex")
     turned = weight + up @ down
-    wanted = length * turned / turned.norm(dim=1, keepdim=True)
+    expected = length * turned / turned.norm(dim=1, keepdim=True)
     layer = pipe.unet.get_submodule(module)
     inputs = torch.randn(4, weight.shape[1], generator=generator)
     with torch.no_grad():
-        assert (layer(inputs) - inputs @ wanted.T).abs().max() <= 1e-4
+        assert (layer(inputs) - inputs @ expected.T).abs().max() <= 1e-4
     pipe.unload_custom()
     assert_same(everything(pipe), before)
 
@@ -173,11 +173,11 @@ def test_dora_of_a_second_denoiser_is_on_its_own_weights(tmp_path: Path) -> None
     }
     pipe.load_custom(write_file(tmp_path / "dora.safetensors", tensors))
     turned = weight + up @ down
-    wanted = length * turned / turned.norm(dim=1, keepdim=True)
+    expected = length * turned / turned.norm(dim=1, keepdim=True)
     inputs = torch.randn(4, weight.shape[1], generator=generator)
     with torch.no_grad():
-        found = pipe.transformer_2.get_submodule(module)(inputs)
-    assert (found - inputs @ wanted.T - bias).abs().max() <= 1e-4
+        outputs = pipe.transformer_2.get_submodule(module)(inputs)
+    assert (outputs - inputs @ expected.T - bias).abs().max() <= 1e-4
 
 
 def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:

@@ -24,30 +24,30 @@ class Model(RuleBasedStateMachine):
     @rule(key=keys, value=st.integers(), size=st.integers(0, LIMIT + 3))
     def put(self, key, value, size):
         self.cache.put(key, value, size)
-        self.model = [each for each in self.model if each[0] != key]
+        self.model = [entry for entry in self.model if entry[0] != key]
         if size <= LIMIT:
             self.model.append((key, value, size))
-        while sum(each[2] for each in self.model) > LIMIT:
+        while sum(entry[2] for entry in self.model) > LIMIT:
             del self.model[0]
 
     @rule(key=keys)
     def get(self, key):
-        found = next((each for each in self.model if each[0] == key), None)
-        assert self.cache.get(key) == (None if found is None else found[1])
-        if found is not None:
-            self.model.remove(found)
-            self.model.append(found)
+        match = next((entry for entry in self.model if entry[0] == key), None)
+        assert self.cache.get(key) == (None if match is None else match[1])
+        if match is not None:
+            self.model.remove(match)
+            self.model.append(match)
 
     @rule(key=keys)
     def drop(self, key):
         self.cache.drop(key)
-        self.model = [each for each in self.model if each[0] != key]
+        self.model = [entry for entry in self.model if entry[0] != key]
 
     @invariant()
     def is_the_model(self):
-        assert list(self.cache) == [each[0] for each in self.model]
+        assert list(self.cache) == [entry[0] for entry in self.model]
         assert len(self.cache) == len(self.model)
-        assert self.cache.size == sum(each[2] for each in self.model) <= LIMIT
+        assert self.cache.size == sum(entry[2] for entry in self.model) <= LIMIT
 
 
 TestByteCache = Model.TestCase

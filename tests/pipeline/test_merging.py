@@ -73,17 +73,17 @@ def test_settings_come_with_the_method_and_stay_with_it(pair):
     before = everything(pipe)
     pipe.load_custom(rex, tom, merge={"method": "dare", "density": 0.3, "seed": 5}, fuse=True)
 
-    def wanted(weight, **settings):
+    def expected(weight, **settings):
         return to_dense(merge_concepts([rex, tom], [1.0, weight], "dare", **settings)["unet"][NAME])
 
     first = change_of(pipe, before)
-    torch.testing.assert_close(first, wanted(1.0, density=0.3, seed=5), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(first, expected(1.0, density=0.3, seed=5), atol=1e-5, rtol=1e-4)
     pipe.load_custom(weights={"tom": 0.5})
     again = change_of(pipe, before)
-    torch.testing.assert_close(again, wanted(0.5, density=0.3, seed=5), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again, expected(0.5, density=0.3, seed=5), atol=1e-5, rtol=1e-4)
     pipe.load_custom(merge="dare")  # its defaults again
-    found = change_of(pipe, before)
-    torch.testing.assert_close(found, wanted(0.5), atol=1e-5, rtol=1e-4)
+    last = change_of(pipe, before)
+    torch.testing.assert_close(last, expected(0.5), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

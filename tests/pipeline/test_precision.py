@@ -42,10 +42,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(folder):
     """What a pipeline is made of after each merge, loaded outside of any context."""
-    found = {}
-    for name, how in MERGES.items():
-        found[name] = everything(tiny_sd().load_custom(folder / "rex", folder / "tom", **how))
-    return found
+    facts = {}
+    for name, options in MERGES.items():
+        facts[name] = everything(tiny_sd().load_custom(folder / "rex", folder / "tom", **options))
+    return facts
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -87,10 +87,10 @@ def pictures(folder):
 def test_calls_draw_the_same_and_leave_nothing(call, context, folder, pictures):
     pipe = customized(call, folder)
     with CONTEXTS[context]():
-        found = draw(pipe, CALLS[call])
+        drawn = draw(pipe, CALLS[call])
     # Of an interval of 1: what rounding to 8 and to 11 bits makes of it in two steps.
     allowed = {"autocast-bf16": 0.1, "autocast-fp16": 0.015, "tf32": 1e-4}.get(context, 0.0)
-    assert np.abs(found - pictures[call]).max() <= allowed
+    assert np.abs(drawn - pictures[call]).max() <= allowed
     assert np.array_equal(draw(pipe, CALLS[call]), pictures[call])
 
 

@@ -96,7 +96,7 @@ def test_what_is_saved_of_one_component_is_what_is_opened(tmp_path):
     pipe.unet.save_pretrained(tmp_path / "unet")
     opened = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     weights = opened.state_dict()
-    assert all(torch.equal(weights[key], own) for key, own in pipe.unet.state_dict().items())
+    assert all(torch.equal(weights[key], weight) for key, weight in pipe.unet.state_dict().items())
     pipe.unload_custom()
     pipe.unet = opened
     pipe.load_custom(concept(pipe), weights=[0.0])
@@ -126,30 +126,30 @@ def test_no_model_copies_the_weights_of_one_with_an_adapter(kind):
     pipe = make()
     model = getattr(pipe, key)
     heads = ("num_attention_heads", "attention_head_dim", "num_layers", "num_single_layers")
-    given = {name: model.config[name] for name in heads if kind == "FLUX"}
-    given |= {"num_layers": 1} if kind == "SD3" else {}
-    plain = copy(model, **given).state_dict()
+    config = {name: model.config[name] for name in heads if kind == "FLUX"}
+    config |= {"num_layers": 1} if kind == "SD3" else {}
+    plain = copy(model, **config).state_dict()
     pipe.load_custom(concept(pipe))
     with pytest.raises(PipelineError, match=r"copies weights by the names.*fuse=True"):
-        copy(model, **given)
+        copy(model, **config)
     pipe.unload_custom()
-    again = copy(model, **given).state_dict()
+    again = copy(model, **config).state_dict()
     shared = [name for name in plain if name in model.state_dict()]
     assert shared and all(torch.equal(plain[name], again[name]) for name in shared)
     pipe.load_custom(concept(pipe), fuse=True)
-    fused = copy(model, **given).state_dict()
-    own = model.state_dict()
-    assert all(torch.equal(fused[name], own[name]) for name in shared)
+    fused = copy(model, **config).state_dict()
+    weights = model.state_dict()
+    assert all(torch.equal(fused[name], weights[name]) for name in shared)
 
 
 def test_every_class_of_diffusers_that_copies_is_guarded():
     kinds = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Model")]
-    found = [
+    methods = [
         getattr(kind, name)
         for kind in kinds
         if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
         for name in _COPYING
         if name in vars(kind)
     ]
-    assert len(found) > 5
-    assert all(hasattr(method, "_customize_patched") for method in found)
+    assert len(methods) > 5
+    assert all(hasattr(method, "_customize_patched") for method in methods)

@@ -17,8 +17,8 @@ modes = pytest.mark.parametrize("fuse", [False, True], ids=["adapter", "fused"])
 def with_parts_of(pipe, make, *keys):
     """A pipeline of the same parts but for some, which are those of a new one."""
     fresh = make()
-    given = {**pipe.components, **{key: getattr(fresh, key) for key in keys}}
-    other = type(fresh)(**given)
+    components = {**pipe.components, **{key: getattr(fresh, key) for key in keys}}
+    other = type(fresh)(**components)
     other.set_progress_bar_config(disable=True)
     return other
 

@@ -202,14 +202,14 @@ def te_lora(pipe):
 @pytest.mark.parametrize("remove", ["delete_adapters", "unload_lora_weights"])
 def test_a_lora_that_the_user_removes_meanwhile_leaves_no_trace(remove, tmp_path):
     pipe, stock = tiny_sd(), tiny_sd()
-    for each in (stock, pipe):
-        each.load_lora_weights(te_lora(each), adapter_name="mine")
-        if each is pipe:
-            each.load_custom(concept(each))
+    for loaded in (stock, pipe):
+        loaded.load_lora_weights(te_lora(loaded), adapter_name="mine")
+        if loaded is pipe:
+            loaded.load_custom(concept(loaded))
         if remove == "delete_adapters":
-            each.delete_adapters("mine")
+            loaded.delete_adapters("mine")
         else:
-            each.unload_lora_weights()
+            loaded.unload_lora_weights()
     pipe.unload_custom()
     for key in ("unet", "text_encoder"):
         model = getattr(pipe, key)
@@ -241,8 +241,8 @@ def test_a_warning_turned_into_an_error_changes_nothing():
 def test_fused_weights_come_back_after_half_precision_and_back(through, published):
     pipe, plain = tiny_sd(), tiny_sd()
     if published:  # as weights of that type that are loaded in float32
-        for each in (pipe, plain):
-            each.to(published).to(torch.float32)
+        for cast in (pipe, plain):
+            cast.to(published).to(torch.float32)
     pipe.load_custom(concept(pipe), weights=[0.1], fuse=True)
     pipe.to(through)
     StableDiffusionImg2ImgPipeline.from_pipe(pipe)

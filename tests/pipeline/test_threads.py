@@ -36,11 +36,11 @@ def draw(pipe: Any, seed: int = 0, between: Callable[[], None] | None = None, **
             between()
         return values
 
-    given = {"num_inference_steps": 3, "output_type": "np", "height": 32, "width": 32} | call
-    if "image" in given:
-        del given["height"], given["width"]
+    arguments = {"num_inference_steps": 3, "output_type": "np", "height": 32, "width": 32} | call
+    if "image" in arguments:
+        del arguments["height"], arguments["width"]
     noise = torch.Generator().manual_seed(seed)
-    return pipe(generator=noise, callback_on_step_end=step, **given).images[0]
+    return pipe(generator=noise, callback_on_step_end=step, **arguments).images[0]
 
 
 def race(*jobs: Job) -> None:
@@ -85,9 +85,9 @@ def run_all(*functions: Callable[[], None]) -> None:
 def sharing(pipe: Any, kind: Any = None, **changes: Any) -> Any:
     """Another pipeline of the same models with a scheduler of its own."""
     kind = kind or type(pipe)
-    own = {"scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}
+    scheduler = {"scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}
     extra = {"requires_safety_checker": False} if "safety_checker" in pipe.components else {}
-    other = kind(**pipe.components | own | changes, **extra)
+    other = kind(**pipe.components | scheduler | changes, **extra)
     other.set_progress_bar_config(disable=True)
     return other
 
@@ -95,8 +95,8 @@ def sharing(pipe: Any, kind: Any = None, **changes: Any) -> Any:
 def test_embeddings_for_each_layer_in_four_threads():
     pipe = attached(layers=True)
     prompts = ["a <rex>", "a dog", "<rex> on the beach", "a photo of a cup"]
-    own = [sharing(pipe) for _ in prompts]
-    race(*((one, {"prompt": text}) for one, text in zip(own, prompts, strict=True)))
+    pipelines = [sharing(pipe) for _ in prompts]
+    race(*((one, {"prompt": text}) for one, text in zip(pipelines, prompts, strict=True)))
     negative = {"negative_prompt": "<rex>"}
     race(*((pipe, {"prompt": text} | negative) for text in prompts))
 
@@ -195,16 +195,16 @@ def test_loading_and_unloading_wait_for_calls_and_calls_for_them():
 def test_callbacks_may_call_and_load_inside_a_call():
     pipe = attached()
     tom = concept(pipe, "tom", index=1)
-    own = sharing(pipe)
+    other = sharing(pipe)
     inner = []
 
     def between() -> None:
-        inner.append(draw(own, **PLAIN))
-        inner.append(draw(own, regions=REGIONS, **PLAIN))
-        own.load_custom(tom)
-        own.unload_custom("tom")
+        inner.append(draw(other, **PLAIN))
+        inner.append(draw(other, regions=REGIONS, **PLAIN))
+        other.load_custom(tom)
+        other.unload_custom("tom")
 
-    expected = [draw(own, **PLAIN), draw(own, regions=REGIONS, **PLAIN)]
+    expected = [draw(other, **PLAIN), draw(other, regions=REGIONS, **PLAIN)]
     outer = draw(pipe, **PLAIN)
     assert np.array_equal(draw(pipe, between=between, **PLAIN), outer)
     assert all(np.array_equal(a, b) for a, b in zip(inner, expected, strict=True))
@@ -255,17 +255,17 @@ def test_callback_objects_of_diffusers_are_apart_too():
     for callback in (one, MultiPipelineCallbacks([one]), Called()):
         inner.clear()
         noise = torch.Generator().manual_seed(0)
-        given = PLAIN | call | {"regions": REGIONS, "callback_on_step_end": callback}
-        assert np.array_equal(pipe(**given, generator=noise).images[0], regional)
-        assert inner and all(np.array_equal(each, plain) for each in inner)
+        arguments = PLAIN | call | {"regions": REGIONS, "callback_on_step_end": callback}
+        assert np.array_equal(pipe(**arguments, generator=noise).images[0], regional)
+        assert inner and all(np.array_equal(drawn, plain) for drawn in inner)
 
 
 def test_a_call_that_hands_on_to_another_pipeline_hands_on_what_it_was_asked_for():
     inner = attached()
 
     class Handing(type(inner)):
-        def __call__(self, prompt, **rest):
-            return inner(prompt, **rest)
+        def __call__(self, prompt, **kwargs):
+            return inner(prompt, **kwargs)
 
     outer = sharing(inner, Handing)
     for asked in ASKED:
@@ -286,10 +286,10 @@ def test_a_call_in_a_callback_puts_back_what_the_prompt_took_from_a_library(tmp_
     tom, rex = draw(other, prompt="a <tom>"), draw(pipe, **PLAIN)
     inner = []
     for one in (other, pipe):
-        found = draw(
+        drawn = draw(
             pipe, between=lambda one=one: inner.append(draw(one, prompt="a <tom>")), **PLAIN
         )
-        assert np.array_equal(found, rex) and np.array_equal(inner[-1], tom)
+        assert np.array_equal(drawn, rex) and np.array_equal(inner[-1], tom)
 
 
 def test_threads_take_turns_with_the_tokenizers_of_stock_pipelines():
@@ -355,19 +355,19 @@ def test_steps_that_attach_concepts_in_two_threads():
     pipe.update_components(**standard.components)
     pipe.set_progress_bar_config(disable=True)
 
-    def picture(seed: int, name: str, own: Any) -> np.ndarray:
+    def picture(seed: int, name: str, source: Any) -> np.ndarray:
         noise = torch.Generator().manual_seed(seed)
         call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
         prompt = f"a photo of <{name}>"
-        return pipe(prompt=prompt, concepts=[own], generator=noise, output="images", **call)[0]
+        return pipe(prompt=prompt, concepts=[source], generator=noise, output="images", **call)[0]
 
     jobs = [("rex", rex), ("tom", tom)] * 2
     alone = [picture(n, *job) for n, job in enumerate(jobs)]
-    found: dict[int, Any] = {}
+    pictures: dict[int, Any] = {}
     run_all(
-        *(lambda n=n, job=job: found.update({n: picture(n, *job)}) for n, job in enumerate(jobs))
+        *(lambda n=n, job=job: pictures.update({n: picture(n, *job)}) for n, job in enumerate(jobs))
     )
-    assert all(np.array_equal(found[n], own) for n, own in enumerate(alone))
+    assert all(np.array_equal(pictures[n], single) for n, single in enumerate(alone))
 
 
 def test_stock_pipelines_are_let_through_side_by_side():

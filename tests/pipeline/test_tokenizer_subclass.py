@@ -64,9 +64,11 @@ def test_the_pipeline_keeps_its_interface(make):
     call = inspect.signature(type(pipe).__call__)
     assert set(CALL_ARGUMENTS) == {name for stage in load_stages() for name in stage.arguments}
     assert set(CALL_ARGUMENTS) <= call.parameters.keys()
-    kept = [each for each in call.parameters.values() if each.name not in CALL_ARGUMENTS]
+    stock_parameters = [
+        parameter for parameter in call.parameters.values() if parameter.name not in CALL_ARGUMENTS
+    ]
     stock = inspect.signature(inspect.unwrap(type(plain).__call__))
-    assert call.replace(parameters=kept) == stock
+    assert call.replace(parameters=stock_parameters) == stock
     assert inspect.signature(pipe.tokenizer) == inspect.signature(plain.tokenizer)
     assert pipe.components.keys() == plain.components.keys()
     assert dict(pipe.config) == dict(plain.config)

@@ -61,9 +61,9 @@ def test_weights_come_back_with_the_casts_of_the_model_alone(
     save_file(updates(kind, LAYER.weight.float().contiguous()), file)
     expected = LAYER.weight.detach().clone()
     PIPE.load_custom(file, fuse=True)
-    for each in path:
-        PIPE.transformer.to(each)
-        expected = expected.to(each)
+    for cast in path:
+        PIPE.transformer.to(cast)
+        expected = expected.to(cast)
     PIPE.unload_custom()
     assert same_bits(LAYER.weight.contiguous(), expected.contiguous())
     assert LAYER.weight.stride() == expected.stride() and not LAYER._buffers

@@ -205,16 +205,16 @@ def test_several_add_up_and_casts_are_followed(tmp_path):
     files = [tmp_path / f"{name}.safetensors" for name in ("rex", "tom")]
     pipe.load_custom(*files, weights=[0.5, 0.25])
     for name, change in expected.items():
-        wanted = start[name] + 0.5 * change + 0.25 * change
-        torch.testing.assert_close(parameters(pipe)[name].data, wanted)
+        total = start[name] + 0.5 * change + 0.25 * change
+        torch.testing.assert_close(parameters(pipe)[name].data, total)
     pipe.load_custom(weights={"rex": 0.5, "tom": 0.5}, merge="average")
     name = f"{BLOCK}.norm1.weight"
     torch.testing.assert_close(parameters(pipe)[name].data, start[name] + 0.5 * expected[name])
-    for each in (plain, pipe):
-        each.unet.half().float()
+    for cast in (plain, pipe):
+        cast.unet.half().float()
     pipe.unload_custom("tom")
-    wanted = apply_casts(start[name], (torch.float16, torch.float32)) + 0.5 * expected[name]
-    torch.testing.assert_close(parameters(pipe)[name].data, wanted)
+    total = apply_casts(start[name], (torch.float16, torch.float32)) + 0.5 * expected[name]
+    torch.testing.assert_close(parameters(pipe)[name].data, total)
     pipe.unload_custom()
     assert_same(everything(pipe), everything(plain))
 

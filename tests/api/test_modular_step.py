@@ -105,7 +105,7 @@ def draw(pipe: Any, prompt: str | None = PROMPT, **extra: Any) -> np.ndarray:
 
 @pairs
 @modes
-def test_the_picture_is_the_standard_pipelines(case: Case, fuse: bool) -> None:
+def test_images_equal_those_of_the_standard_pipeline(case: Case, fuse: bool) -> None:
     standard, pipe = case.make(), modular(case.make())
     rex, tom = concept(standard), concept(standard, "tom", index=1)
     bare = draw(guided(pipe, case, None))
@@ -125,7 +125,7 @@ def test_the_picture_is_the_standard_pipelines(case: Case, fuse: bool) -> None:
 
 @cases
 @modes
-def test_concepts_come_and_go_one_by_one(case: Case, fuse: bool) -> None:
+def test_concepts_are_loaded_and_unloaded_one_by_one(case: Case, fuse: bool) -> None:
     pipe = guided(modular(case.make()), case, None)
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     bare = draw(pipe)
@@ -163,9 +163,7 @@ def test_triggers_expand_where_tokens_can_be_added(case: Case) -> None:
 
 @pairs
 @modes
-def test_both_hosts_of_the_same_parts_share_their_concepts(
-    case: Case, fuse: bool, tmp_path
-) -> None:
+def test_modular_and_standard_pipelines_share_concepts(case: Case, fuse: bool, tmp_path) -> None:
     standard = case.make()
     pipe = guided(modular(standard), case, None)
     rex, tom = concept(standard), concept(standard, "tom", index=1)
@@ -193,7 +191,7 @@ def test_both_hosts_of_the_same_parts_share_their_concepts(
 
 
 @pairs
-def test_a_pipeline_that_shares_some_parts_only_is_refused(case: Case) -> None:
+def test_sharing_only_some_components_is_refused(case: Case) -> None:
     standard = case.make()
     family = family_of(standard.components)
     key = family.denoiser_key
@@ -224,7 +222,7 @@ def test_a_pipeline_that_shares_some_parts_only_is_refused(case: Case) -> None:
 
 @modes
 @pytest.mark.parametrize("model", ["2.1", "2.2-14b"])
-def test_wan_from_the_prompts_states_on(model: Any, fuse: bool) -> None:
+def test_wan_from_prompt_embeddings(model: Any, fuse: bool) -> None:
     # diffusers' step that encodes Wan's prompts asks for ftfy, and for guidance.
     standard = tiny_wan(model)
     pipe = modular(standard, without=("text_encoder",))
@@ -251,7 +249,7 @@ def test_wan_from_the_prompts_states_on(model: Any, fuse: bool) -> None:
 
 
 @cases
-def test_a_failure_leaves_nothing_behind(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_change_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = modular(case.make())
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     before = everything(pipe)
@@ -279,7 +277,7 @@ def test_a_failure_leaves_nothing_behind(case: Case, monkeypatch: pytest.MonkeyP
 
 @cases
 @modes
-def test_a_manager_that_offloads_stays_on(case: Case, fuse: bool) -> None:
+def test_offloading_component_managers_stay_enabled(case: Case, fuse: bool) -> None:
     manager = ComponentsManager()
     pipe = guided(modular(case.make(), components_manager=manager), case, None)
     plain = guided(modular(case.make()), case, None)
@@ -302,7 +300,7 @@ def test_a_manager_that_offloads_stays_on(case: Case, fuse: bool) -> None:
     assert np.array_equal(draw(pipe), bare)
 
 
-def test_pipelines_of_one_manager_share_their_concepts() -> None:
+def test_pipelines_of_one_manager_share_concepts() -> None:
     manager = ComponentsManager()
     pipe = modular(tiny_sdxl(), components_manager=manager, collection="sdxl")
     rex = concept(pipe)
@@ -315,7 +313,7 @@ def test_pipelines_of_one_manager_share_their_concepts() -> None:
     assert other.custom.rows == ()
 
 
-def test_a_pipeline_of_the_text_steps_alone_follows_the_whole_one() -> None:
+def test_text_encoding_pipelines_share_concepts() -> None:
     pipe = modular(tiny_sdxl())
     whole = diffusers.StableDiffusionXLAutoBlocks().sub_blocks
     text = SequentialPipelineBlocks.from_blocks_dict(
@@ -336,13 +334,13 @@ def test_a_pipeline_of_the_text_steps_alone_follows_the_whole_one() -> None:
     assert not torch.equal(text(prompt=PROMPT, output="prompt_embeds"), state.prompt_embeds)
 
 
-def test_weights_that_are_not_loaded_yet_are_asked_for() -> None:
+def test_unloaded_components_are_requested() -> None:
     pipe = diffusers.ZImageAutoBlocks().init_pipeline()
     with pytest.raises(PipelineError, match=r"transformer: None.*Fix: load.*load_components\(\)"):
         pipe.load_custom(concept(tiny_z_image()))
 
 
-def test_an_unloaded_encoder_is_still_given_back() -> None:
+def test_removed_text_encoders_are_restored() -> None:
     pipe = modular(tiny_sdxl())
     freed = pipe.text_encoder
     before = everything(pipe)
@@ -354,7 +352,7 @@ def test_an_unloaded_encoder_is_still_given_back() -> None:
 
 
 @cases
-def test_what_is_saved_with_fused_concepts_opens_again(case: Case, tmp_path) -> None:
+def test_pipelines_saved_with_fused_concepts_load_again(case: Case, tmp_path) -> None:
     pipe = guided(modular(case.make()), case, None)
     pipe.load_custom(concept(pipe), fuse=True)
     pipe.save_pretrained(str(tmp_path / "saved"), overwrite_modular_index=True)

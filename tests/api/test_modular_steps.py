@@ -33,7 +33,7 @@ def with_step(case: Case, step: Any = None) -> tuple[Any, Any]:
 
 
 @cases
-def test_a_call_draws_with_the_concepts_that_it_names(
+def test_calls_draw_with_their_concepts(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
@@ -57,7 +57,7 @@ def test_a_call_draws_with_the_concepts_that_it_names(
     assert_same(before, everything(pipe))
 
 
-def test_the_same_again_changes_nothing_and_other_weights_do(
+def test_repeated_concepts_change_nothing_and_new_weights_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipe, plain = with_step(CASES["sdxl"])
@@ -93,7 +93,7 @@ def test_the_same_again_changes_nothing_and_other_weights_do(
     assert pipe.custom.rows[0].mode == "adapter"
 
 
-def test_what_cannot_be_attached_stops_the_call_and_changes_nothing() -> None:
+def test_invalid_concepts_stop_the_call_and_change_nothing() -> None:
     pipe, plain = with_step(CASES["sdxl"])
     rex = concept(plain)
     draw(pipe, concepts=[rex])
@@ -113,7 +113,7 @@ def test_what_cannot_be_attached_stops_the_call_and_changes_nothing() -> None:
         assert_same(before, everything(pipe))
 
 
-def test_triggers_are_looked_for_among_the_concepts_of_the_call() -> None:
+def test_triggers_are_checked_against_the_concepts_of_the_call() -> None:
     pipe, plain = with_step(CASES["sd3"])
     rex = concept(plain)
 
@@ -129,13 +129,13 @@ def test_triggers_are_looked_for_among_the_concepts_of_the_call() -> None:
     assert "<rexx>" in message and "<rex>" in message.replace("<rexx>", "")
 
 
-def test_the_step_alone_has_no_models_to_attach_to() -> None:
+def test_step_without_models_is_refused() -> None:
     pipe = ConceptsStep().init_pipeline()
     with pytest.raises(PipelineError, match=r"no denoiser at all.*Fix: "):
         pipe(concepts=[concept(CASES["flux"].make())])
 
 
-def test_its_inputs_are_told() -> None:
+def test_inputs_are_documented() -> None:
     blocks = modular(CASES["flux"].make()).blocks
     blocks.sub_blocks.insert("concepts", ConceptsStep(), 0)
     assert {"concepts", "concept_weights", "prompt"} <= set(blocks.input_names)

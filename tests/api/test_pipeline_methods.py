@@ -61,11 +61,11 @@ def run(code: str) -> str:
     ],
     ids=["customize first", "one first, and reloaded", "foreign attribute"],
 )
-def test_pipelines_have_the_methods_whatever_is_imported_first(code):
+def test_pipelines_have_the_methods_for_any_import_order(code):
     run(code)
 
 
-def test_the_import_imports_nothing_heavy_and_waits_for_diffusers():
+def test_import_is_light_and_waits_for_diffusers():
     run(
         "import customize, sys\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'pydantic', 'numpy'}\n"
@@ -74,7 +74,7 @@ def test_the_import_imports_nothing_heavy_and_waits_for_diffusers():
     )
 
 
-def test_the_import_costs_little_more_than_that_of_diffusers():
+def test_import_costs_little_beside_that_of_diffusers():
     assert min(_overhead() for _ in range(2)) < 0.2  # of two, as the machine may be busy
 
 

@@ -85,7 +85,7 @@ def test_absurd_settings_are_refused(field):
 
 
 @pytest.mark.parametrize("dtype", ["?", "i1", "u2", "i8", "u8", "f2", "f8", ">f4", ">i4", "g"])
-def test_masks_of_any_real_type_are_the_same_mask(pipe, dtype):
+def test_masks_of_any_real_dtype_are_equal(pipe, dtype):
     expected = draw(pipe, regions={"<rex>": torch.from_numpy(HALF)})
     assert torch.equal(draw(pipe, regions={"<rex>": HALF.astype(dtype)}), expected)
 
@@ -106,11 +106,11 @@ def masks():
 
 
 @pytest.mark.parametrize("mask", list(masks()), ids=named)
-def test_masks_that_are_none_are_refused(pipe, mask):
+def test_invalid_masks_are_refused(pipe, mask):
     refused(lambda: draw(pipe, regions={"<rex>": mask}))
 
 
-def test_so_many_regions_and_avoided_words_are_refused_with_their_limit(pipe):
+def test_too_many_regions_and_avoided_words_are_refused_with_their_limit(pipe):
     regions = {f"word{number}": (0, 0, 1, 1) for number in range(10_000)}
     with pytest.raises(ConfigError, match=f"10,000 regions .* limit of {MAX_REGIONS}"):
         draw(pipe, regions=regions)
@@ -120,5 +120,5 @@ def test_so_many_regions_and_avoided_words_are_refused_with_their_limit(pipe):
             call()
 
 
-def test_so_large_an_amount_of_memory_is_none():
+def test_too_large_memory_budgets_are_refused():
     refused(lambda: parse_memory_size("9" * 5000 + "GB", where="memory"))

@@ -28,7 +28,7 @@ def video(pipe: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_videos_show_what_was_learned_from_pictures(tmp_path: Path, layerwise: bool) -> None:
+def test_videos_show_concepts_trained_on_images(tmp_path: Path, layerwise: bool) -> None:
     config = settings(tmp_path, steps=4, layerwise_tokens=layerwise)
     learned = train(config, tiny_sd().components, progress=False)
     assert (learned.info.token_layers > 0) is layerwise
@@ -74,7 +74,7 @@ def test_videos_are_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("make", "output"), [(tiny_sd, "images"), (tiny_animatediff, "frames")])
-def test_cards_draw_with_the_base_that_was_learned_on(
+def test_model_cards_name_the_output_of_the_training_base(
     make: Callable[[], Any], output: str, tmp_path: Path
 ) -> None:
     config = settings(tmp_path, steps=1)

@@ -33,7 +33,7 @@ TRIGGERS = {"<rex>": ["<rex>", "<rex>_1"], "<tom>": ["<tom>", "<tom>_1"]}
 
 @both
 @modes
-def test_loads_draws_and_unloads_bit_for_bit(make, fuse):
+def test_unloading_restores_everything_bit_for_bit(make, fuse):
     pipe = make()
     before, base = everything(pipe), draw(pipe)
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
@@ -59,7 +59,7 @@ def test_loads_draws_and_unloads_bit_for_bit(make, fuse):
 
 
 @both
-def test_the_adapter_is_the_exact_weighted_sum_as_is_the_fused_weight(make):
+def test_adapter_and_fused_weight_are_the_exact_weighted_sum(make):
     pipe, fused = make(), make()
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     weights = {"rex": 1.0, "tom": -0.5}
@@ -149,7 +149,7 @@ def test_paths_and_files(tmp_path):
 
 
 @both
-def test_a_call_for_nothing(make):
+def test_empty_calls_are_refused(make):
     pipe = make()
     with pytest.raises(ConfigError, match="nothing to load"):
         pipe.load_custom()
@@ -165,7 +165,7 @@ def test_a_call_for_nothing(make):
 
 @both
 @modes
-def test_a_failed_call_changes_nothing(make, fuse):
+def test_failed_calls_change_nothing(make, fuse):
     pipe = make()
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     foreign = concept(MAKERS["sd3" if make is MAKERS["sd"] else "sd"](), "ann")
@@ -220,7 +220,7 @@ def test_a_failed_call_changes_nothing(make, fuse):
         (True, True, "pipeline.fuse_weights.add_weighted_sum", 5),
     ],
 )
-def test_a_failure_in_the_middle_is_undone(make, attached, fuse, step, call, monkeypatch):
+def test_failures_at_any_step_are_undone(make, attached, fuse, step, call, monkeypatch):
     pipe = make()
     if attached:
         pipe.load_custom(concept(pipe), fuse=fuse)
@@ -246,7 +246,7 @@ def test_a_failure_in_the_middle_is_undone(make, attached, fuse, step, call, mon
 
 
 @both
-def test_concepts_of_one_name_are_told_apart(make):
+def test_another_concept_of_the_same_name_is_refused(make):
     pipe = make()
     first, second = concept(pipe), concept(pipe, index=1)
     pipe.load_custom(first, second, names=[None, "rex2"])
@@ -262,7 +262,7 @@ def test_concepts_of_one_name_are_told_apart(make):
     assert torch.equal(table(pipe.text_encoder)[ids], rows[2:])
 
 
-def test_a_token_that_the_vocabulary_has_is_refused():
+def test_tokens_already_in_the_vocabulary_are_refused():
     pipe = MAKERS["sd"]()
     pipe.load_textual_inversion({"<rex>": torch.ones(2, 32)})
     before = everything(pipe)
@@ -274,7 +274,7 @@ def test_a_token_that_the_vocabulary_has_is_refused():
     assert_same(before, everything(pipe))
 
 
-def test_a_users_textual_inversion_stays_whole():
+def test_textual_inversions_of_users_are_preserved():
     pipe = MAKERS["sd"]()
     rows = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
     pipe.load_custom(concept(pipe))
@@ -293,7 +293,7 @@ def test_a_users_textual_inversion_stays_whole():
 
 
 @both
-def test_the_users_own_adapters_keep_working(make):
+def test_adapters_of_users_keep_working(make):
     pipe = make()
     pipe.load_lora_weights(user_lora(pipe), adapter_name="mine")
     before, base = everything(pipe), draw(pipe)
@@ -329,7 +329,7 @@ def test_the_users_own_adapters_keep_working(make):
 
 
 @both
-def test_it_draws_what_the_model_drew_that_learned_it(make):
+def test_loaded_concepts_draw_as_the_training_model_did(make):
     learner, pipe = make(), make()
     _, adapter, learned = learn(learner)
     prompt = PROMPT
@@ -346,7 +346,7 @@ def test_it_draws_what_the_model_drew_that_learned_it(make):
     adapter.remove()
 
 
-def test_adapters_that_stand_in_the_way_are_named():
+def test_conflicting_adapters_are_named():
     pipe = MAKERS["sd"]()
     rex = concept(pipe)
     pipe.load_lora_weights(user_lora(pipe), adapter_name="customize")
@@ -363,7 +363,7 @@ def test_adapters_that_stand_in_the_way_are_named():
 
 
 @both
-def test_states_that_would_lose_something_are_refused(make):
+def test_conflicting_model_states_are_refused(make):
     pipe = make()
     rex = concept(pipe)
     pipe.load_lora_weights(user_lora(pipe), adapter_name="mine")
@@ -413,7 +413,7 @@ def test_half_precision(make, fuse, dtype):
 
 @both
 @modes
-def test_changing_the_dtype_in_between(make, fuse):
+def test_dtype_changes_between_loading_and_unloading(make, fuse):
     pipe = make()
     pipe.load_custom(concept(pipe), fuse=fuse)
     pipe.to(torch.bfloat16)
@@ -424,7 +424,7 @@ def test_changing_the_dtype_in_between(make, fuse):
 
 
 @both
-def test_the_summary_is_a_table(make):
+def test_summary_is_a_table(make):
     pipe = make()
     assert repr(pipe.custom) == "no concepts attached"
     pipe.load_custom(concept(pipe), concept(pipe, "tom", index=0), weights=[1, 0.8])
@@ -438,7 +438,7 @@ def test_the_summary_is_a_table(make):
     assert lines[5] == ["ann", "<ann>", "dog", "1", "2", "disjoint", "fused"]
 
 
-def test_what_is_no_known_pipeline_is_refused():
+def test_unknown_pipelines_are_refused():
     with pytest.raises(PipelineError, match="a int is not a diffusers pipeline"):
         customize.load_custom(3, "x")
     pipe = MAKERS["sd"]()
@@ -448,7 +448,7 @@ def test_what_is_no_known_pipeline_is_refused():
     assert repr(pipe.custom) == "no concepts attached"
 
 
-def test_unloading_nothing_is_no_error():
+def test_unloading_without_concepts_is_allowed():
     pipe = MAKERS["sd"]()
     before = everything(pipe)
     assert customize.unload_custom(pipe) is pipe

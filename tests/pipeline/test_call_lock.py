@@ -56,7 +56,7 @@ def nothing_is_left():
     assert _TABLE.granted == [] and _TABLE.waiting == []
 
 
-def test_readers_share_and_a_writer_is_alone():
+def test_shared_locks_coexist_and_exclusive_locks_do_not():
     thing = Thing()
     readers = [Claimer(shared=[thing]) for _ in range(3)]
     assert all(reader.started.wait(SOON) for reader in readers)
@@ -74,7 +74,7 @@ def test_readers_share_and_a_writer_is_alone():
     other.finish()
 
 
-def test_a_call_inside_another_has_its_claims_and_does_not_queue():
+def test_nested_calls_inherit_locks_and_do_not_queue():
     thing, other = Thing(), Thing()
     with acquire(lambda: LockRequest(shared=[thing])):
         writer = Claimer(exclusive=[thing])
@@ -88,7 +88,7 @@ def test_a_call_inside_another_has_its_claims_and_does_not_queue():
     writer.finish()
 
 
-def test_a_call_inside_another_waits_for_other_threads():
+def test_nested_calls_wait_for_other_threads():
     thing = Thing()
     reader = Claimer(shared=[thing])
     assert reader.started.wait(SOON)
@@ -131,7 +131,7 @@ def run_all(*functions: Callable[[], None]) -> list[BaseException]:
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_two_calls_that_would_wait_for_one_another_are_told(same):
+def test_deadlocks_raise_an_error(same):
     first, second = Thing(), Thing()
     if same:
         second = first
@@ -148,7 +148,7 @@ def test_two_calls_that_would_wait_for_one_another_are_told(same):
     assert "wait for one another for ever" in str(errors[0])
 
 
-def test_an_error_or_an_interrupt_leaves_nothing_claimed():
+def test_errors_and_interrupts_release_locks():
     thing = Thing()
     for error in (ValueError, KeyboardInterrupt, GeneratorExit):
         with pytest.raises(error), acquire(lambda: LockRequest(exclusive=[thing])):
@@ -170,7 +170,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-def test_an_interrupt_while_waiting_leaves_the_queue(interruptible):
+def test_interrupted_waiting_calls_leave_the_queue(interruptible):
     thing = Thing()
     writer = Claimer(exclusive=[thing])
     assert writer.started.wait(SOON)
@@ -181,7 +181,7 @@ def test_an_interrupt_while_waiting_leaves_the_queue(interruptible):
     writer.finish()
 
 
-def test_what_is_claimed_is_asked_again_after_waiting():
+def test_requests_are_made_again_after_waiting():
     thing, request = Thing(), {"uses": LockRequest(shared=())}
     first = Claimer(exclusive=[thing])
     assert first.started.wait(SOON)
@@ -202,7 +202,7 @@ def test_what_is_claimed_is_asked_again_after_waiting():
     assert claims == [frozenset({id(thing)})]
 
 
-def test_the_context_of_a_call_that_has_ended_counts_for_nothing():
+def test_contexts_of_ended_calls_are_ignored():
     thing = Thing()
     with acquire(lambda: LockRequest(exclusive=[thing])):
         context = contextvars.copy_context()
@@ -222,7 +222,7 @@ def test_the_context_of_a_call_that_has_ended_counts_for_nothing():
     assert began.is_set()
 
 
-def test_a_copied_context_holds_nothing_of_a_call_that_has_ended():
+def test_copied_contexts_keep_no_objects_of_ended_calls():
     thing = Thing()
     ref = weakref.ref(thing)
     with acquire(lambda one=thing: LockRequest(exclusive=[one])):
@@ -232,7 +232,7 @@ def test_a_copied_context_holds_nothing_of_a_call_that_has_ended():
     assert context is not None and ref() is None
 
 
-def test_who_waits_for_long_says_once_for_what(monkeypatch, caplog):
+def test_long_waits_are_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(call_lock, "WARN_AFTER", 0.05)
     thing = Thing()
 
@@ -253,7 +253,7 @@ def test_who_waits_for_long_says_once_for_what(monkeypatch, caplog):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_has_no_claims_of_other_threads():
+def test_forks_drop_locks_of_other_threads():
     thing = Thing()
     writer = Claimer(exclusive=[thing])
     assert writer.started.wait(SOON)
@@ -273,7 +273,7 @@ def test_a_fork_has_no_claims_of_other_threads():
         max_size=6,
     )
 )
-def test_no_two_calls_are_in_what_one_has_for_itself(jobs):
+def test_exclusive_locks_exclude_all_other_calls(jobs):
     things = [Thing() for _ in range(4)]
     inside: dict[int, list[tuple[int, bool]]] = {number: [] for number in range(4)}
     wrong: list[str] = []

@@ -51,7 +51,7 @@ def part(path, keep):
         (tiny_flux, {"transformer": 0.4}),
     ],
 )
-def test_pictures_are_those_of_stock_set_adapters(make, weights, tmp_path):
+def test_images_equal_those_of_set_adapters(make, weights, tmp_path):
     ours, stock = make(), make()
     file = lora(ours, tmp_path / "rex.safetensors")
     stock.load_lora_weights(str(tmp_path), weight_name="rex.safetensors", adapter_name="rex")
@@ -62,7 +62,7 @@ def test_pictures_are_those_of_stock_set_adapters(make, weights, tmp_path):
     assert abs(draw(ours) - draw(stock)).max() < 1e-4
 
 
-def test_lists_and_dotted_keys_do_not_warn_of_layers_that_a_lora_leaves_alone(tmp_path, recwarn):
+def test_lists_and_dotted_keys_do_not_warn_about_unchanged_layers(tmp_path, recwarn):
     """A list is for a block's residual layers as well, which most LoRAs do not change."""
     one, two = tiny_sd(), tiny_sd()
     file = lora(one, tmp_path / "rex.safetensors")
@@ -78,7 +78,7 @@ def test_lists_and_dotted_keys_do_not_warn_of_layers_that_a_lora_leaves_alone(tm
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("merge", ["sum", "average", "magnitude", "ties"])
-def test_weight_0_of_a_part_is_a_file_without_it(merge, fuse, tmp_path):
+def test_weight_0_of_a_component_equals_a_file_without_it(merge, fuse, tmp_path):
     one, two = tiny_sd(), tiny_sd()
     whole = lora(one, tmp_path / "rex.safetensors")
     less = part(whole, lambda key: "text_encoder" not in key and ".up_blocks." not in key)
@@ -93,7 +93,7 @@ def test_weight_0_of_a_part_is_a_file_without_it(merge, fuse, tmp_path):
     assert_same(everything(one), everything(tiny_sd()))
 
 
-def test_longer_names_win_and_the_rest_is_one(tmp_path):
+def test_longer_keys_win_and_the_default_is_1(tmp_path):
     pipe = tiny_sd()
     file = lora(pipe, tmp_path / "rex.safetensors")
     pipe.load_custom(file, weights=[{"unet": 0.5, "down": 0.8, "up_blocks.1.attentions.0": 0}])
@@ -151,7 +151,7 @@ def test_blocks_of_a_transformer(tmp_path):
         (None, "the weight of rex is None"),
     ],
 )
-def test_what_is_not_here_is_named_with_what_is_near(weight, message, tmp_path):
+def test_unknown_keys_are_refused_with_suggestions(weight, message, tmp_path):
     pipe = tiny_sd()
     file = lora(pipe, tmp_path / "rex.safetensors")
     before = everything(pipe)
@@ -160,7 +160,7 @@ def test_what_is_not_here_is_named_with_what_is_near(weight, message, tmp_path):
     assert_same(everything(pipe), before)
 
 
-def test_a_weight_of_what_the_concept_leaves_alone_is_told(tmp_path):
+def test_weights_of_unchanged_layers_warn(tmp_path):
     pipe = tiny_sd()
     file = lora(pipe, tmp_path / "rex.safetensors")
     less = part(file, lambda key: "text_encoder" not in key)
@@ -168,7 +168,7 @@ def test_a_weight_of_what_the_concept_leaves_alone_is_told(tmp_path):
         pipe.load_custom(less, weights=[{"text_encoder": 0.5}])
 
 
-def test_all_zero_is_the_base(tmp_path):
+def test_all_zero_weights_draw_the_base(tmp_path):
     pipe = tiny_sd()
     picture = draw(pipe)
     file = lora(pipe, tmp_path / "rex.safetensors")
@@ -181,7 +181,7 @@ def test_all_zero_is_the_base(tmp_path):
     assert_same(everything(pipe), everything(tiny_sd()))
 
 
-def test_the_modular_step_takes_them(tmp_path):
+def test_modular_steps_accept_component_weights(tmp_path):
     pipe = tiny_sdxl()
     file = lora(pipe, tmp_path / "rex.safetensors")
     weights = {"rex": {"text_encoder": 0.5, "down": 0.2}}

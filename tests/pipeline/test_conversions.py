@@ -83,7 +83,7 @@ def made_for(pipe: Any, family: str, kind: str) -> tuple[type, dict[str, Any]]:
 
 @families
 @kinds
-def test_the_concepts_come_along_and_go_for_both(family: str, kind: str) -> None:
+def test_converted_pipelines_share_attached_concepts(family: str, kind: str) -> None:
     pipe, fresh = MAKERS[family](), MAKERS[family]()
     kind_of, extra = made_for(pipe, family, kind)
     bare, plain = redraw(kind_of(**fresh.components, **extra), kind), draw(pipe)
@@ -108,7 +108,7 @@ def test_the_concepts_come_along_and_go_for_both(family: str, kind: str) -> None
 
 
 @families
-def test_auto_pipelines_find_the_kind_that_they_find_without_concepts(family: str) -> None:
+def test_auto_pipelines_choose_the_same_class_with_concepts(family: str) -> None:
     pipe, plain = MAKERS[family](), MAKERS[family]()
     net = controlnet(plain)
     pipe.load_custom(concept(pipe))
@@ -125,7 +125,7 @@ def test_auto_pipelines_find_the_kind_that_they_find_without_concepts(family: st
 
 
 @families
-def test_a_kind_with_a_denoiser_of_its_own_is_refused(family: str) -> None:
+def test_conversions_with_another_denoiser_are_refused(family: str) -> None:
     pipe, other = MAKERS[family](), MAKERS[family]()
     kind_of, _ = made_for(pipe, family, "Img2Img")
     pipe.load_custom(concept(pipe))
@@ -139,7 +139,7 @@ def test_a_kind_with_a_denoiser_of_its_own_is_refused(family: str) -> None:
 
 @families
 @pytest.mark.parametrize("fuse", [False, True], ids=["adapter", "fused"])
-def test_casting_on_the_way_keeps_them_too(family: str, fuse: bool) -> None:
+def test_conversions_that_cast_keep_concepts(family: str, fuse: bool) -> None:
     pipe, plain = MAKERS[family](), MAKERS[family]().to(torch.bfloat16)
     kind_of, _ = made_for(pipe, family, "Img2Img")
     pipe.load_custom(concept(pipe), fuse=fuse)

@@ -27,7 +27,7 @@ def same_bits(a, b):
     path=st.lists(st.sampled_from([*DTYPES, *NARROW]), max_size=4),
     seed=st.integers(0, 99),
 )
-def test_any_other_values_are_cast_as_the_layer_was(start, path, seed):
+def test_recorded_casts_reproduce_those_of_the_layer(start, path, seed):
     torch.manual_seed(seed)
     layer = nn.Linear(64, 64).requires_grad_(False)
     spread = 2.0 ** torch.randint(-24, 8, (64, 64))
@@ -42,7 +42,7 @@ def test_any_other_values_are_cast_as_the_layer_was(start, path, seed):
     assert len(casts) <= 4 and (path or not casts)
 
 
-def test_the_layer_is_as_before_afterwards_and_state_dicts_never_change():
+def test_recording_restores_the_layer_and_never_changes_state_dicts():
     layer = nn.Linear(4, 4)
     before = {k: copy.copy(v) for k, v in vars(layer).items()}
     keys = layer.state_dict().keys()
@@ -55,7 +55,7 @@ def test_the_layer_is_as_before_afterwards_and_state_dicts_never_change():
     assert vars(layer) == before
 
 
-def test_another_layer_in_its_place_is_refused():
+def test_replaced_layers_are_refused():
     with pytest.raises(PipelineError, match=r"replaced or converted by someone else.*\(a\.b\)"):
         dtype_casts.get_casts(nn.Linear(4, 4), torch.float32, "a.b")
     layer = nn.Linear(4, 4)

@@ -98,7 +98,7 @@ def test_stages_act_on_pipelines_made_before_and_after_loading(name):
 
 
 @pytest.mark.parametrize("name", ["sd img2img", "sdxl inpaint", "sd3 img2img", "qwen img2img"])
-def test_a_library_serves_all_pipelines_of_the_models(name, tmp_path):
+def test_libraries_serve_all_pipelines_of_the_models(name, tmp_path):
     pipe = OTHERS[name][0]()
     other, rex = other_of(pipe, name), concept(pipe)
     save_concept(rex, tmp_path / "rex")
@@ -126,7 +126,7 @@ def test_regions_and_avoid_need_no_concept(make):
     assert np.array_equal(draw(pipe, name, prompt="a dog on the beach"), plain)
 
 
-def test_a_pipeline_of_no_known_family_refuses_in_words():
+def test_unknown_families_refuse_stage_arguments():
     class Strange(diffusers.DiffusionPipeline):
         def __init__(self, unet, scheduler):
             super().__init__()
@@ -165,7 +165,7 @@ class Asking(StableDiffusionPipeline):
 
 
 @pytest.mark.parametrize("kind", [Counting, Opaque, Asking])
-def test_stages_run_once_in_classes_that_call_others(kind):
+def test_stages_run_once_in_classes_that_delegate_calls(kind):
     pipe = attached()
     other = kind(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
@@ -177,7 +177,7 @@ def test_stages_run_once_in_classes_that_call_others(kind):
         )
 
 
-def test_a_call_that_someone_replaced_is_gone_through_all_the_same(monkeypatch):
+def test_stages_run_in_replaced_calls(monkeypatch):
     pipe = attached()
     expected = draw(pipe, "sd again", avoid="house")
     patched = StableDiffusionPipeline.__call__
@@ -214,7 +214,7 @@ def test_modular_and_standard_pipelines_share_settings():
     assert np.array_equal(picture(), clean)
 
 
-def test_a_plain_call_costs_next_to_nothing():
+def test_uncustomized_calls_have_negligible_overhead():
     class Quick(StableDiffusionPipeline):
         def __call__(self, prompt=None, callback=None):
             return prompt

@@ -21,7 +21,7 @@ def pipe(request: pytest.FixtureRequest) -> Any:
     return MAKERS[request.param]()
 
 
-def test_concepts_merge_and_leave_nothing_behind(pipe: Any) -> None:
+def test_concepts_merge_and_unload_completely(pipe: Any) -> None:
     rex, tom = concept(pipe, "rex", index=0), concept(pipe, "tom", index=1)
     bare = draw(pipe, PROMPT)  # the first call leaves notes of the libraries' own
     before = everything(pipe)

@@ -16,7 +16,7 @@ MESSAGE = r"not finite.*of the attached concepts rex changes the model most, wit
 
 @pytest.mark.parametrize("output", ["np", "pil", "pt", "latent"])
 @pytest.mark.parametrize("fuse", [False, True])
-def test_the_loudest_concept_is_named(output, fuse):
+def test_concept_with_the_largest_update_is_named(output, fuse):
     pipe = tiny_sd()
     tom = concept(pipe, "tom", index=1)
     pipe.load_custom(tom, concept(pipe), weights=[0.5, 1e30], fuse=fuse)
@@ -25,7 +25,7 @@ def test_the_loudest_concept_is_named(output, fuse):
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
-def test_nothing_is_said_of_finite_pictures_or_the_base(make):
+def test_finite_images_and_the_base_do_not_warn(make):
     pipe = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -34,7 +34,7 @@ def test_nothing_is_said_of_finite_pictures_or_the_base(make):
             pipe("a dog", num_inference_steps=1, output_type=output, height=32, width=32)
 
 
-def test_modular_pipelines_tell_as_well():
+def test_modular_pipelines_warn():
     pipe = modular(tiny_sdxl())
     pipe.load_custom(concept(pipe), weights=[1e30])
     with pytest.warns(UserWarning, match="attached concepts rex changes the model most"):
@@ -42,7 +42,7 @@ def test_modular_pipelines_tell_as_well():
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-def test_products_beyond_the_type_are_refused_at_once_by_name(fuse):
+def test_products_beyond_the_dtype_are_refused_by_name(fuse):
     """Though both factors fit into it."""
     pipe = tiny_sd().to(torch.float16)
     rex, before = concept(pipe), draw(tiny_sd().to(torch.float16))

@@ -50,7 +50,7 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_training_on_a_pipelines_parts_leaves_them_as_they_were(tmp_path: Path) -> None:
+def test_training_on_components_leaves_them_unchanged(tmp_path: Path) -> None:
     pipe = tiny_flux3()
     before = snapshot(pipe.components)
     concept = train(settings(tmp_path), pipe.components, progress=False)
@@ -90,7 +90,7 @@ def test_stock_diffusers_reads_the_concept(learned: Path) -> None:
     np.testing.assert_allclose(draw(stock), draw(pipe), atol=1e-5)
 
 
-def test_one_concept_fits_the_distilled_model(learned: Path) -> None:
+def test_concepts_fit_the_distilled_model(learned: Path) -> None:
     pipe = tiny_flux3(flow_map=True)
     pipe.load_custom(learned / "concepts" / "rex")
     weight = load_file(learned / "concepts" / "rex" / "pytorch_lora_weights.safetensors")
@@ -99,7 +99,7 @@ def test_one_concept_fits_the_distilled_model(learned: Path) -> None:
     assert pipe.custom.rows == ()
 
 
-def test_the_cards_lines_run(learned: Path) -> None:
+def test_snippets_of_the_model_card_run(learned: Path) -> None:
     concept = load_concept(learned / "concepts" / "rex")
     assert concept.info.base == str(learned / "base")
     card = (learned / "concepts" / "rex" / "README.md").read_text()
@@ -120,7 +120,7 @@ def test_the_cards_lines_run(learned: Path) -> None:
     assert np.abs(pictures[0] - np.asarray(bare, dtype=float)).max() > 1
 
 
-def test_commands_for_standard_pipelines_say_so(learned: Path) -> None:
+def test_commands_for_standard_pipelines_refuse_modular_bases(learned: Path) -> None:
     with pytest.raises(PipelineError, match=r"modular one only.*Fix: use it in Python"):
         load_base_pipeline(str(learned / "base"), torch.device("cpu"), None)
 

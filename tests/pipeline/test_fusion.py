@@ -40,7 +40,7 @@ def pair(tmp_path):
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_recording_leaves_the_pipeline_as_it_was(make):
+def test_recording_leaves_the_pipeline_unchanged(make):
     pipe = make()
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     pipe.load_custom(rex, weights=[0.5])
@@ -57,7 +57,7 @@ def test_recording_leaves_the_pipeline_as_it_was(make):
                 assert 0.5 < float(rows.square().sum()) <= 1.0001
 
 
-def test_what_one_run_has_learned_is_summed_by_itself(pair):
+def test_concepts_of_one_run_are_summed_by_default(pair):
     pipe, *folders = pair
     assert pipe.load_custom(*folders).custom.merge == "fusion"
     pipe.unload_custom()
@@ -75,7 +75,7 @@ def test_what_one_run_has_learned_is_summed_by_itself(pair):
 
 
 @modes
-def test_both_concepts_are_fused_by_what_they_read(pair, fuse):
+def test_fusion_preserves_both_concepts_on_their_inputs(pair, fuse):
     pipe, *folders = pair
     family = family_of(pipe.components)
     before, base = everything(pipe), draw(pipe)
@@ -98,7 +98,7 @@ def test_both_concepts_are_fused_by_what_they_read(pair, fuse):
     assert_same(before, everything(pipe))
 
 
-def test_one_concept_is_as_it_is(pair):
+def test_single_concepts_are_not_fused(pair):
     pipe, rex, tom = pair
     pipe.load_custom(rex)
     alone = draw(pipe)
@@ -109,7 +109,7 @@ def test_one_concept_is_as_it_is(pair):
     assert np.array_equal(draw(pipe), alone)
 
 
-def test_the_method_stays_and_changes(pair):
+def test_methods_persist_until_changed(pair):
     pipe, rex, tom = pair
     pipe.load_custom(rex, tom, merge="sum")
     summed = draw(pipe)
@@ -125,7 +125,7 @@ def test_the_method_stays_and_changes(pair):
     assert np.array_equal(draw(pipe), fused)
 
 
-def test_records_beside_all_concepts_mean_fusion(pair, tmp_path):
+def test_recorded_inputs_of_all_concepts_select_fusion(pair, tmp_path):
     pipe, rex, tom = pair
     pipe.load_custom(rex, tom, merge="fusion")
     fused = draw(pipe)
@@ -141,7 +141,7 @@ def test_records_beside_all_concepts_mean_fusion(pair, tmp_path):
     assert np.array_equal(draw(pipe), fused)
 
 
-def test_concepts_in_the_weights_and_beside_them_are_fused_together(pair):
+def test_fused_and_adapter_concepts_merge_jointly(pair):
     pipe, rex, tom = pair
     pipe.load_custom(rex, tom, merge="fusion")
     beside = draw(pipe)
@@ -150,7 +150,7 @@ def test_concepts_in_the_weights_and_beside_them_are_fused_together(pair):
     np.testing.assert_allclose(draw(pipe), beside, atol=2e-4)
 
 
-def test_a_record_that_lacks_is_made_on_the_pipeline(tmp_path, monkeypatch):
+def test_missing_inputs_are_recorded_on_the_pipeline(tmp_path, monkeypatch):
     pipe = tiny_sd()
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     before = everything(pipe)
@@ -169,7 +169,7 @@ def test_a_record_that_lacks_is_made_on_the_pipeline(tmp_path, monkeypatch):
     np.testing.assert_allclose(draw(pipe), picture, atol=2e-2)
 
 
-def test_nothing_changes_where_a_record_is_of_something_else(pair):
+def test_inputs_of_another_concept_are_refused_without_change(pair):
     pipe, rex, tom = pair
     before = everything(pipe)
     layer_inputs_path(tom).write_bytes(layer_inputs_path(rex).read_bytes())
@@ -182,7 +182,7 @@ def test_nothing_changes_where_a_record_is_of_something_else(pair):
     assert_same(before, everything(pipe))
 
 
-def test_an_error_while_recording_changes_nothing(monkeypatch):
+def test_errors_while_recording_change_nothing(monkeypatch):
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe))
     before = everything(pipe)
@@ -200,7 +200,7 @@ def test_an_error_while_recording_changes_nothing(monkeypatch):
     assert_same(before, everything(pipe))
 
 
-def test_an_error_while_changing_changes_nothing(pair, monkeypatch):
+def test_errors_while_attaching_change_nothing(pair, monkeypatch):
     pipe, rex, tom = pair
     pipe.load_custom(rex)
     before = everything(pipe)
@@ -219,7 +219,7 @@ def test_an_error_while_changing_changes_nothing(pair, monkeypatch):
     assert pipe.custom.merge == "sum"
 
 
-def test_bad_input(tmp_path):
+def test_invalid_arguments_are_refused(tmp_path):
     pipe = tiny_sd()
     before = everything(pipe)
     save_file(user_lora(pipe), tmp_path / "style.safetensors")
@@ -237,7 +237,7 @@ def test_bad_input(tmp_path):
     assert_same(before, everything(pipe))
 
 
-def test_an_offloaded_model_is_recorded_before(pair):
+def test_offloaded_models_need_inputs_recorded_before(pair):
     pipe, rex, tom = pair
     third = concept(pipe, "max", index=2)
     add_hook_to_module(pipe.unet, ModelHook())

@@ -28,7 +28,7 @@ def test_components(tmp_path):
     assert (draw(whole) == draw(less)).all()
 
 
-def test_a_t5_that_takes_no_adapter(tmp_path):
+def test_ignoring_a_text_encoder_without_adapters(tmp_path):
     pipe = tiny_flux()
     file = lora(pipe, tmp_path / "rex.safetensors")
     tensors = load_file(file)
@@ -68,7 +68,7 @@ def test_biases_norms_and_patterns(words, left, tmp_path):
     assert {name for name in start if not torch.equal(now[name], start[name])} == left
 
 
-def test_what_is_in_memory_and_concepts_of_ours(tmp_path):
+def test_ignoring_parts_of_objects_in_memory_and_concepts(tmp_path):
     pipe = tiny_sd()
     rex = concept(pipe)
     save_concept(rex, tmp_path / "rex")
@@ -79,7 +79,7 @@ def test_what_is_in_memory_and_concepts_of_ours(tmp_path):
         pipe.unload_custom()
 
 
-def test_a_concept_of_ours_without_a_width_of_its_layers(tmp_path):
+def test_ignoring_all_layers_of_one_width_of_a_concept(tmp_path):
     """What is left has slices of fewer widths than the whole."""
     pipe = tiny_sdxl()
     rex = concept(pipe)
@@ -94,7 +94,7 @@ def has_adapter(pipe, component):
     return any(hasattr(m, "lora_A") for m in getattr(pipe, component).modules())
 
 
-def test_what_cannot_be_read_is_refused_with_the_words_that_leave_it_out(tmp_path):
+def test_unreadable_parts_are_refused_with_the_entries_that_ignore_them(tmp_path):
     pipe = tiny_flux()
     tensors = load_file(lora(pipe, tmp_path / "rex.safetensors"))
     t5 = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_refused_with_the_words_that_leave_it_out(tmp_pat
         pipe.unload_custom()
 
 
-def test_keys_that_mean_nothing_here(tmp_path):
+def test_unknown_keys_can_be_ignored(tmp_path):
     pipe = tiny_sd()
     file = lora(pipe, tmp_path / "rex.safetensors")
     more = {
@@ -138,7 +138,7 @@ def test_keys_that_mean_nothing_here(tmp_path):
         ([3], "unknown part 3"),
     ],
 )
-def test_words_that_leave_nothing_out_are_refused(words, message, tmp_path):
+def test_entries_that_match_nothing_are_refused(words, message, tmp_path):
     pipe = tiny_sd()
     file = lora(pipe, tmp_path / "rex.safetensors")
     before = everything(pipe)
@@ -149,7 +149,7 @@ def test_words_that_leave_nothing_out_are_refused(words, message, tmp_path):
     assert_same(everything(pipe), before)
 
 
-def test_merge_leaves_them_out_or_refuses_what_it_cannot_write(tmp_path):
+def test_merge_ignores_parts_or_refuses_unwritable_ones(tmp_path):
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {
         f"unet.{name}.lora_A.weight": torch.randn(2, 320),
@@ -166,7 +166,7 @@ def test_merge_leaves_them_out_or_refuses_what_it_cannot_write(tmp_path):
     assert len(load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")) == 2
 
 
-def test_a_record_of_the_whole_is_not_taken_for_one_of_the_rest(tmp_path):
+def test_inputs_of_the_whole_file_are_not_used_for_parts(tmp_path):
     pipe = tiny_sd()
     file = lora(pipe, tmp_path / "rex.safetensors")
     record = customize.record_inputs(pipe, file, prompts=["{} here"], words="rex")

@@ -28,7 +28,7 @@ def draw(pipe, **call):
 
 @makers
 @pytest.mark.parametrize("load", [False, True], ids=["never customized", "customized"])
-def test_near_names_are_refused_on_every_pipeline(make, load):
+def test_misspelt_keywords_are_refused_on_every_pipeline(make, load):
     pipe = attached(make) if load else make()
     for wrong, right in NEAR.items():
         with pytest.raises(ConfigError, match=rf"reads no argument {wrong}.*write {right}\b"):
@@ -37,12 +37,12 @@ def test_near_names_are_refused_on_every_pipeline(make, load):
         draw(pipe, guidance_scal=3.0)
 
 
-def test_what_loading_takes_is_named():
+def test_arguments_of_load_custom_are_named():
     with pytest.raises(ConfigError, match=r"library is an argument of load_custom"):
         draw(tiny_sd(), library="concepts")
 
 
-def test_what_pipelines_read_of_their_keywords_passes():
+def test_keywords_that_pipelines_read_are_accepted():
     pipe = tiny_sd()
     steps = []
     with warnings.catch_warnings():
@@ -54,7 +54,7 @@ def test_what_pipelines_read_of_their_keywords_passes():
         draw(tiny_sd3(), anything=3)
 
 
-def test_a_class_of_the_users_that_hands_keywords_on():
+def test_classes_that_delegate_keywords():
     class Handing(StableDiffusionPipeline):
         def __call__(self, prompt, **kwargs):
             return super().__call__(prompt, **kwargs)
@@ -78,7 +78,7 @@ def test_a_class_of_the_users_that_hands_keywords_on():
     assert pipe.seen == (3, 4)
 
 
-def test_an_argument_of_the_pipelines_own_is_its_own():
+def test_arguments_of_the_pipeline_take_precedence():
     class Own(StableDiffusionPipeline):
         def __call__(self, prompt, regions=None, **kwargs):
             self.seen = regions
@@ -92,7 +92,7 @@ def test_an_argument_of_the_pipelines_own_is_its_own():
     assert list(names)[-1] == "kwargs" and "avoid" in names
 
 
-def test_modular_pipelines_read_what_their_blocks_name():
+def test_modular_pipelines_read_the_inputs_of_their_blocks():
     pipe = modular(tiny_sd3())
     pipe.set_progress_bar_config(disable=True)
     with pytest.raises(ConfigError, match="write regions"):
@@ -101,7 +101,7 @@ def test_modular_pipelines_read_what_their_blocks_name():
         draw(pipe, anything=3)
 
 
-def test_the_source_of_every_pipeline_is_understood():
+def test_read_keywords_are_known_for_every_pipeline():
     """Of diffusers' pipelines that take keywords, all but a few say which they read."""
     keywords = {}
     for name in dir(diffusers):
@@ -113,7 +113,7 @@ def test_the_source_of_every_pipeline_is_understood():
     assert keywords["StableDiffusionPipeline"] == {"callback", "callback_steps"}
 
 
-def test_keywords_that_are_read_by_any_way():
+def test_all_ways_to_read_keywords_are_recognized():
     def call(self, prompt, **kwargs):
         a = kwargs.pop("a", None)
         b = kwargs.get("b"), kwargs["c"]

@@ -58,7 +58,7 @@ def encoded_by_hand(learned: Concept, prompt: str) -> list[Tensor]:
     return encoded
 
 
-def test_each_layer_reads_the_prompt_with_its_own_embeddings() -> None:
+def test_every_layer_reads_its_embeddings_of_the_prompt() -> None:
     pipe = tiny_sd()
     rex = layered(pipe)
     customize.load_custom(pipe, rex)
@@ -73,7 +73,7 @@ def test_each_layer_reads_the_prompt_with_its_own_embeddings() -> None:
     assert np.array_equal(again, pictures(pipe, negative_prompt="a dog"))
 
 
-def test_equal_layers_are_an_ordinary_concept() -> None:
+def test_equal_layer_embeddings_draw_as_an_ordinary_concept() -> None:
     plain, pipe = tiny_sd(), tiny_sd()
     rex = concept(plain)
     customize.load_custom(plain, rex)
@@ -83,7 +83,7 @@ def test_equal_layers_are_an_ordinary_concept() -> None:
     assert np.abs(pictures(other) - pictures(plain)).max() > 1e-2
 
 
-def test_what_has_the_ordinary_length_is_as_before() -> None:
+def test_conditions_of_ordinary_length_are_unchanged() -> None:
     pipe = tiny_sd()
     cup, empty = pipe.encode_prompt(["a red cup"], "cpu", 1, True)
     before = pictures(pipe, "a red cup", negative_prompt="a dog")
@@ -95,7 +95,7 @@ def test_what_has_the_ordinary_length_is_as_before() -> None:
     assert np.array_equal(pictures(pipe, None, prompt_embeds=cup), pictures(pipe, "a red cup"))
 
 
-def test_negative_prompts_batches_and_repetitions() -> None:
+def test_negative_prompts_batches_and_images_per_prompt() -> None:
     pipe = tiny_sd()
     customize.load_custom(pipe, layered(pipe), concept(pipe, "tom", index=1))
     prompts = [PROMPT, "a <tom> in the room", "<TOM> and <rex>"]
@@ -122,7 +122,7 @@ def test_negative_prompts_batches_and_repetitions() -> None:
     assert pictures(pipe, PROMPT + " with the hat" * 20, negative_prompt="a cat " * 40).shape
 
 
-def test_a_shared_model_is_layered_for_all_its_pipelines() -> None:
+def test_pipelines_of_a_shared_model_use_layer_embeddings() -> None:
     pipe = tiny_sd()
     other = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
@@ -144,7 +144,7 @@ def test_a_shared_model_is_layered_for_all_its_pipelines() -> None:
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-def test_unloading_gives_everything_back(fuse: bool) -> None:
+def test_unloading_restores_everything(fuse: bool) -> None:
     pipe = tiny_sd()
     draw(pipe, "a dog")
     before = everything(pipe)
@@ -167,7 +167,7 @@ def test_unloading_gives_everything_back(fuse: bool) -> None:
     assert hooks_of(pipe) == hooks
 
 
-def test_fused_is_refused_by_save_pretrained(tmp_path: Path) -> None:
+def test_save_pretrained_refuses_fused_layer_embeddings(tmp_path: Path) -> None:
     pipe = tiny_sd()
     customize.load_custom(pipe, layered(pipe), fuse=True)
     with pytest.raises(PipelineError, match="for each cross-attention layer"):
@@ -175,7 +175,7 @@ def test_fused_is_refused_by_save_pretrained(tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
 
 
-def test_what_someone_else_unloads_is_put_back() -> None:
+def test_tokens_unloaded_by_others_are_restored() -> None:
     pipe = tiny_sd()
     before = everything(pipe)
     customize.load_custom(pipe, layered(pipe))
@@ -190,7 +190,7 @@ def test_what_someone_else_unloads_is_put_back() -> None:
     )
 
 
-def test_bad_layers_change_nothing() -> None:
+def test_invalid_layer_counts_change_nothing() -> None:
     pipe = tiny_sd()
     rex = layered(pipe)
     before = everything(pipe)
@@ -215,7 +215,7 @@ def test_bad_layers_change_nothing() -> None:
         customize.load_custom(pipe, rex)
 
 
-def test_tokenizer_serves_other_callers_as_ever() -> None:
+def test_tokenizer_is_unchanged_for_other_callers() -> None:
     pipe = tiny_sd()
     rex = layered(pipe)
     names, _ = vocabulary_rows("<rex>", rex.embeddings["text_encoder"])
@@ -235,7 +235,7 @@ def test_tokenizer_serves_other_callers_as_ever() -> None:
     assert torch.equal(copied(["a <rex>", "a dog"], **asked).input_ids, wide.input_ids)
 
 
-def test_a_users_token_around_a_trigger_is_worded_alike_for_all_layers() -> None:
+def test_user_tokens_around_a_trigger_are_equal_in_all_layers() -> None:
     pipe = tiny_sd()
     pipe.load_textual_inversion({"<rex>-style": torch.ones(1, 32)})
     customize.load_custom(pipe, layered(pipe))

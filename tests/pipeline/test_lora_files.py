@@ -36,7 +36,7 @@ def made(pipe: Any, path: Path, every: int = 2, alphas: Any = "some") -> Path:
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("name", MAKERS)
-def test_it_does_to_the_weights_what_it_says(name: str, fuse: bool, tmp_path: Path) -> None:
+def test_outputs_equal_those_of_the_dense_product(name: str, fuse: bool, tmp_path: Path) -> None:
     """Every layer's output, or the fused weight, is that of the weight plus the dense product."""
     pipe = MAKERS[name]()
     before = everything(pipe)
@@ -66,7 +66,7 @@ def test_it_does_to_the_weights_what_it_says(name: str, fuse: bool, tmp_path: Pa
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_stock_diffusers_draws_the_same_from_kohyas_file(every: int, tmp_path: Path) -> None:
+def test_kohya_files_draw_as_in_stock_diffusers(every: int, tmp_path: Path) -> None:
     """One alpha for all layers: others diffusers misreads."""
     ours, stock = tiny_sd(), tiny_sd()
     path = made(ours, tmp_path / "style.safetensors", every=every, alphas=1.0)
@@ -76,7 +76,7 @@ def test_stock_diffusers_draws_the_same_from_kohyas_file(every: int, tmp_path: P
     assert np.abs(draw(ours, PROMPT) - draw(stock, PROMPT)).max() <= 1e-4
 
 
-def test_it_stands_in_the_table_and_beside_concepts(tmp_path: Path) -> None:
+def test_loras_are_reported_and_combine_with_concepts(tmp_path: Path) -> None:
     pipe = tiny_sd()
     before = everything(pipe)
     path = made(pipe, tmp_path / "My Style.safetensors")
@@ -95,7 +95,7 @@ def test_it_stands_in_the_table_and_beside_concepts(tmp_path: Path) -> None:
     assert_same(everything(pipe), before)
 
 
-def test_two_under_other_names(tmp_path: Path) -> None:
+def test_two_files_under_new_names(tmp_path: Path) -> None:
     pipe = tiny_sd()
     path = made(pipe, tmp_path / "style.safetensors")
     pipe.load_custom(path, names=["ink"])
@@ -106,7 +106,7 @@ def test_two_under_other_names(tmp_path: Path) -> None:
         pipe.load_custom(path, names=["My ink"])
 
 
-def test_the_model_is_walked_over_as_often_for_many_files_as_for_one(
+def test_layer_names_are_mapped_once_for_many_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A walk for each layer of each file takes minutes on a large model."""
@@ -156,7 +156,7 @@ def test_dora_is_exact_at_full_weight(fuse: bool, tmp_path: Path) -> None:
     assert_same(everything(pipe), before)
 
 
-def test_dora_of_a_second_denoiser_is_on_its_own_weights(tmp_path: Path) -> None:
+def test_dora_of_a_second_denoiser_uses_its_weights(tmp_path: Path) -> None:
     module = "blocks.0.attn1.to_q"
     pipe = tiny_wan("2.2-14b")
     layer = pipe.transformer_2.get_submodule(module)
@@ -180,7 +180,7 @@ def test_dora_of_a_second_denoiser_is_on_its_own_weights(tmp_path: Path) -> None
     assert (outputs - inputs @ expected.T - bias).abs().max() <= 1e-4
 
 
-def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
+def test_refused_files_change_nothing(tmp_path: Path) -> None:
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe))
     before = everything(pipe)

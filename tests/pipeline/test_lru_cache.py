@@ -54,7 +54,7 @@ TestByteCache = Model.TestCase
 
 
 @given(st.lists(st.integers(0, 50), max_size=5))
-def test_what_tensors_share_counts_once(sizes):
+def test_shared_storage_counts_once(sizes):
     tensors = [torch.zeros(size) for size in sizes]
     views = [tensor[: len(tensor) // 2] for tensor in tensors]
     assert tensor_bytes([*tensors, *views, *tensors]) == 4 * sum(sizes)

@@ -33,7 +33,7 @@ def change_of(pipe, before):
 
 
 @together
-def test_in_the_weights_the_merge_is_exact_and_goes_without_a_trace(pair, method):
+def test_fused_merges_are_exact_and_removed_bit_for_bit(pair, method):
     pipe, rex, tom = pair
     before = everything(pipe)
     pipe.load_custom(rex, tom, weights=[1.0, 0.5], merge=method, fuse=True)
@@ -51,7 +51,7 @@ def test_in_the_weights_the_merge_is_exact_and_goes_without_a_trace(pair, method
 
 
 @together
-def test_beside_the_weights_it_is_the_nearest_of_the_ranks_sum(pair, method):
+def test_adapter_merges_are_the_best_approximation_at_the_rank_sum(pair, method):
     pipe, rex, tom = pair
     before, base = everything(pipe), draw(pipe)
     pipe.load_custom(rex, tom, merge=method)
@@ -68,7 +68,7 @@ def test_beside_the_weights_it_is_the_nearest_of_the_ranks_sum(pair, method):
     assert_same(before, everything(pipe))
 
 
-def test_settings_come_with_the_method_and_stay_with_it(pair):
+def test_settings_persist_with_the_method(pair):
     pipe, rex, tom = pair
     before = everything(pipe)
     pipe.load_custom(rex, tom, merge={"method": "dare", "density": 0.3, "seed": 5}, fuse=True)
@@ -97,7 +97,7 @@ def test_settings_come_with_the_method_and_stay_with_it(pair):
         ({"method": "truncate", "rank": 0}, "invalid rank 0"),
     ],
 )
-def test_what_is_wrong_changes_nothing(pair, merge, message):
+def test_invalid_merges_change_nothing(pair, merge, message):
     pipe, rex, tom = pair
     pipe.load_custom(rex)
     before = everything(pipe)
@@ -106,7 +106,7 @@ def test_what_is_wrong_changes_nothing(pair, merge, message):
     assert_same(before, everything(pipe))
 
 
-def test_what_is_merged_together_is_in_the_weights_or_beside_them_together(pair):
+def test_joint_merges_need_one_mode(pair):
     pipe, rex, tom = pair
     pipe.load_custom(rex, fuse=True, merge="ties")
     before = everything(pipe)

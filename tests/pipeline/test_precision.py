@@ -50,7 +50,7 @@ def loaded(folder):
 
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("merge", MERGES)
-def test_loading_gives_the_same_bits_and_unloading_takes_them_off(merge, context, folder, loaded):
+def test_loading_is_bitwise_independent_of_precision_contexts(merge, context, folder, loaded):
     pipe = tiny_sd()
     before = everything(pipe)
     with CONTEXTS[context]():
@@ -84,7 +84,7 @@ def pictures(folder):
 #: Nothing is drawn by plain diffusers on the meta device.
 @pytest.mark.parametrize("context", [name for name in CONTEXTS if name != "meta-device"])
 @pytest.mark.parametrize("call", CALLS)
-def test_calls_draw_the_same_and_leave_nothing(call, context, folder, pictures):
+def test_calls_draw_the_same_in_precision_contexts(call, context, folder, pictures):
     pipe = customized(call, folder)
     with CONTEXTS[context]():
         drawn = draw(pipe, CALLS[call])
@@ -95,7 +95,7 @@ def test_calls_draw_the_same_and_leave_nothing(call, context, folder, pictures):
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-def test_models_that_were_made_in_inference_mode_are_customized_and_restored(fuse):
+def test_models_created_in_inference_mode_are_customized_and_restored(fuse):
     with torch.inference_mode():
         pipe = tiny_sd()
     before, plain = everything(pipe), draw(pipe, {})
@@ -107,7 +107,7 @@ def test_models_that_were_made_in_inference_mode_are_customized_and_restored(fus
     assert_same(before, everything(pipe))
 
 
-def test_weights_that_change_within_one_autocast_are_not_the_cached_ones():
+def test_weights_changed_within_autocast_are_not_cached():
     pipe = tiny_sd()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         before = draw(pipe, {})
@@ -119,7 +119,7 @@ def test_weights_that_change_within_one_autocast_are_not_the_cached_ones():
 
 
 @pytest.mark.parametrize("context", ["autocast-bf16", "inference", "float64", "tf32"])
-def test_records_are_the_same(context, folder):
+def test_recorded_inputs_are_independent_of_precision_contexts(context, folder):
     pipe = tiny_sd()
     one = customize.record_inputs(pipe, folder / "rex")
     with CONTEXTS[context]():

@@ -50,7 +50,7 @@ def parts(pipe):
 
 
 @makers
-def test_no_component_is_saved_with_concepts_beside_its_weights(make, tmp_path):
+def test_components_with_adapters_refuse_to_be_saved(make, tmp_path):
     pipe = make()
     before = everything(pipe)
     pipe.load_custom(concept(pipe))
@@ -74,7 +74,7 @@ def test_no_component_is_saved_with_concepts_beside_its_weights(make, tmp_path):
     "copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"]
 )
 @pytest.mark.parametrize("first", [True, False], ids=["the original first", "the copy first"])
-def test_a_copy_refuses_by_what_is_attached_to_it_alone(copied, first, tmp_path):
+def test_copies_refuse_by_their_attached_concepts(copied, first, tmp_path):
     pipe = attached()
     other = copied(pipe)
     detached, still = (pipe, other) if first else (other, pipe)
@@ -89,7 +89,7 @@ def test_a_copy_refuses_by_what_is_attached_to_it_alone(copied, first, tmp_path)
     assert np.array_equal(draw(still), draw(detached))
 
 
-def test_what_is_saved_of_one_component_is_what_is_opened(tmp_path):
+def test_saved_components_load_with_fused_weights(tmp_path):
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe), fuse=True)
     picture = draw(pipe)
@@ -105,7 +105,7 @@ def test_what_is_saved_of_one_component_is_what_is_opened(tmp_path):
     AutoencoderKL.from_pretrained(tmp_path / "vae")
 
 
-def test_an_adapter_of_the_users_is_saved_as_ever_and_ours_is_not(tmp_path):
+def test_adapters_of_users_can_be_saved(tmp_path):
     pipe = tiny_sd()
     pipe.load_lora_weights(user_lora(pipe), adapter_name="mine")
     pipe.unet.save_lora_adapter(tmp_path / "plain", adapter_name="mine")
@@ -121,7 +121,7 @@ def test_an_adapter_of_the_users_is_saved_as_ever_and_ours_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("kind", COPIES)
-def test_no_model_copies_the_weights_of_one_with_an_adapter(kind):
+def test_copying_weights_of_a_model_with_an_adapter_is_refused(kind):
     make, key, copy = COPIES[kind]
     pipe = make()
     model = getattr(pipe, key)
@@ -142,7 +142,7 @@ def test_no_model_copies_the_weights_of_one_with_an_adapter(kind):
     assert all(torch.equal(fused[name], weights[name]) for name in shared)
 
 
-def test_every_class_of_diffusers_that_copies_is_guarded():
+def test_all_copying_methods_of_diffusers_are_guarded():
     kinds = [getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Model")]
     methods = [
         getattr(kind, name)

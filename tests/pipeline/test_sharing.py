@@ -25,7 +25,7 @@ def with_parts_of(pipe, make, *keys):
 
 @modes
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-def test_another_denoiser_on_a_shared_text_encoder_is_refused(make, fuse):
+def test_another_denoiser_with_a_shared_text_encoder_is_refused(make, fuse):
     pipe = make()
     other = with_parts_of(pipe, make, "unet")
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
@@ -52,7 +52,7 @@ def test_another_denoiser_on_a_shared_text_encoder_is_refused(make, fuse):
     assert_same(before[1], everything(other))
 
 
-def test_a_shared_tokenizer_alone_is_refused_as_well():
+def test_sharing_only_the_tokenizer_is_refused():
     pipe = tiny_sd()
     other = with_parts_of(pipe, tiny_sd, "unet", "text_encoder")
     pipe.load_custom(concept(pipe))
@@ -62,7 +62,7 @@ def test_a_shared_tokenizer_alone_is_refused_as_well():
 
 @modes
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
-def test_a_shared_denoiser_with_other_text_encoders_is_not_changed(make, fuse):
+def test_another_text_encoder_with_a_shared_denoiser_is_refused(make, fuse):
     pipe = make()
     other = with_parts_of(pipe, make, "text_encoder", "tokenizer")
     plain, theirs = everything(pipe), everything(other)
@@ -80,7 +80,7 @@ def test_a_shared_denoiser_with_other_text_encoders_is_not_changed(make, fuse):
 
 
 @modes
-def test_a_freed_text_encoder_takes_part_in_all_changes(fuse):
+def test_freed_text_encoders_are_changed_too(fuse):
     pipe, whole = tiny_sd(), tiny_sd()
     before = everything(pipe)
     freed = pipe.text_encoder
@@ -97,7 +97,7 @@ def test_a_freed_text_encoder_takes_part_in_all_changes(fuse):
 
 
 @modes
-def test_after_replacing_the_text_encoder_unloading_leaves_both_as_they_were(fuse):
+def test_unloading_restores_both_text_encoders_after_a_replacement(fuse):
     pipe = tiny_sd()
     before, old, new = everything(pipe), pipe.text_encoder, tiny_sd().text_encoder
     pipe.load_custom(concept(pipe), fuse=fuse)
@@ -110,7 +110,7 @@ def test_after_replacing_the_text_encoder_unloading_leaves_both_as_they_were(fus
     assert_same(before, everything(pipe))
 
 
-def test_an_adapter_of_the_users_under_our_name_is_not_ours():
+def test_user_adapters_with_our_name_are_not_changed():
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe))
     pipe.unload_lora_weights()
@@ -126,7 +126,7 @@ def test_an_adapter_of_the_users_under_our_name_is_not_ours():
 
 
 @pytest.mark.parametrize("remove", ["delete_adapters", "unload_lora_weights"])
-def test_a_failure_does_not_bring_back_what_was_removed(remove, monkeypatch):
+def test_failures_do_not_restore_removed_adapters(remove, monkeypatch):
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe))
     pipe.delete_adapters("customize") if remove == "delete_adapters" else pipe.unload_lora_weights()

@@ -47,7 +47,7 @@ def test_small_half_precision_weights_can_be_fused_and_unfused(std):
     assert_same(before, everything(pipe))
 
 
-def test_setting_its_weight_by_diffusers_keeps_the_adapters_scale():
+def test_adapter_scales_set_by_set_adapters_are_kept():
     """Where two share a slice at some widths, ranks differ between layers."""
     pipe = tiny_sd()
     first, other = concept(pipe), concept(pipe, "tom", index=8)
@@ -64,7 +64,7 @@ def test_setting_its_weight_by_diffusers_keeps_the_adapters_scale():
     assert np.array_equal(draw(pipe), picture)
 
 
-def test_a_fused_lora_on_other_layers_stays():
+def test_fused_loras_on_other_layers_are_preserved():
     pipe = tiny_sd()
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["ff.net.2"]), "mine")
     pipe.unet.fuse_lora()
@@ -74,7 +74,7 @@ def test_a_fused_lora_on_other_layers_stays():
     assert_same(before, everything(pipe))
 
 
-def test_adapters_of_other_kinds_on_other_layers_stay():
+def test_adapters_of_other_types_on_other_layers_are_preserved():
     pipe = tiny_sd()
     pipe.unet.add_adapter(LoKrConfig(r=2, alpha=2, target_modules=["ff.net.2"]), "lokr")
     before, base = everything(pipe), draw(pipe)
@@ -85,7 +85,7 @@ def test_adapters_of_other_kinds_on_other_layers_stay():
     assert np.array_equal(draw(pipe), base)
 
 
-def test_after_delete_adapters_unloading_still_unwraps_all():
+def test_unloading_after_delete_adapters_unwraps_all_layers():
     pipe = tiny_sd()
     before, base = everything(pipe), draw(pipe)
     pipe.load_custom(concept(pipe))
@@ -95,7 +95,7 @@ def test_after_delete_adapters_unloading_still_unwraps_all():
     assert np.array_equal(draw(pipe), base)
 
 
-def test_a_failure_keeps_what_the_user_set(monkeypatch):
+def test_failures_keep_adapter_settings_of_users(monkeypatch):
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe))
     pipe.set_adapters(["customize"], [0.5])
@@ -128,7 +128,7 @@ def test_fused_projections_are_refused_both_ways(fuse):
     assert "rex" in repr(pipe.custom)
 
 
-def test_sharing_a_slice_is_told_once():
+def test_shared_slices_warn_once():
     pipe = tiny_sd()
     with pytest.warns(UserWarning, match=r"rex and tom.*Fix: "):
         pipe.load_custom(concept(pipe), concept(pipe, "tom", index=0))
@@ -144,7 +144,7 @@ def test_names_must_be_a_list():
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-def test_the_cards_lines_for_stock_diffusers_run(make, tmp_path):
+def test_snippet_for_stock_diffusers_runs(make, tmp_path):
     pipe = make()
     folder, base = save_concept(concept(pipe), tmp_path / "rex"), tmp_path / "base"
     pipe.save_pretrained(base)
@@ -162,7 +162,7 @@ def test_the_cards_lines_for_stock_diffusers_run(make, tmp_path):
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
-def test_pictures_of_the_users_own_tokens_come_back(make, fails, monkeypatch):
+def test_images_of_user_tokens_are_restored(make, fails, monkeypatch):
     """The published configurations let an encoder pool at a user's token, the highest id."""
     pipe = make()
     for dictionary in family_of(pipe.components).token_dictionaries():
@@ -200,7 +200,7 @@ def te_lora(pipe):
 
 
 @pytest.mark.parametrize("remove", ["delete_adapters", "unload_lora_weights"])
-def test_a_lora_that_the_user_removes_meanwhile_leaves_no_trace(remove, tmp_path):
+def test_removed_user_loras_leave_no_trace(remove, tmp_path):
     pipe, stock = tiny_sd(), tiny_sd()
     for loaded in (stock, pipe):
         loaded.load_lora_weights(te_lora(loaded), adapter_name="mine")
@@ -224,7 +224,7 @@ def test_a_lora_that_the_user_removes_meanwhile_leaves_no_trace(remove, tmp_path
     assert np.array_equal(draw(pipe), draw(stock))
 
 
-def test_a_warning_turned_into_an_error_changes_nothing():
+def test_warnings_as_errors_change_nothing():
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe))
     before, rows = everything(pipe), pipe.custom.rows
@@ -238,7 +238,7 @@ def test_a_warning_turned_into_an_error_changes_nothing():
 
 @pytest.mark.parametrize("published", [None, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("through", [torch.float16, torch.bfloat16])
-def test_fused_weights_come_back_after_half_precision_and_back(through, published):
+def test_fused_weights_are_restored_after_casts(through, published):
     pipe, plain = tiny_sd(), tiny_sd()
     if published:  # as weights of that type that are loaded in float32
         for cast in (pipe, plain):
@@ -254,7 +254,7 @@ def test_fused_weights_come_back_after_half_precision_and_back(through, publishe
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("inside", ["load", "unload", "both"])
-def test_inference_mode_may_begin_and_end_anywhere(inside, fuse):
+def test_loading_and_unloading_across_inference_mode(inside, fuse):
     pipe = tiny_sd()
     before, base = everything(pipe), draw(pipe)
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
@@ -271,7 +271,7 @@ def test_inference_mode_may_begin_and_end_anywhere(inside, fuse):
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-def test_a_model_made_in_inference_mode(fuse):
+def test_models_created_in_inference_mode(fuse):
     with torch.inference_mode():
         pipe = tiny_sd()
         before = everything(pipe)
@@ -283,7 +283,7 @@ def test_a_model_made_in_inference_mode(fuse):
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_numbers_that_are_too_large(dtype, fuse):
+def test_weights_beyond_the_range_are_refused(dtype, fuse):
     pipe = tiny_sd().to(dtype)
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     pipe.load_custom(rex, fuse=fuse)
@@ -299,7 +299,7 @@ def test_numbers_that_are_too_large(dtype, fuse):
         parse_info(facts, "here")
 
 
-def test_weights_alone_fuse_what_they_name():
+def test_weights_alone_fuse_the_named_concepts():
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1))
     pipe.load_custom(weights={"rex": 1.0}, fuse=True)
@@ -310,7 +310,7 @@ def test_weights_alone_fuse_what_they_name():
     assert [row.mode for row in pipe.custom.rows] == ["fused", "adapter", "fused"]
 
 
-def test_tokens_that_someone_else_unloads_are_told():
+def test_tokens_unloaded_by_others_are_reported():
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1), weights=[1.0, 0.5])
     pipe.unload_textual_inversion("<rex>")
@@ -320,7 +320,7 @@ def test_tokens_that_someone_else_unloads_are_told():
     assert [row.mode for row in pipe.custom.rows] == ["adapter", "adapter"]
 
 
-def test_a_users_token_around_a_trigger_stays_whole():
+def test_user_tokens_around_a_trigger_are_preserved():
     pipe = tiny_sd()
     pipe.load_textual_inversion({"<rex>-style": torch.ones(2, 32)})
     text = "a <rex>-style <rex>-style_1 photo"
@@ -332,7 +332,7 @@ def test_a_users_token_around_a_trigger_stays_whole():
     assert both[-1] == pipe.tokenizer.convert_tokens_to_ids("<rex>-style")
 
 
-def test_encode_expands_as_calling_does():
+def test_encode_expands_triggers_as_calls_do():
     pipe = tiny_sd()
     pipe.load_custom(concept(pipe))
     assert pipe.tokenizer.encode(PROMPT) == pipe.tokenizer(PROMPT).input_ids
@@ -341,7 +341,7 @@ def test_encode_expands_as_calling_does():
     assert pipe.tokenizer.encode(PROMPT) == plain
 
 
-def test_loading_another_concept_keeps_the_weight_that_the_user_set():
+def test_loading_another_concept_keeps_weights_of_users():
     pipe, other = tiny_sd(), tiny_sd()
     rex, tom = concept(pipe), concept(pipe, "tom", index=1)
     pipe.load_lora_weights(user_lora(pipe), adapter_name="mine")

@@ -92,7 +92,7 @@ def sharing(pipe: Any, kind: Any = None, **changes: Any) -> Any:
     return other
 
 
-def test_embeddings_for_each_layer_in_four_threads():
+def test_layer_embeddings_in_four_threads():
     pipe = attached(layers=True)
     prompts = ["a <rex>", "a dog", "<rex> on the beach", "a photo of a cup"]
     pipelines = [sharing(pipe) for _ in prompts]
@@ -101,7 +101,7 @@ def test_embeddings_for_each_layer_in_four_threads():
     race(*((pipe, {"prompt": text} | negative) for text in prompts))
 
 
-def test_pipelines_with_schedulers_of_their_own_draw_at_the_same_time():
+def test_pipelines_with_separate_schedulers_draw_concurrently():
     pipe = attached()
     inside = threading.Barrier(2, timeout=20)
     others = [pipe, sharing(pipe)]
@@ -118,7 +118,7 @@ def test_pipelines_with_schedulers_of_their_own_draw_at_the_same_time():
 @pytest.mark.parametrize(
     "asked", [{"regions": REGIONS}, {"avoid": "house"}], ids=["regions", "avoid"]
 )
-def test_what_one_call_asks_for_does_not_reach_another(make, asked):
+def test_stage_arguments_affect_one_call_only(make, asked):
     pipe = attached(make)
     race((pipe, PLAIN | asked), (pipe, PLAIN))
     race((pipe, PLAIN | asked), (sharing(pipe), PLAIN))
@@ -134,7 +134,7 @@ def test_what_one_call_asks_for_does_not_reach_another(make, asked):
     )
 
 
-def test_a_scale_for_one_call_does_not_reach_another():
+def test_adapter_scales_affect_one_call_only():
     pipe = attached()
     scaled = PLAIN | {"cross_attention_kwargs": {"scale": 0.3}}
     race((pipe, scaled), (sharing(pipe), PLAIN))
@@ -142,7 +142,7 @@ def test_a_scale_for_one_call_does_not_reach_another():
     race((sd3, PLAIN | {"joint_attention_kwargs": {"scale": 0.3}}), (sharing(sd3), PLAIN))
 
 
-def test_a_thread_never_gets_what_another_ones_prompt_takes_from_a_library(tmp_path):
+def test_library_concepts_affect_one_thread_only(tmp_path):
     pipe = tiny_sd()
     for index, name in enumerate(("rex", "tom")):
         save_concept(concept(pipe, name, index=index), tmp_path / name)
@@ -157,7 +157,7 @@ def test_a_thread_never_gets_what_another_ones_prompt_takes_from_a_library(tmp_p
     )
 
 
-def test_loading_and_unloading_wait_for_calls_and_calls_for_them():
+def test_loading_and_calls_wait_for_each_other():
     pipe, other = tiny_sd(), tiny_sd()
     plain, rex = draw(pipe, **PLAIN), concept(pipe)
     other.load_custom(rex)
@@ -214,7 +214,7 @@ ASKED = ({"regions": REGIONS}, {"avoid": "house"}, {})
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sd3], ids=["sd", "sd3"])
-def test_what_a_call_asks_for_does_not_reach_the_calls_of_its_callback(make):
+def test_stage_arguments_do_not_affect_calls_in_callbacks(make):
     pipe = attached(make)
     other = sharing(pipe)
     alone = [draw(pipe, **PLAIN, **asked) for asked in ASKED]
@@ -232,7 +232,7 @@ def test_what_a_call_asks_for_does_not_reach_the_calls_of_its_callback(make):
         assert all(np.array_equal(a, b) for a, b in zip(inner, (*alone, alone[-1]), strict=True))
 
 
-def test_callback_objects_of_diffusers_are_apart_too():
+def test_callback_objects_of_diffusers_are_isolated():
     pipe = attached()
     other = sharing(pipe)
     plain, regional = draw(other, **PLAIN), draw(pipe, **PLAIN, regions=REGIONS)
@@ -260,7 +260,7 @@ def test_callback_objects_of_diffusers_are_apart_too():
         assert inner and all(np.array_equal(drawn, plain) for drawn in inner)
 
 
-def test_a_call_that_hands_on_to_another_pipeline_hands_on_what_it_was_asked_for():
+def test_delegated_calls_pass_on_stage_arguments():
     inner = attached()
 
     class Handing(type(inner)):
@@ -277,7 +277,7 @@ def test_a_call_that_hands_on_to_another_pipeline_hands_on_what_it_was_asked_for
     assert np.array_equal(draw(outer, **PLAIN, **asked), draw(inner, **PLAIN, **asked))
 
 
-def test_a_call_in_a_callback_puts_back_what_the_prompt_took_from_a_library(tmp_path):
+def test_calls_in_callbacks_restore_library_concepts(tmp_path):
     pipe = tiny_sd()
     for index, name in enumerate(("rex", "tom")):
         save_concept(concept(pipe, name, index=index), tmp_path / name)
@@ -292,7 +292,7 @@ def test_a_call_in_a_callback_puts_back_what_the_prompt_took_from_a_library(tmp_
         assert np.array_equal(drawn, rex) and np.array_equal(inner[-1], tom)
 
 
-def test_threads_take_turns_with_the_tokenizers_of_stock_pipelines():
+def test_stock_tokenizers_are_used_by_one_thread_at_a_time():
     pipe = attached()
     pipe.unload_custom()
     prompts = ["a dog", "a photo of the red dog on the beach"] * 2
@@ -315,7 +315,7 @@ def test_threads_take_turns_with_the_tokenizers_of_stock_pipelines():
     assert wrong == []
 
 
-def test_an_error_in_a_call_lets_the_next_one_in():
+def test_failed_calls_release_their_locks():
     pipe = attached()
 
     def between() -> None:
@@ -327,7 +327,7 @@ def test_an_error_in_a_call_lets_the_next_one_in():
     race((pipe, PLAIN | {"regions": REGIONS}), (pipe, PLAIN))
 
 
-def test_two_threads_that_load_inside_their_calls_are_told_and_not_stuck():
+def test_loading_inside_concurrent_calls_raises_instead_of_deadlocking():
     pipe = attached()
     both = threading.Barrier(2, timeout=20)
     errors = []
@@ -370,7 +370,7 @@ def test_steps_that_attach_concepts_in_two_threads():
     assert all(np.array_equal(pictures[n], single) for n, single in enumerate(alone))
 
 
-def test_stock_pipelines_are_let_through_side_by_side():
+def test_stock_pipelines_draw_concurrently():
     pipe = tiny_sd()
     assert isinstance(pipe.scheduler, DDIMScheduler)
     inside = threading.Barrier(2, timeout=20)

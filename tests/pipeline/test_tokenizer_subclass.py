@@ -116,7 +116,7 @@ def test_pipelines_from_the_same_components_share_the_concepts(make, fuse):
 
 
 @both
-def test_saving_beside_the_weights_is_refused_and_writes_nothing(make, tmp_path):
+def test_saving_with_adapters_is_refused_and_writes_nothing(make, tmp_path):
     pipe = make()
     pipe.load_custom(concept(pipe), fuse=True)
     pipe.load_custom(concept(pipe, "tom", index=1))
@@ -131,7 +131,7 @@ def test_saving_beside_the_weights_is_refused_and_writes_nothing(make, tmp_path)
 
 
 @both
-def test_another_pipeline_of_the_same_models_does_not_save_them_wrapped(make, tmp_path):
+def test_other_pipelines_of_the_models_refuse_saving_with_adapters(make, tmp_path):
     pipe = make()
     pipe.load_custom(concept(pipe))
     other = type(pipe)(**pipe.components)
@@ -146,7 +146,7 @@ def test_another_pipeline_of_the_same_models_does_not_save_them_wrapped(make, tm
 
 
 @both
-def test_fuse_lora_keeps_out_of_concepts(make):
+def test_fuse_lora_refuses_concepts(make):
     pipe = make()
     pipe.load_custom(concept(pipe))
     before = everything(pipe)
@@ -164,7 +164,7 @@ def test_fuse_lora_keeps_out_of_concepts(make):
 
 
 @both
-def test_what_is_saved_with_fused_concepts_opens_in_stock_diffusers(make, tmp_path):
+def test_pipelines_saved_with_fused_concepts_load_in_stock_diffusers(make, tmp_path):
     pipe = make()
     pipe.load_custom(concept(pipe), fuse=True)
     pipe.save_pretrained(tmp_path / "saved")
@@ -215,7 +215,7 @@ def test_modular_pipelines(fuse, tmp_path):
 
 
 @both
-def test_no_pipeline_of_the_same_models_fuses_concepts_into_them(make):
+def test_fuse_lora_of_other_pipelines_refuses_concepts(make):
     pipe = make()
     plain = everything(pipe)
     pipe.load_custom(concept(pipe))
@@ -234,7 +234,7 @@ def test_no_pipeline_of_the_same_models_fuses_concepts_into_them(make):
 
 
 @both
-def test_a_refused_save_writes_nothing_whichever_pipeline_is_asked(make, tmp_path):
+def test_refused_saves_of_any_pipeline_write_nothing(make, tmp_path):
     pipe = make()
     pipe.load_custom(concept(pipe))
     fresh = {family_of(pipe.components).denoiser_key: family_of(make().components).denoiser}

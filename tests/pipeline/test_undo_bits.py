@@ -46,7 +46,7 @@ def updates(kind, weight):
     transposed=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_weights_come_back_with_the_casts_of_the_model_alone(
+def test_restored_weights_differ_by_model_casts_only(
     tmp_path_factory, kind, dtype, path, transposed, seed
 ):
     torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def test_weights_come_back_with_the_casts_of_the_model_alone(
     assert LAYER.weight.stride() == expected.stride() and not LAYER._buffers
 
 
-def test_float8_storage_may_begin_while_concepts_are_in_the_weights():
+def test_float8_storage_can_start_with_fused_concepts():
     plain, fused = tiny_flux(), tiny_flux()
     fused.load_custom(concept(fused), weights=[0.1], fuse=True)
     for pipe in (plain, fused):
@@ -95,7 +95,7 @@ def test_changing_weights_after_a_cast_starts_from_the_cast_original():
 
 
 @pytest.mark.parametrize("view", [False, True])
-def test_weights_that_layers_share_are_not_fused(view):
+def test_shared_weights_are_not_fused(view):
     pipe = tiny_sd()
     one = pipe.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q")
     other = pipe.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k")
@@ -107,7 +107,7 @@ def test_weights_that_layers_share_are_not_fused(view):
     pipe.load_custom(concept(pipe))
 
 
-def test_a_base_with_nan_is_named_and_left_alone():
+def test_bases_with_nan_are_refused_unchanged():
     pipe = tiny_flux()
     weight = pipe.transformer.get_submodule(NAME).weight
     weight.data[0, 0] = torch.tensor(0x7FC12345, dtype=torch.int32).view(
@@ -119,7 +119,7 @@ def test_a_base_with_nan_is_named_and_left_alone():
     assert same_bits(weight, before) and not pipe.custom.rows
 
 
-def test_a_weight_that_is_quantized_with_concepts_in_it_is_refused_by_name():
+def test_weights_quantized_after_fusing_are_refused_by_name():
     quantization = pytest.importorskip("torchao.quantization")
     pipe = tiny_flux().load_custom(rex := concept(tiny_flux()), fuse=True)
     quantization.quantize_(pipe.transformer, quantization.Int8WeightOnlyConfig())

@@ -80,7 +80,7 @@ def test_biases_and_norms_of_lycoris(fuse, weight, tmp_path):
 
 
 @modes
-def test_biases_of_projections_are_those_of_peft(fuse, tmp_path):
+def test_biases_of_projections_equal_those_of_peft(fuse, tmp_path):
     """Also of layers that have no bias, and of both projections."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -103,7 +103,7 @@ def test_biases_of_projections_are_those_of_peft(fuse, tmp_path):
     assert_same(everything(pipe), before)
 
 
-def test_a_bias_of_the_down_projection_goes_through_the_other(tmp_path):
+def test_down_projection_biases_pass_through_the_up_projection(tmp_path):
     name, width = (
         f"{BLOCK}.attn1.to_q",
         tiny_sd().unet.get_submodule(f"{BLOCK}.attn1.to_q").in_features,
@@ -116,7 +116,7 @@ def test_a_bias_of_the_down_projection_goes_through_the_other(tmp_path):
     torch.testing.assert_close(pipe.unet.get_submodule(name).bias.data, expected)
 
 
-def test_trained_biases_take_the_place_of_the_bases(tmp_path):
+def test_trained_biases_replace_those_of_the_base(tmp_path):
     """As peft saves them with bias="all": whole values, half of the way at weight 0.5."""
     pipe = tiny_sd()
     name = f"{BLOCK}.attn1.to_out.0"
@@ -132,7 +132,7 @@ def test_trained_biases_take_the_place_of_the_bases(tmp_path):
 
 
 @modes
-def test_trained_norms_take_the_place_of_the_bases(fuse, tmp_path):
+def test_trained_norms_replace_those_of_the_base(fuse, tmp_path):
     """As peft saves them with modules_to_save."""
     from peft import LoraConfig, get_peft_model
 
@@ -164,7 +164,7 @@ def test_the_last_norm_of_a_text_encoder(key, tmp_path):
     assert torch.equal(norm.weight.data, start)
 
 
-def test_norms_by_the_names_of_wan_and_flux(tmp_path):
+def test_norm_names_of_wan_and_flux(tmp_path):
     pipe = tiny_wan()
     width = pipe.transformer.blocks[0].norm2.weight.numel()
     norm = pipe.transformer.blocks[1].attn1.norm_q.weight.numel()
@@ -196,7 +196,7 @@ def test_norms_by_the_names_of_wan_and_flux(tmp_path):
     torch.testing.assert_close(parameters(pipe)[name].data, values)
 
 
-def test_several_add_up_and_casts_are_followed(tmp_path):
+def test_several_updates_add_up_and_follow_casts(tmp_path):
     tensors, expected = kohya_file()
     for name in ("rex", "tom"):
         save_file(tensors, tmp_path / f"{name}.safetensors")
@@ -219,7 +219,7 @@ def test_several_add_up_and_casts_are_followed(tmp_path):
     assert_same(everything(pipe), everything(plain))
 
 
-def test_weights_by_block_reach_them(tmp_path):
+def test_block_weights_scale_biases_and_norms(tmp_path):
     tensors, expected = kohya_file()
     save_file(tensors, tmp_path / "rex.safetensors")
     pipe = tiny_sd()
@@ -258,7 +258,7 @@ def test_a_failure_changes_nothing(fuse, tmp_path):
         ("attn1.to_q.lora_A.bias", (2,), "no up-projection"),
     ],
 )
-def test_what_does_not_fit_is_refused(key, shape, message, tmp_path):
+def test_mismatched_vectors_are_refused(key, shape, message, tmp_path):
     save_file({f"unet.{BLOCK}.{key}": randn(*shape)}, tmp_path / "rex.safetensors")
     pipe = tiny_sd()
     before = everything(pipe)

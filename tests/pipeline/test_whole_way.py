@@ -42,7 +42,7 @@ assert "customize" not in sys.modules
 """
 
 
-def test_a_concept_of_sdxl(tmp_path: Path) -> None:
+def test_train_load_and_generate_with_sdxl(tmp_path: Path) -> None:
     pipe = tiny_sdxl()
     before = snapshot(pipe.components)
     config = settings(

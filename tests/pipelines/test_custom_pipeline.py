@@ -57,7 +57,7 @@ pipe.save_pretrained(folder + "/again")
     ("make", "file"),
     [(tiny_sd, "stable_diffusion.py"), (tiny_sdxl, "stable_diffusion_xl.py")],
 )
-def test_the_pipeline_has_load_custom_and_is_diffusers_own_else(make, file, tmp_path):
+def test_custom_pipeline_adds_load_custom_to_the_stock_class(make, file, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base")
     save_concept(concept(pipe), tmp_path / "rex")

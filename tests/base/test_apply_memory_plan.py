@@ -47,7 +47,7 @@ def denoiser(pipe):
 
 
 def stored(model):
-    return sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "qwen_image"])
@@ -111,7 +111,7 @@ def test_concepts_keep_their_precision_under_layerwise_casting(name):
         else:
             pipe.load_custom(rex)
             pipe.load_custom(memory=word_for(pipe, CAST))
-        layers = [each for each in denoiser(pipe).modules() if hasattr(each, "lora_A")]
+        layers = [module for module in denoiser(pipe).modules() if hasattr(module, "lora_A")]
         assert layers
         for layer in layers:
             assert layer.get_base_layer().weight.dtype == torch.float8_e4m3fn
@@ -166,8 +166,8 @@ def test_offloading_keeps_images_and_supports_concepts(name, placement):
         pass
     assert hooks(pipe)
     assert np.array_equal(draw(pipe), draw(plain))
-    for each in (pipe, plain):
-        each.load_custom(tom)
+    for pipeline in (pipe, plain):
+        pipeline.load_custom(tom)
     assert np.array_equal(draw(pipe), draw(plain))
     pipe.unload_custom()
     plain.unload_custom()
@@ -192,12 +192,12 @@ def test_error_restores_the_state(way, attached):
     if attached:
         pipe.load_custom(concept(pipe))
     picture, before = draw(pipe), everything(pipe)
-    notes, own = vars(pipe).keys(), hooks(pipe)
+    notes, hooks_before = vars(pipe).keys(), hooks(pipe)
     family = family_of(pipe.components)
     with pytest.raises(MemoryError), apply_memory_plan(pipe, family, MemoryPlan(GIB, way, 0), CPU):
         raise MemoryError("full")
     assert_same(before, everything(pipe))
-    assert vars(pipe).keys() == notes and hooks(pipe) == own
+    assert vars(pipe).keys() == notes and hooks(pipe) == hooks_before
     assert not (pipe.vae.use_tiling or pipe.vae.use_slicing)
     assert np.array_equal(draw(pipe), picture)
 
@@ -244,12 +244,12 @@ def test_failure_during_casting_is_reverted(monkeypatch):
 def test_video_pipelines_are_refused(name):
     pipe = MAKERS[name]()
     rex = concept(pipe)
-    picture, before, own = draw(pipe), everything(pipe), hooks(pipe)
+    picture, before, hooks_before = draw(pipe), everything(pipe), hooks(pipe)
     with pytest.raises(PipelineError, match="memory of a video depends on its frames") as caught:
         pipe.load_custom(rex, attention="native", memory="24GB")
     assert "the pipeline's own offloading" in caught.value.fix
     assert_same(before, everything(pipe))
-    assert hooks(pipe) == own
+    assert hooks(pipe) == hooks_before
     assert not (pipe.custom.rows or pipe.custom.attention or pipe.custom.memory)
     assert np.array_equal(draw(pipe), picture)
 
@@ -284,11 +284,11 @@ def test_second_plan_and_existing_offloading_are_refused():
 
 def hooks(pipe):
     """Every module that has a hook of accelerate's or diffusers', and which."""
-    found = set()
+    names = set()
     for key, part in pipe.components.items():
         for name, module in part.named_modules() if isinstance(part, torch.nn.Module) else ():
             if hasattr(module, "_hf_hook"):
-                found.add((key, name, type(module._hf_hook).__name__))
+                names.add((key, name, type(module._hf_hook).__name__))
             registry = vars(module).get("_diffusers_hook")
-            found |= {(key, name, each) for each in (registry.hooks if registry else ())}
-    return found
+            names |= {(key, name, hook_name) for hook_name in (registry.hooks if registry else ())}
+    return names

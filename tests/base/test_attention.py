@@ -1,4 +1,4 @@
-"""load_custom(attention=...): what it puts where, that pictures stay, and that it comes off."""
+"""load_custom(attention=...): chosen backends, unchanged images and restoration."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.pipeline.test_families import MAKERS
 
 CLASSIC = ("sd", "animatediff", "sdxl", "sd3", "cogvideox")
 DISPATCHED = [name for name in MAKERS if name not in CLASSIC]
-#: How many attentions each tiny denoiser has.
+#: Number of attention modules of each tiny denoiser.
 COUNTS = {
     "sd": 14,
     "animatediff": 14 + 7 * 2,  # behind each of Stable Diffusion's pairs, two among frames
@@ -55,69 +55,69 @@ dispatched = pytest.mark.parametrize("name", DISPATCHED)
 
 
 def processors(pipe):
-    """Every processor, and the backend that it names."""
-    found = {}
+    """Return all attention processors with their attributes."""
+    named = {}
     for key, part in pipe.components.items():
         for module in attention_modules(part) if isinstance(part, torch.nn.Module) else ():
-            found[key, id(module)] = module.processor, dict(vars(module.processor))
-    return found
+            named[key, id(module)] = module.processor, dict(vars(module.processor))
+    return named
 
 
 @every
 @pytest.mark.parametrize("backend", ["auto", "native", "sdpa"])
-def test_pictures_stay_and_all_comes_off(name, backend):
+def test_images_are_unchanged_and_processors_are_restored(name, backend):
     pipe = MAKERS[name]()
     bare = draw(pipe)
-    before, own = everything(pipe), processors(pipe)
+    before, processors_before = everything(pipe), processors(pipe)
     assert pipe.load_custom(attention=backend) is pipe
     np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
     family = family_of(pipe.components)
-    took = {each.component: each for each in pipe.custom.attention}
+    reports = {report.component: report for report in pipe.custom.attention}
     for denoiser in family.denoisers:
-        assert (took[denoiser].backend, took[denoiser].modules) == ("native", COUNTS[name])
-        assert 0 < took[denoiser].error < 1e-5 and not took[denoiser].custom_processors
+        assert (reports[denoiser].backend, reports[denoiser].modules) == ("native", COUNTS[name])
+        assert 0 < reports[denoiser].error < 1e-5 and not reports[denoiser].custom_processors
         assert f"{denoiser} native ({COUNTS[name]} modules, error" in repr(pipe.custom)
-    assert took.keys() >= family.all_text_encoders.keys()
-    assert all(each.backend in ("native", "sdpa") for each in took.values())
+    assert reports.keys() >= family.all_text_encoders.keys()
+    assert all(report.backend in ("native", "sdpa") for report in reports.values())
     pipe.unload_custom()
     assert_same(before, everything(pipe))
-    assert processors(pipe) == own
+    assert processors(pipe) == processors_before
     assert not pipe.custom.attention and "attention" not in repr(pipe.custom)
     assert np.array_equal(draw(pipe), bare)
 
 
 @dispatched
-def test_the_dispatchers_backends_reach_the_models_that_ask_it(name):
+def test_dispatcher_backends_are_set_on_all_attention_modules(name):
     pipe = MAKERS[name]()
-    bare, own = draw(pipe), processors(pipe)
+    bare, processors_before = draw(pipe), processors(pipe)
     active = _AttentionBackendRegistry.get_active_backend()[0]
     pipe.load_custom(attention="_native_math")
     denoisers = family_of(pipe.components).denoisers.values()
-    modules = [each for denoiser in denoisers for each in attention_modules(denoiser)]
-    assert {each.processor._attention_backend for each in modules} == {"_native_math"}
+    modules = [module for denoiser in denoisers for module in attention_modules(denoiser)]
+    assert {module.processor._attention_backend for module in modules} == {"_native_math"}
     np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
     pipe.load_custom(attention="native")
-    assert {each.processor._attention_backend for each in modules} == {"native"}
-    # diffusers' own switch would have changed the default of all other models, too.
+    assert {module.processor._attention_backend for module in modules} == {"native"}
+    # diffusers' own function would also change the default of all other models.
     assert _AttentionBackendRegistry.get_active_backend()[0] is active
     pipe.unload_custom()
-    assert processors(pipe) == own
+    assert processors(pipe) == processors_before
 
 
 @classic
-def test_what_a_model_never_asks_for_is_refused(name):
+def test_dispatcher_backends_are_refused_for_models_without_the_dispatcher(name):
     pipe = MAKERS[name]()
-    before, own = everything(pipe), processors(pipe)
+    before, processors_before = everything(pipe), processors(pipe)
     with pytest.raises(PipelineError, match="does not use diffusers' dispatcher") as caught:
         pipe.load_custom(attention="_native_math")
     assert "available are auto, native" in str(caught.value)
     assert_same(before, everything(pipe))
-    assert processors(pipe) == own
+    assert processors(pipe) == processors_before
 
 
 @every
 @pytest.mark.parametrize("backend", ["xformers", "flash", "sage", "_flash_3", "_native_cudnn"])
-def test_backends_of_cuda_are_refused_without_it(name, backend):
+def test_cuda_backends_are_refused_on_a_cpu(name, backend):
     pipe = MAKERS[name]()
     rex = concept(pipe)
     before = everything(pipe)
@@ -127,11 +127,11 @@ def test_backends_of_cuda_are_refused_without_it(name, backend):
     assert_same(before, everything(pipe))
 
 
-def test_a_package_that_is_missing_is_named(monkeypatch):
+def test_the_error_names_a_missing_package(monkeypatch):
     pipe = MAKERS["flux"]()
     with pytest.raises(PipelineError, match=r"flash_hub fails: .*pip install kernels"):
         pipe.load_custom(attention="flash_hub")
-    # As on a CUDA device without it.
+    # As on a CUDA device without the package.
     module = "customize.base.attention.select_backend"
     monkeypatch.setattr(f"{module}.find_unmet_requirement", lambda *args: None)
     with pytest.raises(PipelineError, match=r"install it \(pip install sageattention\)"):
@@ -140,18 +140,18 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["fast", "", "AUTO", "Native"])
-def test_unknown_names_are_refused(backend):
+def test_unknown_backends_are_refused(backend):
     with pytest.raises(ConfigError, match=r"unknown attention backend.*choose from auto, flash"):
         MAKERS["sd"]().load_custom(attention=backend)
 
 
 @dispatched
-def test_a_backend_that_is_wrong_is_refused_with_its_error(name, monkeypatch):
+def test_an_inaccurate_backend_is_refused_with_its_error(name, monkeypatch):
     pipe = MAKERS[name]()
-    own = processors(pipe)
+    processors_before = processors(pipe)
 
     def unscaled(query, key, value, attn_mask=None):
-        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         sdpa = torch.nn.functional.scaled_dot_product_attention
         return sdpa(query, key, value, attn_mask, scale=1.0).transpose(1, 2)
 
@@ -161,28 +161,28 @@ def test_a_backend_that_is_wrong_is_refused_with_its_error(name, monkeypatch):
     monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, math, names)
     with pytest.raises(PipelineError, match=r"is wrong with.*its relative error is [\d.]+, above"):
         pipe.load_custom(attention="_native_math")
-    assert processors(pipe) == own
+    assert processors(pipe) == processors_before
 
 
-def test_cogvideox_has_torchs_attention_alone(monkeypatch):
+def test_cogvideox_supports_native_attention_only(monkeypatch):
     pipe = MAKERS["cogvideox"]()
-    own = processors(pipe)
-    # As on a CUDA device: what xFormers has in diffusers would leave out the positions.
+    processors_before = processors(pipe)
+    # As on a CUDA device; diffusers' xFormers processors would omit the rotary embedding.
     module = "customize.base.attention.select_backend"
     monkeypatch.setattr(f"{module}.find_unmet_requirement", lambda *args: None)
     with pytest.raises(PipelineError, match=r"diffusers has no xformers processor for it"):
         pipe.load_custom(attention="xformers")
     pipe.transformer.fuse_qkv_projections()
     pipe.load_custom(attention="native")
-    took = next(each for each in pipe.custom.attention if each.component == "transformer")
-    assert took.modules == 2 and not took.custom_processors
+    report = next(report for report in pipe.custom.attention if report.component == "transformer")
+    assert report.modules == 2 and not report.custom_processors
     pipe.unload_custom()
     pipe.transformer.unfuse_qkv_projections()
-    assert processors(pipe) == own
+    assert processors(pipe) == processors_before
 
 
 @pytest.mark.parametrize("name", ["ltx2", "krea2"])
-def test_backends_are_tried_with_the_kind_of_mask_that_the_model_gives(name, monkeypatch):
+def test_backends_are_checked_with_the_models_kind_of_mask(name, monkeypatch):
     pipe = MAKERS[name]()
     kinds = []
 
@@ -199,31 +199,31 @@ def test_backends_are_tried_with_the_kind_of_mask_that_the_model_gives(name, mon
     assert set(kinds) == {torch.float32 if name == "ltx2" else torch.bool}
 
 
-def test_what_condenses_prompts_for_a_denoiser_takes_its_backend():
+def test_the_connectors_of_ltx2_use_the_backend_too():
     pipe = MAKERS["ltx2"]()
     bare = draw(pipe)
     pipe.load_custom(attention="_native_math")
-    took = {each.component: each for each in pipe.custom.attention}
-    assert took["connectors"].backend == "_native_math" and took["connectors"].modules == 2
+    reports = {report.component: report for report in pipe.custom.attention}
+    assert reports["connectors"].backend == "_native_math" and reports["connectors"].modules == 2
     np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
 
 
-def test_a_denoiser_with_nothing_but_processors_of_someones_own():
+def test_a_denoiser_with_custom_processors_only_is_unchanged():
     class Mine(AttnProcessor2_0):
         pass
 
     pipe = MAKERS["sd"]()
     pipe.unet.set_attn_processor(Mine())
-    own = processors(pipe)
+    processors_before = processors(pipe)
     with pytest.raises(PipelineError, match="are custom"):
         pipe.load_custom(attention="native")
     pipe.load_custom(attention="auto")
-    took = next(each for each in pipe.custom.attention if each.component == "unet")
-    assert "are custom" in took.note and took.custom_processors == {"Mine": 14}
-    assert processors(pipe) == own
+    report = next(report for report in pipe.custom.attention if report.component == "unet")
+    assert "are custom" in report.note and report.custom_processors == {"Mine": 14}
+    assert processors(pipe) == processors_before
 
 
-def test_processors_of_someones_own_stay():
+def test_custom_processors_are_unchanged():
     pipe = MAKERS["sd"]()
 
     class Doubling(AttnProcessor2_0):
@@ -231,46 +231,46 @@ def test_processors_of_someones_own_stay():
             return 2 * super().__call__(*args, **kwargs)
 
     modules = attention_modules(pipe.unet)
-    mine = [Doubling(), IPAdapterAttnProcessor2_0(16, 32, num_tokens=(4,))]
-    modules[0].set_processor(mine[0])
-    modules[1].set_processor(mine[1])
+    custom_processors = [Doubling(), IPAdapterAttnProcessor2_0(16, 32, num_tokens=(4,))]
+    modules[0].set_processor(custom_processors[0])
+    modules[1].set_processor(custom_processors[1])
     modules[2].set_processor(SlicedAttnProcessor(1))
-    own = processors(pipe)
+    processors_before = processors(pipe)
     pipe.load_custom(attention="auto")
-    assert [each.processor for each in modules[:2]] == mine
+    assert [module.processor for module in modules[:2]] == custom_processors
     assert type(modules[2].processor) is AttnProcessor2_0
-    took = next(each for each in pipe.custom.attention if each.component == "unet")
-    assert took.modules == 12 and took.custom_processors == {
+    report = next(report for report in pipe.custom.attention if report.component == "unet")
+    assert report.modules == 12 and report.custom_processors == {
         "Doubling": 1,
         "IPAdapterAttnProcessor2_0": 1,
     }
     assert "1 Doubling kept, 1 IPAdapterAttnProcessor2_0 kept" in repr(pipe.custom)
     pipe.unload_custom()
-    assert processors(pipe) == own
+    assert processors(pipe) == processors_before
 
 
-def test_an_attention_without_the_usual_scale_stays():
-    # AttnProcessor2_0 would divide by the root of the width, which this one does not.
+def test_attention_without_scale_qk_is_unchanged():
+    # AttnProcessor2_0 divides by the root of the width even with scale_qk=False.
     pipe = MAKERS["sd"]()
     module = attention_modules(pipe.unet)[0]
     module.scale_qk = False
     pipe.load_custom(attention="native")
-    took = next(each for each in pipe.custom.attention if each.component == "unet")
-    assert took.modules == 14  # it has torch's already, and was not made to
+    report = next(report for report in pipe.custom.attention if report.component == "unet")
+    assert report.modules == 14  # including the module, which uses torch's attention already
     module.set_processor(SlicedAttnProcessor(1))
     pipe.load_custom(attention="native")
     assert type(module.processor) is SlicedAttnProcessor
 
 
-def test_what_is_changed_in_between_stays():
+def test_later_changes_of_processors_are_not_reverted():
     sd, flux = MAKERS["sd"](), MAKERS["flux"]()
     module = attention_modules(sd.unet)[0]
     module.set_processor(SlicedAttnProcessor(1))
     sd.load_custom(attention="native")
-    mine = SlicedAttnProcessor(2)
-    module.set_processor(mine)
+    replacement = SlicedAttnProcessor(2)
+    module.set_processor(replacement)
     sd.unload_custom()
-    assert module.processor is mine
+    assert module.processor is replacement
 
     processor = attention_modules(flux.transformer)[0].processor
     flux.load_custom(attention="native")
@@ -279,7 +279,7 @@ def test_what_is_changed_in_between_stays():
     assert processor._attention_backend == "_native_math"
 
 
-def test_a_users_own_backend_comes_back():
+def test_a_previous_backend_is_restored():
     pipe = MAKERS["flux"]()
     processor = attention_modules(pipe.transformer)[0].processor
     processor._attention_backend = "_native_math"
@@ -296,18 +296,18 @@ def test_a_users_own_backend_comes_back():
         ("sd3", JointAttnProcessor2_0, XFormersJointAttnProcessor),
     ],
 )
-def test_xformers_has_processors_of_its_own_for_classic_attention(name, stock, other):
+def test_xformers_replaces_classic_processors(name, stock, other):
     pipe = MAKERS[name]()
-    family, own = family_of(pipe.components), processors(pipe)
+    family, processors_before = family_of(pipe.components), processors(pipe)
     with apply_backends(family, {family.denoiser_key: BackendChoice("xformers", 1e-6)}):
-        assert {type(each.processor) for each in attention_modules(family.denoiser)} == {other}
+        assert {type(module.processor) for module in attention_modules(family.denoiser)} == {other}
     pipe.load_custom(attention="native")
-    assert {type(each.processor) for each in attention_modules(family.denoiser)} == {stock}
+    assert {type(module.processor) for module in attention_modules(family.denoiser)} == {stock}
     restore_backends(family.denoiser)
-    assert processors(pipe) == own
+    assert processors(pipe) == processors_before
 
 
-def test_after_an_error_the_earlier_backend_is_there_again():
+def test_an_error_restores_the_previous_backend():
     pipe = MAKERS["flux"]()
     pipe.load_custom(attention="_native_math")
     family = family_of(pipe.components)
@@ -316,16 +316,16 @@ def test_after_an_error_the_earlier_backend_is_there_again():
         apply_backends(family, {"transformer": BackendChoice("native", 0.0)}),
     ):
         raise RuntimeError
-    names = {each.processor._attention_backend for each in attention_modules(pipe.transformer)}
+    names = {module.processor._attention_backend for module in attention_modules(pipe.transformer)}
     assert names == {"_native_math"}
 
 
 @every
-def test_together_with_concepts(name):
+def test_concepts_and_a_backend_give_the_same_images(name):
     pipe, plain = MAKERS[name](), MAKERS[name]()
     rex = concept(pipe)
     bare = draw(pipe)
-    before, own = everything(pipe), processors(pipe)
+    before, processors_before = everything(pipe), processors(pipe)
     plain.load_custom(rex)
     pipe.load_custom(rex, attention="auto")
     np.testing.assert_allclose(draw(pipe), draw(plain), atol=1e-5)
@@ -333,7 +333,7 @@ def test_together_with_concepts(name):
     assert pipe.custom.attention and not pipe.custom.rows
     pipe.unload_custom()
     assert_same(before, everything(pipe))
-    assert processors(pipe) == own
+    assert processors(pipe) == processors_before
     assert np.array_equal(draw(pipe), bare)
 
 
@@ -343,7 +343,7 @@ def test_a_failed_call_changes_nothing(name, monkeypatch):
     rex = concept(pipe)
     for module in attention_modules(pipe.vae):
         module.set_processor(SlicedAttnProcessor(1))
-    before, own = everything(pipe), processors(pipe)
+    before, processors_before = everything(pipe), processors(pipe)
 
     def failing(*args, **kwargs):
         raise MemoryError("full")
@@ -352,28 +352,28 @@ def test_a_failed_call_changes_nothing(name, monkeypatch):
     with pytest.raises(MemoryError):
         pipe.load_custom(rex, attention="native")
     assert_same(before, everything(pipe))
-    assert processors(pipe) == own
+    assert processors(pipe) == processors_before
 
 
-def test_text_encoders_take_torchs_attention_and_give_it_back():
+def test_text_encoders_use_sdpa_until_unloaded():
     pipe = MAKERS["qwen_image"]()
     encoder = pipe.text_encoder
     encoder.set_attn_implementation({"": "sdpa", "text_config": "eager", "vision_config": "sdpa"})
     encoder.config._attn_implementation_internal = "eager"
     configs = [encoder.config, encoder.config.text_config, encoder.config.vision_config]
     bare = draw(pipe)
-    names = [each._attn_implementation for each in configs]
+    names = [config._attn_implementation for config in configs]
     assert names == ["eager", "eager", "sdpa"]
     pipe.load_custom(attention="native")
-    assert {each._attn_implementation for each in configs} == {"sdpa"}
+    assert {config._attn_implementation for config in configs} == {"sdpa"}
     np.testing.assert_allclose(draw(pipe), bare, atol=1e-4)
-    took = next(each for each in pipe.custom.attention if each.component == "text_encoder")
-    assert took.backend == "sdpa" and 0 < took.error < 1e-5 and took.modules
+    report = next(report for report in pipe.custom.attention if report.component == "text_encoder")
+    assert report.backend == "sdpa" and 0 < report.error < 1e-5 and report.modules
     pipe.unload_custom()
-    assert [each._attn_implementation for each in configs] == names
+    assert [config._attn_implementation for config in configs] == names
 
 
-def test_a_copy_and_a_pipeline_of_the_same_parts():
+def test_a_copied_pipeline_is_restored_separately():
     pipe = MAKERS["sd"]()
     module = attention_modules(pipe.unet)[0]
     module.set_processor(SlicedAttnProcessor(1))

@@ -42,7 +42,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("tokenizer/tokenizer_config.json", "model_max_length", "a"),
     ],
 )
-def test_a_value_that_makes_no_sense_is_named(
+def test_an_invalid_value_is_named(
     file: str, name: str, value: object, saved: Path, tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(saved, tmp_path / "base"))
@@ -54,5 +54,5 @@ def test_a_value_that_makes_no_sense_is_named(
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)
-def test_every_family_has_values_that_make_sense(name: str) -> None:
+def test_every_family_has_valid_values(name: str) -> None:
     check_config_values(TINY_FAMILIES[name](), "base")

@@ -31,16 +31,18 @@ def base(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "base"))
 
 
-def test_a_modular_base_opens_whole_and_without_the_step_that_rewrites_prompts(base: Path) -> None:
+def test_a_modular_base_loads_completely_without_prompt_rewriting(base: Path) -> None:
     pipe = load_pipeline(str(base), {"default": torch.bfloat16, "vae": torch.float32})
     assert type(pipe) is Flux3ModularPipeline
     assert list(pipe.blocks.sub_blocks) == ["text_encoder", "vae_encoder", "denoise", "decode"]
     original = tiny_flux3()
     for key in ("transformer", "text_encoder", "vae"):
         dtype = torch.float32 if key == "vae" else torch.bfloat16
-        found, wanted = (getattr(each, key).state_dict() for each in (pipe, original))
-        assert found.keys() == wanted.keys()
-        assert all(torch.equal(found[name], wanted[name].to(found[name].dtype)) for name in found)
+        actual, expected = (getattr(pipeline, key).state_dict() for pipeline in (pipe, original))
+        assert actual.keys() == expected.keys()
+        assert all(
+            torch.equal(actual[name], expected[name].to(actual[name].dtype)) for name in actual
+        )
         assert getattr(pipe, key).dtype == dtype
     assert pipe.scheduler.config.shift == original.scheduler.config.shift
     picture = pipe.to(torch.float32)(
@@ -49,10 +51,10 @@ def test_a_modular_base_opens_whole_and_without_the_step_that_rewrites_prompts(b
     assert picture.size == (32, 32)
 
 
-def test_the_digests_of_its_files_are_those_in_memory(base: Path) -> None:
-    found = weight_digests_on_disk(str(base))
-    assert set(found) == {"transformer", "text_encoder", "vae"}
-    assert found == weight_digests("", load_pipeline(str(base), torch.float32).components)
+def test_digests_of_a_modular_bases_files_match_memory(base: Path) -> None:
+    digests = weight_digests_on_disk(str(base))
+    assert set(digests) == {"transformer", "text_encoder", "vae"}
+    assert digests == weight_digests("", load_pipeline(str(base), torch.float32).components)
     shutil.rmtree(base / "text_encoder")  # which may be in a repository of its own
     assert weight_digests_on_disk(str(base)) == {}
     (base / "modular_model_index.json").write_text("{")
@@ -74,9 +76,9 @@ def as_pickles(base: Path) -> None:
 
 def without_the_encoder(base: Path) -> None:
     index = base / "modular_model_index.json"
-    held = json.loads(index.read_text())
-    held["text_encoder"][2]["pretrained_model_name_or_path"] = str(base / "nowhere")
-    index.write_text(json.dumps(held))
+    values = json.loads(index.read_text())
+    values["text_encoder"][2]["pretrained_model_name_or_path"] = str(base / "nowhere")
+    index.write_text(json.dumps(values))
     shutil.rmtree(base / "text_encoder")
 
 
@@ -102,7 +104,7 @@ def test_damaged_modular_bases(spoil: Callable[[Path], None], says: str, base: P
         load_pipeline(str(base), torch.float32)
 
 
-def test_a_base_with_both_indices_opens_as_the_standard_pipeline(tmp_path: Path) -> None:
+def test_a_base_with_both_indices_loads_as_the_standard_pipeline(tmp_path: Path) -> None:
     tiny_sd().save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "modular_model_index.json").write_text("{}")
     assert type(load_pipeline(str(tmp_path / "base"), torch.float32)) is StableDiffusionPipeline

@@ -75,16 +75,16 @@ PARAMETERS = {
 
 
 def test_weights_match_published_parameter_counts(model):
-    name, family, found = model
-    assert found.components.keys() == PARAMETERS[name].keys()
-    for key, part in found.components.items():
-        buffers = sum(each.nbytes for each in family.components[key].buffers())
+    name, family, sizes = model
+    assert sizes.components.keys() == PARAMETERS[name].keys()
+    for key, part in sizes.components.items():
+        buffers = sum(buffer.nbytes for buffer in family.components[key].buffers())
         assert (part.weights - buffers) / 2e6 == pytest.approx(PARAMETERS[name][key], rel=0.01)
         assert part.other_weights + part.largest_layer <= part.weights
         # 4.5 bits of 16, but for what isn't linear.
         assert 0.28 * part.weights < part.nf4_weights <= part.weights
     # Half, but for modulations, whose names have "norm" in them, which diffusers leaves alone.
-    assert 0.5 < found.float8_denoiser / found.components[found.denoiser_key].weights < 0.7
+    assert 0.5 < sizes.float8_denoiser / sizes.components[sizes.denoiser_key].weights < 0.7
 
 
 #: What a denoiser is called with for one picture of its default resolution, by the pipeline.
@@ -126,15 +126,15 @@ def empty(*shape):
 
 
 def test_denoiser_activations_are_a_tight_upper_bound(model):
-    name, family, found = model
+    name, family, sizes = model
     denoiser = family.denoiser.eval()
     if name == "qwen_image_21":
-        held = peak_bytes(denoiser, lambda: first_step_of_qwen_image_21(denoiser))
+        peak = peak_bytes(denoiser, lambda: first_step_of_qwen_image_21(denoiser))
     else:
         arguments, named = CALLS[name](empty)
-        held = peak_bytes(denoiser, lambda: denoiser(*arguments, **named))
-    counted = found.components[found.denoiser_key].activations
-    assert held <= counted <= (3 if name in APART else 2) * held
+        peak = peak_bytes(denoiser, lambda: denoiser(*arguments, **named))
+    counted = sizes.components[sizes.denoiser_key].activations
+    assert peak <= counted <= (3 if name in APART else 2) * peak
 
 
 def first_step_of_qwen_image_21(denoiser):
@@ -145,13 +145,13 @@ def first_step_of_qwen_image_21(denoiser):
 
     def moved(_, args, kwargs):
         args, kwargs = (
-            tree_map_only(torch.Tensor, lambda each: each.to("meta"), given)
-            for given in (args, kwargs)
+            tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), call_arguments)
+            for call_arguments in (args, kwargs)
         )
         return args, kwargs
 
     readers = (*denoiser.transformer_blocks, denoiser.norm_out)
-    hooks = [each.register_forward_pre_hook(moved, with_kwargs=True) for each in readers]
+    hooks = [tensor.register_forward_pre_hook(moved, with_kwargs=True) for tensor in readers]
     for cache in caches:
         denoiser(
             hidden_states=empty(1, 4096, 64),
@@ -167,22 +167,22 @@ def first_step_of_qwen_image_21(denoiser):
 
 
 def test_decoder_activations_are_a_tight_upper_bound(model):
-    name, family, found = model
+    name, family, sizes = model
     side = {"sd15": 64, "qwen_image_21": 64}.get(name, 128)
-    own = {"sd15": 4, "sdxl": 4, "flux2_dev": 32, "flux2_klein": 32, "qwen_image_21": 64}
+    channels = {"sd15": 4, "sdxl": 4, "flux2_dev": 32, "flux2_klein": 32, "qwen_image_21": 64}
     frames = (1,) if name in ("qwen_image", "krea2", "qwen_image_21") else ()
-    shape = (1, own.get(name, 16), *frames, side, side)
+    shape = (1, channels.get(name, 16), *frames, side, side)
     vae = family.vae.eval()
-    held = peak_bytes(vae, lambda: vae.decode(empty(*shape)))
-    assert held <= found.components["vae"].activations <= 2 * held
+    peak = peak_bytes(vae, lambda: vae.decode(empty(*shape)))
+    assert peak <= sizes.components["vae"].activations <= 2 * peak
     vae.enable_tiling()
-    held = peak_bytes(vae, lambda: vae.decode(empty(*shape)))
+    peak = peak_bytes(vae, lambda: vae.decode(empty(*shape)))
     vae.disable_tiling()
-    assert held <= found.tiled_vae_activations <= 2 * held
+    assert peak <= sizes.tiled_vae_activations <= 2 * peak
 
 
 def test_text_encoder_activations_are_a_tight_upper_bound(model):
-    name, family, found = model
+    name, family, sizes = model
     # FLUX.2's pipelines say so, and a mask as large as this is taken as it is.
     apart = {"use_cache": False, "attention_mask": empty(1, 1, 512, 512).bool()}
     named = {"output_hidden_states": True} | (apart if name.startswith("flux2") else {})
@@ -191,7 +191,7 @@ def test_text_encoder_activations_are_a_tight_upper_bound(model):
         ids = torch.zeros(1, min(longest, 512), dtype=torch.long, device="meta")
         text = encoder.eval()
         measured = peak_bytes(text, lambda text=text, ids=ids: text(ids, **named))
-        estimated = found.components[key].activations
+        estimated = sizes.components[key].activations
         # The estimate is for 512 tokens, and CLIP reads 77.
         assert measured <= estimated <= 4 * measured * 512 / ids.shape[1]
         if ids.shape[1] == 512:
@@ -220,18 +220,18 @@ PRESETS = {
 
 
 def test_strategies_and_peaks_on_a_cuda_device(model):
-    name, _, found = model
+    name, _, sizes = model
     plans = [
-        choose_plan(found, parse_memory_size(word), "cuda")
+        choose_plan(sizes, parse_memory_size(word), "cuda")
         for word in ("8GB", "12GB", "16GB", "24GB")
     ]
-    assert tuple(each.strategy for each in plans) == PRESETS[name]
-    assert all(each.peak + RESERVED_BYTES <= each.budget for each in plans)
+    assert tuple(plan.strategy for plan in plans) == PRESETS[name]
+    assert all(plan.peak + RESERVED_BYTES <= plan.budget for plan in plans)
 
 
 def test_quantization_is_preferred_to_group_offload(model):
-    name, _, found = model
-    chosen = choose_plan(found, parse_memory_size("8GB"), "cuda", quantizer=True)
+    name, _, sizes = model
+    chosen = choose_plan(sizes, parse_memory_size("8GB"), "cuda", quantizer=True)
     if name in ("sd35_large", "flux_dev", "flux2_klein", "qwen_image_21", "z_image"):
         assert chosen.strategy == MemoryStrategy("model", vae_tiling=True, quantize=True)
         assert (
@@ -240,7 +240,7 @@ def test_quantization_is_preferred_to_group_offload(model):
         )
         assert "in 4 bits" in str(chosen)
     else:  # it fits without, or not even so
-        assert chosen == choose_plan(found, parse_memory_size("8GB"), "cuda")
+        assert chosen == choose_plan(sizes, parse_memory_size("8GB"), "cuda")
 
 
 def test_estimate_and_choice_by_hand():
@@ -255,31 +255,31 @@ def test_estimate_and_choice_by_hand():
         "text_encoder": ComponentSize(4 * GIB, 100 * MIB, 0, MIB, 2 * GIB),
         "vae": ComponentSize(GIB, MIB, 0, 2 * GIB, GIB),
     }
-    found = PipelineSizes(parts, "unet", float8_denoiser=6 * GIB, tiled_vae_activations=GIB // 2)
-    assert estimate_peak_bytes(found, MemoryStrategy()) == 15 * GIB + 2 * GIB
-    assert estimate_peak_bytes(found, MemoryStrategy(vae_tiling=True)) == 15 * GIB + GIB
-    assert estimate_peak_bytes(found, MemoryStrategy("model")) == 11 * GIB
+    sizes = PipelineSizes(parts, "unet", float8_denoiser=6 * GIB, tiled_vae_activations=GIB // 2)
+    assert estimate_peak_bytes(sizes, MemoryStrategy()) == 15 * GIB + 2 * GIB
+    assert estimate_peak_bytes(sizes, MemoryStrategy(vae_tiling=True)) == 15 * GIB + GIB
+    assert estimate_peak_bytes(sizes, MemoryStrategy("model")) == 11 * GIB
     assert (
-        estimate_peak_bytes(found, MemoryStrategy("model", layerwise_casting=True)) == 7 * GIB + MIB
+        estimate_peak_bytes(sizes, MemoryStrategy("model", layerwise_casting=True)) == 7 * GIB + MIB
     )
     assert (
-        estimate_peak_bytes(found, MemoryStrategy("model"), ("unet",)) == 4 * GIB + MIB
+        estimate_peak_bytes(sizes, MemoryStrategy("model"), ("unet",)) == 4 * GIB + MIB
     )  # the text encoder's, now
-    assert estimate_peak_bytes(found, MemoryStrategy("model"), ("unet", "text_encoder")) == 4 * GIB
-    assert estimate_peak_bytes(found, MemoryStrategy("group")) == 2 * GIB + 3 * MIB
-    assert estimate_peak_bytes(found, MemoryStrategy("group", vae_tiling=True)) == GIB + 6 * MIB
+    assert estimate_peak_bytes(sizes, MemoryStrategy("model"), ("unet", "text_encoder")) == 4 * GIB
+    assert estimate_peak_bytes(sizes, MemoryStrategy("group")) == 2 * GIB + 3 * MIB
+    assert estimate_peak_bytes(sizes, MemoryStrategy("group", vae_tiling=True)) == GIB + 6 * MIB
     with pytest.raises(ConfigError) as caught:
-        choose_plan(found, parse_memory_size("2GB"), "cuda")
+        choose_plan(sizes, parse_memory_size("2GB"), "cuda")
     # 1 GiB and 6 MiB, and the reserve of 1 GiB: rounded up to a tenth.
     assert "does not fit into 2 GB: it needs at least 2.1 GB" in str(caught.value)
     assert 'set memory="2.1GB"' in caught.value.fix
-    assert choose_plan(found, parse_memory_size("2.1GB"), "cuda").strategy == MemoryStrategy(
+    assert choose_plan(sizes, parse_memory_size("2.1GB"), "cuda").strategy == MemoryStrategy(
         "group", vae_tiling=True
     )
     # Without an accelerator: 11 GiB, 1 GiB held, and a layer of 1 MiB.
     with pytest.raises(ConfigError, match=r"12\.1 GB, because there is no accelerator"):
-        choose_plan(found, parse_memory_size("12GB"), "cpu")
-    assert choose_plan(found, parse_memory_size("12.1GB"), "cpu").strategy == MemoryStrategy(
+        choose_plan(sizes, parse_memory_size("12GB"), "cpu")
+    assert choose_plan(sizes, parse_memory_size("12.1GB"), "cpu").strategy == MemoryStrategy(
         vae_tiling=True, layerwise_casting=True
     )
 
@@ -306,25 +306,25 @@ parts_ = st.builds(
     st.booleans(),
 )
 def test_chosen_plan_fits_or_the_suggested_size_does(parts, cast, tiled, amount, device, bits):
-    found = PipelineSizes(
+    sizes = PipelineSizes(
         parts, "unet", int(parts["unet"].weights * cast), int(parts["vae"].activations * tiled)
     )
     try:
-        chosen = choose_plan(found, amount, device, bits)
+        chosen = choose_plan(sizes, amount, device, bits)
     except ConfigError as refused:
         assert refused.fix is not None
         least = parse_memory_size(re.search(r'"([\d.]+GB)"', refused.fix)[1])
         assert least > amount
-        chosen = choose_plan(found, least, device, bits)
+        chosen = choose_plan(sizes, least, device, bits)
         assert chosen.peak > amount - (RESERVED_BYTES if device == "cuda" else 0)
     assert chosen.peak + (RESERVED_BYTES if device == "cuda" else 0) <= chosen.budget
-    assert chosen.peak == estimate_peak_bytes(found, chosen.strategy, chosen.quantized_components)
+    assert chosen.peak == estimate_peak_bytes(sizes, chosen.strategy, chosen.quantized_components)
     ways = STRATEGIES if device == "cuda" else STRATEGIES_WITHOUT_OFFLOAD
     for faster in ways[: ways.index(chosen.strategy)]:
         if not faster.quantize and not (
-            faster.layerwise_casting and found.float8_denoiser == parts["unet"].weights
+            faster.layerwise_casting and sizes.float8_denoiser == parts["unet"].weights
         ):
-            assert estimate_peak_bytes(found, faster) > chosen.budget - (
+            assert estimate_peak_bytes(sizes, faster) > chosen.budget - (
                 RESERVED_BYTES if device == "cuda" else 0
             )
 

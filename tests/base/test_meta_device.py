@@ -71,14 +71,14 @@ PARTS = ("transformer", "text_encoder_2")
 def test_quantization_config_class_per_library(tmp_path):
     MAKERS["flux"]().save_pretrained(tmp_path)
     plan = MemoryPlan(GIB, MemoryStrategy("model", quantize=True), 0, PARTS)
-    found = quantization_arguments(
+    arguments = quantization_arguments(
         plan, load_on_meta_device(tmp_path, torch.bfloat16), torch.bfloat16
     )
-    mapping = found["quantization_config"].quant_mapping
+    mapping = arguments["quantization_config"].quant_mapping
     assert type(mapping["transformer"]) is diffusers.BitsAndBytesConfig
     assert type(mapping["text_encoder_2"]) is transformers.BitsAndBytesConfig
-    for each in mapping.values():
-        assert each.load_in_4bit and each.bnb_4bit_compute_dtype == torch.bfloat16
+    for config in mapping.values():
+        assert config.load_in_4bit and config.bnb_4bit_compute_dtype == torch.bfloat16
 
 
 @needs_bits
@@ -91,12 +91,12 @@ def test_nf4_plan_loads_and_generates(tmp_path):
     loading = quantization_arguments(plan, family, torch.bfloat16)
     pipe = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, **loading)
     pipe.load_custom(concept(MAKERS["flux"]()), attention="native", memory="8GB")
-    found = measure_components(family_of(pipe.components))
+    sizes = measure_components(family_of(pipe.components))
     for key in PARTS:
         # What was counted beforehand, but for the padding of the smallest layers.
-        counted, stored = whole[key].nf4_weights, found.components[key].weights
+        counted, stored = whole[key].nf4_weights, sizes.components[key].weights
         assert stored < whole[key].weights and abs(stored - counted) < 0.15 * whole[key].weights
     assert (
-        found.float8_denoiser == found.components["transformer"].weights
+        sizes.float8_denoiser == sizes.components["transformer"].weights
     )  # 4 bits are not cast to 8
     assert np.isfinite(draw(pipe)).all()

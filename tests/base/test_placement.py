@@ -50,18 +50,18 @@ def offload_blocks(pipe):
         ("sd3", offload_groups),
     ],
 )
-def test_offloading_stays_on_and_changes_nothing(name, fuse, offload):
+def test_offloading_stays_enabled_and_images_are_unchanged(name, fuse, offload):
     pipe, plain = MAKERS[name](), MAKERS[name]()
     base = draw(plain)
     offload(pipe)
     hooks = _hooks(pipe)
     assert hooks
     rex, tom = concept(plain), concept(plain, "tom", index=1)
-    for each in (pipe, plain):
-        each.load_custom(rex, fuse=fuse)
+    for pipeline in (pipe, plain):
+        pipeline.load_custom(rex, fuse=fuse)
     assert np.array_equal(draw(pipe), draw(plain))
-    for each in (pipe, plain):
-        each.load_custom(tom, fuse=fuse)
+    for pipeline in (pipe, plain):
+        pipeline.load_custom(tom, fuse=fuse)
     assert np.array_equal(draw(pipe), draw(plain))
     assert {kind for _, kind in _hooks(pipe)} == {kind for _, kind in hooks}
     pipe.unload_custom()
@@ -70,7 +70,7 @@ def test_offloading_stays_on_and_changes_nothing(name, fuse, offload):
     pipe.remove_all_hooks()
 
 
-def test_a_failed_load_leaves_sequential_offloading_on(monkeypatch):
+def test_a_failed_load_keeps_sequential_offloading(monkeypatch):
     pipe = MAKERS["sd"]()
     base = draw(pipe)
     rex = concept(pipe)
@@ -87,7 +87,7 @@ def test_a_failed_load_leaves_sequential_offloading_on(monkeypatch):
     assert np.array_equal(draw(pipe), base)
 
 
-def test_weights_on_disk_or_nowhere_are_refused(tmp_path):
+def test_weights_offloaded_to_disk_or_meta_are_refused(tmp_path):
     pipe = MAKERS["sd"]()
     rex = concept(pipe)
     pipe.unet.enable_group_offload(
@@ -103,7 +103,7 @@ def test_weights_on_disk_or_nowhere_are_refused(tmp_path):
 
 
 @modes
-def test_moving_takes_the_adapter_along(fuse):
+def test_adapters_move_with_the_pipeline(fuse):
     pipe = MAKERS["sd"]()
     pipe.load_custom(concept(pipe), fuse=fuse)
     pipe.unet.to("meta")
@@ -111,7 +111,7 @@ def test_moving_takes_the_adapter_along(fuse):
 
 
 @both
-def test_a_compiled_denoiser(make):
+def test_concepts_load_into_a_compiled_denoiser(make):
     pipe, plain = make(), make()
     rex = concept(plain)
     key = family_of(pipe.components).denoiser_key
@@ -125,7 +125,7 @@ def test_a_compiled_denoiser(make):
 
 @both
 @modes
-def test_a_copy_stands_on_its_own(make, fuse):
+def test_a_copied_pipeline_is_independent(make, fuse):
     pipe = make()
     pipe.load_custom(concept(pipe), fuse=fuse)
     picture = draw(pipe)
@@ -144,7 +144,7 @@ def test_pickling_keeps_the_tokenizers_triggers():
     assert again("<rex>").input_ids == pipe.tokenizer("<rex> <rex>_1").input_ids
 
 
-def test_sd3_without_its_third_encoder_and_a_pipeline_without_one_it_needs():
+def test_optional_text_encoders_may_be_missing_and_required_ones_not():
     full, small = MAKERS["sd3"](), MAKERS["sd3"](t5=False)
     rex = concept(full)
     small.load_custom(rex)
@@ -159,16 +159,16 @@ def test_sd3_without_its_third_encoder_and_a_pipeline_without_one_it_needs():
 
 def _hooks(pipe) -> set[tuple[str, str]]:
     """Every module with an offloading hook, and its kind."""
-    found = set()
+    names = set()
     for key, part in pipe.components.items():
         if not isinstance(part, torch.nn.Module):
             continue
         for name, module in part.named_modules():
             hook = getattr(module, "_hf_hook", None)
-            for each in getattr(hook, "hooks", (hook,)):
-                if isinstance(each, AlignDevicesHook | CpuOffload):
-                    found.add((f"{key}.{name}", type(each).__name__))
+            for inner in getattr(hook, "hooks", (hook,)):
+                if isinstance(inner, AlignDevicesHook | CpuOffload):
+                    names.add((f"{key}.{name}", type(inner).__name__))
             registry = getattr(module, "_diffusers_hook", None)
-            for each in registry.hooks if registry else ():
-                found.add((f"{key}.{name}", each))
-    return found
+            for inner in registry.hooks if registry else ():
+                names.add((f"{key}.{name}", inner))
+    return names

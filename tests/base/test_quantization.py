@@ -42,7 +42,7 @@ def dequantized(layer):
 
 @kinds
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
-def test_all_linear_layers_are_rounded_and_nothing_else(make, kind):
+def test_only_linear_layers_are_quantized(make, kind):
     model = family_of(make().components).denoiser
     exact = family_of(make().components).denoiser
     quantize_model(model, kind, torch.float32, CPU)
@@ -52,12 +52,12 @@ def test_all_linear_layers_are_rounded_and_nothing_else(make, kind):
 
     layers = {n: m for n, m in exact.named_modules() if isinstance(m, nn.Linear)}
     assert len(layers) > 20
-    held = {f"{name}.weight" for name in layers}
+    quantized = {f"{name}.weight" for name in layers}
     for name, value in exact.named_parameters():
-        found = model.get_parameter(name)
-        assert (type(found) is not nn.Parameter) == (name in held), name
-        if name not in held:
-            assert torch.equal(found, value)
+        parameter = model.get_parameter(name)
+        assert (type(parameter) is not nn.Parameter) == (name in quantized), name
+        if name not in quantized:
+            assert torch.equal(parameter, value)
     errors = []
     for name, layer in layers.items():
         weight = layer.weight.detach()
@@ -68,7 +68,7 @@ def test_all_linear_layers_are_rounded_and_nothing_else(make, kind):
 
 
 @kinds
-def test_layers_take_adapters_as_before(kind):
+def test_quantized_layers_support_adapters(kind):
     family = family_of(tiny_flux().components)
     before = family.fingerprint(), family.weight_shapes("transformer")
     quantize_model(family.denoiser, kind, torch.float32, CPU)

@@ -65,7 +65,7 @@ def dora(path, magnitudes):
 
 
 @kinds
-def test_dora_rescales_what_the_quantized_layer_computes_with(kind, tmp_path):
+def test_dora_rescales_the_dequantized_weight(kind, tmp_path):
     pipe = quantized(kind)
     before = answers(pipe)
     magnitudes = 1.1 * before.norm(dim=1)
@@ -94,7 +94,7 @@ def test_fusing_is_refused_before_anything_changes(kind):
     assert (draw(pipe) != picture).any()
 
 
-def test_a_base_whose_layers_a_quantizer_replaced_is_refused_by_name(tmp_path):
+def test_a_base_with_unsupported_quantized_layers_is_refused(tmp_path):
     pipe = tiny_flux()
     rex = concept(pipe)
     dora(tmp_path / "lora.safetensors", torch.ones(32))

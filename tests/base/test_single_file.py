@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
     return str(write_single_file(pipe, folder / "tiny.safetensors")), str(folder / "config")
 
 
-def test_it_is_the_pipeline_that_was_written(checkpoint):
+def test_a_single_file_loads_as_the_saved_pipeline(checkpoint):
     file, config = checkpoint
     pipe = load_pipeline(file, torch.float32, config=config)
     assert np.array_equal(draw(pipe, "a dog"), draw(tiny_sd(), "a dog"))
@@ -43,7 +43,7 @@ def test_it_is_the_pipeline_that_was_written(checkpoint):
     assert all(torch.equal(vae[key], value) for key, value in half.vae.state_dict().items())
 
 
-def test_what_the_file_lacks_is_taken_from_the_pipeline_of_the_configuration(tmp_path):
+def test_missing_components_are_loaded_from_the_configurations_pipeline(tmp_path):
     pipe = tiny_flux()
     pipe.save_pretrained(tmp_path / "config")
     shutil.rmtree(tmp_path / "config" / "transformer")
@@ -51,16 +51,16 @@ def test_what_the_file_lacks_is_taken_from_the_pipeline_of_the_configuration(tmp
     (tmp_path / "config" / "transformer").mkdir()
     shutil.copy(tmp_path / "transformer" / "config.json", tmp_path / "config" / "transformer")
     file = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
-    found = load_pipeline(str(file), torch.float32, config=str(tmp_path / "config"))
-    np.testing.assert_allclose(draw(found, "a dog"), draw(tiny_flux(), "a dog"), atol=1e-5)
+    loaded = load_pipeline(str(file), torch.float32, config=str(tmp_path / "config"))
+    np.testing.assert_allclose(draw(loaded, "a dog"), draw(tiny_flux(), "a dog"), atol=1e-5)
 
 
-def test_without_a_configuration_at_hand_it_is_named_and_what_to_give(checkpoint):
+def test_a_missing_configuration_is_named_in_the_error(checkpoint):
     with pytest.raises(PipelineError, match=r"stable-diffusion-v1-5.*--base-config"):
         load_pipeline(checkpoint[0], torch.float32)
 
 
-def test_wrong_files_are_refused_in_words(checkpoint, tmp_path):
+def test_wrong_files_are_refused(checkpoint, tmp_path):
     _, config = checkpoint
     with pytest.raises(ConfigError, match="no such file"):
         load_pipeline(str(tmp_path / "none.safetensors"), torch.float32, config=config)
@@ -78,17 +78,17 @@ def test_wrong_files_are_refused_in_words(checkpoint, tmp_path):
         load_pipeline(config, torch.float32, config=config)
 
 
-def test_a_concept_is_learned_goes_on_and_draws(checkpoint, tmp_path, capsys):
+def test_training_resumes_and_generates_on_a_single_file(checkpoint, tmp_path, capsys):
     file, config = checkpoint
-    given = {"base": file, "base_config": config, "steps": 4, "checkpoint_every": 2}
-    plain = train(settings(tmp_path, "plain", **given), progress=False)
+    changes = {"base": file, "base_config": config, "steps": 4, "checkpoint_every": 2}
+    plain = train(settings(tmp_path, "plain", **changes), progress=False)
     with pytest.raises(Stop):
-        train(settings(tmp_path, **given), progress=False, on_step=crash_at(3))
-    resumed = train(settings(tmp_path, **given), progress=False)
+        train(settings(tmp_path, **changes), progress=False, on_step=crash_at(3))
+    resumed = train(settings(tmp_path, **changes), progress=False)
     assert same(tensors(plain), tensors(resumed))
     memory = train(settings(tmp_path, "memory", steps=4), tiny_sd().components, progress=False)
     assert same(tensors(memory), tensors(resumed))
-    assert train(settings(tmp_path, **given), progress=False).info == resumed.info
+    assert train(settings(tmp_path, **changes), progress=False).info == resumed.info
     assert "StableDiffusionPipeline.from_single_file" in (tmp_path / "out/README.md").read_text()
     words = ["generate", str(tmp_path / "out"), "--base", file, "--base-config", config]
     words += ["--prompt", "a photo of <rex>", "--steps", "1", "--output", str(tmp_path / "drawn")]

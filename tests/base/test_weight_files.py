@@ -36,7 +36,7 @@ def same_weights(a: Any, b: Any) -> bool:
     )
 
 
-def test_names_of_weight_files_tell_the_variant(tmp_path):
+def test_variants_are_read_from_names_of_weight_files(tmp_path):
     names = {
         "model.safetensors": "",
         "model-00001-of-00002.safetensors": "",
@@ -56,7 +56,7 @@ def test_names_of_weight_files_tell_the_variant(tmp_path):
 
 @pytest.mark.parametrize("how", [{}, {"max_shard_size": "40KB"}], ids=["whole", "shards"])
 @pytest.mark.parametrize("variant", ["fp16", "bf16", "non_ema"])
-def test_the_only_variant_is_read_and_has_the_digests_of_what_is_in_memory(variant, how, tmp_path):
+def test_the_only_variant_is_loaded_and_its_digests_match_memory(variant, how, tmp_path):
     base = str(sd(tmp_path / "base", variant, **how))
     pipe = load_pipeline(base, {"default": torch.float32, "vae": torch.float32})
     assert same_weights(pipe, tiny_sd())
@@ -66,7 +66,7 @@ def test_the_only_variant_is_read_and_has_the_digests_of_what_is_in_memory(varia
     assert same_weights(load_pipeline(base, torch.float32, variant=variant), pipe)
 
 
-def test_components_may_have_variants_of_their_own(tmp_path):
+def test_components_may_have_different_variants(tmp_path):
     base = sd(tmp_path / "base", None)
     pipe = tiny_sd()
     shutil.rmtree(base / "unet")
@@ -77,15 +77,15 @@ def test_components_may_have_variants_of_their_own(tmp_path):
         pipe.vae.get_parameter("decoder.conv_in.weight").zero_()
     pipe.vae.save_pretrained(base / "vae", variant="fp16")  # beside the plain one, which is read
     assert select_variants(base) == {"unet": "fp16", "text_encoder": "ema", "vae": ""}
-    found = load_pipeline(str(base), torch.float32)
-    assert same_weights(found, tiny_sd())
-    assert weight_digests_on_disk(str(base)) == weight_digests("", found.components)
-    found = load_pipeline(str(base), torch.float32, variant="fp16")  # asked for, so read
-    assert not found.vae.get_parameter("decoder.conv_in.weight").any()
-    assert weight_digests_on_disk(str(base), "fp16") == weight_digests("", found.components)
+    loaded = load_pipeline(str(base), torch.float32)
+    assert same_weights(loaded, tiny_sd())
+    assert weight_digests_on_disk(str(base)) == weight_digests("", loaded.components)
+    loaded = load_pipeline(str(base), torch.float32, variant="fp16")  # asked for, so read
+    assert not loaded.vae.get_parameter("decoder.conv_in.weight").any()
+    assert weight_digests_on_disk(str(base), "fp16") == weight_digests("", loaded.components)
 
 
-def test_what_is_not_clear_is_refused_by_name(tmp_path):
+def test_ambiguous_variants_are_refused_by_name(tmp_path):
     base = sd(tmp_path / "base", "fp16")
     tiny_sd().unet.save_pretrained(base / "unet", variant="ema")
     message = r"unet has no weights without a variant.*ema and fp16.*--variant"
@@ -100,19 +100,19 @@ def test_what_is_not_clear_is_refused_by_name(tmp_path):
         load_pipeline(str(plain), torch.float32, variant="fp16")
 
 
-def test_a_modular_base_too(tmp_path):
+def test_the_only_variant_of_a_modular_base_is_loaded(tmp_path):
     pipe = tiny_flux3()
     pipe.save_pretrained(str(tmp_path / "base"), overwrite_modular_index=True)
     for name in ("transformer", "text_encoder", "vae"):
         (weights,) = (tmp_path / "base" / name).glob("*.safetensors")
         weights.rename(weights.with_suffix(".fp16.safetensors"))
-    found = load_pipeline(str(tmp_path / "base"), torch.float32)
+    loaded = load_pipeline(str(tmp_path / "base"), torch.float32)
     for name in ("transformer", "text_encoder", "vae"):
-        assert same(getattr(found, name).state_dict(), getattr(pipe, name).state_dict())
-    assert weight_digests_on_disk(str(tmp_path / "base")) == weight_digests("", found.components)
+        assert same(getattr(loaded, name).state_dict(), getattr(pipe, name).state_dict())
+    assert weight_digests_on_disk(str(tmp_path / "base")) == weight_digests("", loaded.components)
 
 
-def test_a_hub_id_whose_cache_has_the_variant_alone(tmp_path, monkeypatch):
+def test_a_hub_id_with_a_cached_variant_only(tmp_path, monkeypatch):
     commit = "0" * 40
     snapshot = tmp_path / "cache" / "models--org--sd" / "snapshots" / commit
     sd(snapshot)
@@ -125,7 +125,7 @@ def test_a_hub_id_whose_cache_has_the_variant_alone(tmp_path, monkeypatch):
     assert same_weights(load_pipeline("org/sd", torch.float32, variant="fp16"), tiny_sd())
 
 
-def test_training_and_commands_work_on_it(tmp_path, capsys):
+def test_training_and_commands_use_the_variant(tmp_path, capsys):
     variant, plain = sd(tmp_path / "variant"), sd(tmp_path / "plain", None)
     one = train(settings(tmp_path, "one", base=str(variant), steps=2), progress=False)
     two = train(settings(tmp_path, "two", base=str(plain), steps=2), progress=False)

@@ -28,7 +28,7 @@ from tests.tiny import tiny_sd, tiny_sd3
 
 def train(run: Run, world: World, folder: Path, *words: str, **settings: object) -> None:
     """``customize train`` must refuse these settings in one line after its plan."""
-    given: dict[str, object] = {
+    values: dict[str, object] = {
         "base": world.base,
         "images": folder / "photos",
         "output": folder / "max",
@@ -39,7 +39,7 @@ def train(run: Run, world: World, folder: Path, *words: str, **settings: object)
         "device": "cpu",
     } | settings
     flags = [
-        part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))
+        part for key, value in values.items() for part in ("--" + key.replace("_", "-"), str(value))
     ]
     result = run("train", *flags)
     assert result.code == 2, result

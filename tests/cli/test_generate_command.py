@@ -228,9 +228,11 @@ def test_guidance_and_negative_prompts_reach_every_family(
     make().save_pretrained(tmp_path / "base")
     call: dict[str, Any] = {"num_inference_steps": 2, "height": 32, "width": 32}
     pictures = []
-    for given in ({}, expected):
+    for guidance_arguments in ({}, expected):
         noise = torch.Generator().manual_seed(0)
-        actual = drawn(make(), "a dog", output_type="pil", generator=noise, **call, **given)
+        actual = drawn(
+            make(), "a dog", output_type="pil", generator=noise, **call, **guidance_arguments
+        )
         pictures.append(np.asarray(actual[0]))
     arguments = ("--prompt", "a dog", "--steps", "2", "--size", "32", "--device", "cpu")
     output = tmp_path / "pictures"

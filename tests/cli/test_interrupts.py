@@ -69,8 +69,8 @@ def test_ctrl_c_during_an_import(module, command, slow, world):
 @pytest.mark.parametrize("module", ["torch", "numpy", "diffusers", "transformers", "accelerate"])
 def test_ctrl_c_during_the_imports_of_training(module, world, tmp_path):
     photos(tmp_path / "photos")
-    given = ["--base", world.base, "--images", tmp_path / "photos", "--output", tmp_path / "out"]
-    check(interrupted_at(module, "train", *given, "--name", "max", "--class-word", "dog"))
+    flags = ["--base", world.base, "--images", tmp_path / "photos", "--output", tmp_path / "out"]
+    check(interrupted_at(module, "train", *flags, "--name", "max", "--class-word", "dog"))
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
@@ -111,15 +111,15 @@ def test_sighup_may_come_twice():
 def test_training_resumes_after_its_terminal_was_closed(world, tmp_path):
     """The process' own terminal is closed, so that it gets SIGHUP and can't write any more."""
     photos(tmp_path / "photos")
-    given = ["--base", world.base, "--images", tmp_path / "photos", "--output", tmp_path / "out"]
-    given += ["--name", "max", "--class-word", "dog", "--steps", 100_000, "--checkpoint-every", 5]
-    given += ["--preserve", "none", "--num-shared-directions", 0, "--no-record-inputs"]
+    flags = ["--base", world.base, "--images", tmp_path / "photos", "--output", tmp_path / "out"]
+    flags += ["--name", "max", "--class-word", "dog", "--steps", 100_000, "--checkpoint-every", 5]
+    flags += ["--preserve", "none", "--num-shared-directions", 0, "--no-record-inputs"]
     child, terminal = pty.fork()
     if child == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         os.execve(
             sys.executable,
-            [sys.executable, "-m", "customize", "train", *map(str, given), "--device", "cpu"],
+            [sys.executable, "-m", "customize", "train", *map(str, flags), "--device", "cpu"],
             ENVIRONMENT,
         )
     end = time.monotonic() + 240

@@ -44,7 +44,7 @@ def test_two_files_merge_to_their_exact_sum(run: Run, style: Path, tmp_path: Pat
         )
         assert done.code == 0, done
         actual = load_file(folder / f"{path}.safetensors")
-        mine = load_file(style)
+        first = load_file(style)
         key, ends = CROSS, ("lora_up.weight", "lora_down.weight")
         if layout == "diffusers":
             key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -54,7 +54,7 @@ def test_two_files_merge_to_their_exact_sum(run: Run, style: Path, tmp_path: Pat
             weight
             * tensors[f"{CROSS}.lora_up.weight"].double()
             @ tensors[f"{CROSS}.lora_down.weight"].double()
-            for weight, tensors in ((0.5, mine), (2.0, other))
+            for weight, tensors in ((0.5, first), (2.0, other))
         )
         assert (merged - expected).norm() <= 1e-6 * expected.norm()
         assert "in ink" in (folder / "README.md").read_text()

@@ -128,9 +128,9 @@ def test_stock_diffusers_reproduces_load_custom(run: Run, world: World, tmp_path
 def test_every_layer_is_the_exact_sum(run: Run, world: World, tmp_path: Path) -> None:
     assert run("merge", world.rex, world.tom, "--weights", "1,-0.5", "-o", tmp_path / "m").code == 0
     tensors = load_file(tmp_path / "m" / "pytorch_lora_weights.safetensors")
-    wanted = merge_concepts([load_concept(world.rex), load_concept(world.tom)], [1.0, -0.5])
+    merged = merge_concepts([load_concept(world.rex), load_concept(world.tom)], [1.0, -0.5])
     seen = 0
-    for component, layer_updates in wanted.items():
+    for component, layer_updates in merged.items():
         for module, update in layer_updates.items():
             down = tensors[f"{component}.{module}.lora_A.weight"]
             up = tensors[f"{component}.{module}.lora_B.weight"]

@@ -33,10 +33,10 @@ def recorded(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("recorded")
     pipe = tiny_sd()
     for source in (world.rex, world.tom):
-        place = folder / Path(source).name
-        shutil.copytree(source, place)
+        copied = folder / Path(source).name
+        shutil.copytree(source, copied)
         prompts = [text for text in PROMPTS if "{}" in text]
-        customize.record_inputs(pipe, place, prompts).save(layer_inputs_path(place))
+        customize.record_inputs(pipe, copied, prompts).save(layer_inputs_path(copied))
     return World(world.base, str(folder / "rex"), str(folder / "tom"))
 
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def arguments(world: World, folder: Path, **settings: object) -> list[str]:
-    given = {
+    values = {
         "base": world.base,
         "images": folder / "photos",
         "output": folder / "max",
@@ -43,7 +43,7 @@ def arguments(world: World, folder: Path, **settings: object) -> list[str]:
         "num_shared_directions": 0,
     } | settings
     flags = [
-        part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))
+        part for key, value in values.items() for part in ("--" + key.replace("_", "-"), str(value))
     ]
     return [*flags, "--no-record-inputs", "--no-samples"]
 
@@ -112,12 +112,12 @@ def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
     kit_settings = {"images": tmp_path / "kit" / "photos", "output": tmp_path / "out" / "kit"}
     file = tmp_path / "kit.yaml"
     file.write_text(yaml.safe_dump({k: str(v) for k, v in kit_settings.items()} | {"name": "kit"}))
-    given = arguments(world, tmp_path / "max", output=tmp_path / "out" / "max", steps=3)
-    refused(run("train", *given, "--together", file), "class_word is missing", "kit.yaml")
+    flags = arguments(world, tmp_path / "max", output=tmp_path / "out" / "max", steps=3)
+    refused(run("train", *flags, "--together", file), "class_word is missing", "kit.yaml")
     with file.open("a") as opened:
         opened.write("class_word: cat\nrank: 4\n")
     refused(
-        run("train", "--config", file, "--together", file, *given[:2]),
+        run("train", "--config", file, "--together", file, *flags[:2]),
         *(
             "name is 'kit' for two",
             "trigger is '<kit>' for two",
@@ -125,7 +125,7 @@ def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
         ),
     )
     # A flag counts for all: the file's own rank is another.
-    result = run("train", *given, "--together", file)
+    result = run("train", *flags, "--together", file)
     assert result.code == 0, result.err
     assert "max (class dog, trigger <max>)" in result.out
     assert "kit (class cat, trigger <kit>)" in result.out
@@ -155,14 +155,14 @@ def test_settings_are_checked_before_anything_is_read(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("given", [["class_text=1,output=.5"], ["class_text=1", "output=.5"]])
-def test_preserve_accepts_one_or_several_flags(given: list[str]) -> None:
+@pytest.mark.parametrize("values", [["class_text=1,output=.5"], ["class_text=1", "output=.5"]])
+def test_preserve_accepts_one_or_several_flags(values: list[str]) -> None:
     """Into the flag that the command has, as far as the configuration."""
     seen: dict[str, Any] = {}
     command = config_flags.add_config_flags(
         lambda config, together, settings: seen.update(settings)
     )
-    command(**{**dict.fromkeys(TrainConfig.model_fields), "preserve": given})
+    command(**{**dict.fromkeys(TrainConfig.model_fields), "preserve": values})
     facts = {"base": "b", "images": "i", "output": "o", "name": "max", "class_word": "dog"}
     assert load_config(**facts, **seen).preserve == {"class_text": 1.0, "output": 0.5}
 
@@ -170,13 +170,13 @@ def test_preserve_accepts_one_or_several_flags(given: list[str]) -> None:
 def test_invalid_preservations_are_refused_before_reading(
     run: Run, world: World, tmp_path: Path
 ) -> None:
-    for given, messages in (
+    for value, messages in (
         ("outptu=1", "unknown names 'outptu'; known are class_text, context_text, output"),
         ("output=-1", "has a negative weight for output"),
         ("output", "names with weights, such as class_text=1,output=0.5"),
         ("output=many", "valid number"),
     ):
-        refused(run("train", *arguments(world, tmp_path, preserve=given)), messages, "preserve")
+        refused(run("train", *arguments(world, tmp_path, preserve=value)), messages, "preserve")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -268,10 +268,10 @@ def test_a_loss_that_is_not_a_number(run: Run, world: World, tmp_path: Path) -> 
 
 def test_classes_unknown_to_the_bundled_base_and_the_verdict(run: Run, tmp_path: Path) -> None:
     """With samples: what stands at the beginning, and the judges' word at the end."""
-    given = ["train", "--base", ROOT / "assets" / "storybook", "--name", "rex", "--steps", 2]
-    given += ["--images", ROOT / "assets" / "concepts" / "rex", "--num-shared-directions", 0]
-    given += ["--preserve", "none", "--no-record-inputs", "--device", "cpu", "--rank", 2]
-    result = run(*given, "--class-word", "zebra", "--output", tmp_path / "zebra")
+    flags = ["train", "--base", ROOT / "assets" / "storybook", "--name", "rex", "--steps", 2]
+    flags += ["--images", ROOT / "assets" / "concepts" / "rex", "--num-shared-directions", 0]
+    flags += ["--preserve", "none", "--no-record-inputs", "--device", "cpu", "--rank", 2]
+    result = run(*flags, "--class-word", "zebra", "--output", tmp_path / "zebra")
     assert result.code == 0, result.err
     assert "captions       5 of their own, 0 by the template" in result.out
     (last,) = (line for line in result.out.splitlines() if line.startswith("rex: "))
@@ -281,7 +281,7 @@ def test_classes_unknown_to_the_bundled_base_and_the_verdict(run: Run, tmp_path:
     with Image.open(tmp_path / "zebra" / "sample-1.png") as strip:
         assert strip.size == (4 * 64, 64)  # the base's, and after 0, 1 and 2 steps
     with pytest.warns(UserWarning) as caught:
-        run(*given, "--class-word", "zebra", "--output", tmp_path / "again")
+        run(*flags, "--class-word", "zebra", "--output", tmp_path / "again")
     messages = [str(warning.message) for warning in caught]
     assert any("the bundled base does not know the class word 'zebra'" in text for text in messages)
     assert any(

@@ -114,12 +114,12 @@ def make_run(configs: Sequence[TrainConfig], family: Family) -> Run:
 
 def tensors(concept: Concept) -> dict[str, Tensor]:
     """All numbers of a concept under one name each."""
-    found = {f"tokens.{key}": rows for key, rows in concept.embeddings.items()}
+    named = {f"tokens.{key}": rows for key, rows in concept.embeddings.items()}
     for component, updates in concept.updates.items():
         for module, update in updates.items():
-            found[f"{component}.{module}.up"] = update.up
-            found[f"{component}.{module}.down"] = update.down
-    return found
+            named[f"{component}.{module}.up"] = update.up
+            named[f"{component}.{module}.down"] = update.down
+    return named
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -111,8 +111,11 @@ def test_slices_of_other_directions_collide(tmp_path):
         pipe.components,
         progress=False,
     )
-    for found in (find_collisions([plain.info, avoiding.info]), find_overlaps([plain, avoiding])):
-        (collision,) = found
+    for conflicts in (
+        find_collisions([plain.info, avoiding.info]),
+        find_overlaps([plain, avoiding]),
+    ):
+        (collision,) = conflicts
         assert "different numbers of shared directions (0, 4)" in str(collision)
         assert "--num-shared-directions 0" in collision.fix
 

@@ -33,12 +33,12 @@ def save_base(folder, factor=1.0):
 def test_weights_on_disk_and_in_memory_agree(make, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base", max_shard_size="50KB")
-    found = weight_digests_on_disk(str(tmp_path / "base"))
-    assert found == weight_digests("", pipe.components)
-    assert set(found) == {k for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
+    digests = weight_digests_on_disk(str(tmp_path / "base"))
+    assert digests == weight_digests("", pipe.components)
+    assert set(digests) == {k for k, v in pipe.components.items() if isinstance(v, torch.nn.Module)}
     pipe.to(torch.float16)
     halves = weight_digests("", pipe.components)
-    assert not set(halves.values()) & set(found.values())
+    assert not set(halves.values()) & set(digests.values())
     pipe.save_pretrained(tmp_path / "half")
     pipe.to(torch.float32)
     assert (
@@ -53,11 +53,11 @@ def test_the_resolution_is_known_before_the_base_is_loaded(make, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base")
     config = settings(tmp_path, base=str(tmp_path / "base"), resolution=None)
-    wanted = family_of(pipe.components).default_resolution
+    expected = family_of(pipe.components).default_resolution
     assert (
         resolution_before_loading(config, None)
         == resolution_before_loading(config, pipe.components)
-        == wanted
+        == expected
     )
     assert resolution_before_loading(settings(tmp_path, resolution=48), None) == 48
     assert (
@@ -84,8 +84,8 @@ def test_bases_without_local_weights_have_no_digests(tmp_path):
 
 def test_a_hub_ids_download_is_read(tmp_path, monkeypatch):
     pipe = save_base(tmp_path / "base")
-    found = {"org/model": str(tmp_path / "base" / "model_index.json")}
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda base, name: found[base])
+    cache = {"org/model": str(tmp_path / "base" / "model_index.json")}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda base, name: cache[base])
     assert weight_digests_on_disk("org/model") == weight_digests("", pipe.components)
     assert weight_digests_on_disk("org/other") == {}
 
@@ -161,12 +161,12 @@ def test_resuming_on_another_base_configuration_is_refused(name, where, tmp_path
         pipe = make(value)
         config = settings(tmp_path, base=base, checkpoint_every=4, steps=8, **changes)
         if where == "memory":
-            given = {"components": pipe.components, "pipeline_config": pipe.config}
+            arguments = {"components": pipe.components, "pipeline_config": pipe.config}
         else:
             shutil.rmtree(base, ignore_errors=True)
             pipe.save_pretrained(base)
-            given = {}
-        return partial(train, config, progress=False, **given)
+            arguments = {}
+        return partial(train, config, progress=False, **arguments)
 
     with pytest.raises(Stop):
         run(first)(on_step=crash_at(6))

@@ -28,10 +28,14 @@ def names(folder):
 
 def test_a_saved_checkpoint_is_loaded_unchanged(tmp_path):
     save_checkpoint(tmp_path / "new" / "folder", made(7, rank=4, text=None), keep=2)
-    found = load_latest_checkpoint(tmp_path / "new" / "folder")
-    assert (found.step, found.settings, found.history) == (7, {"rank": 4, "text": None}, [[7, 0.5]])
-    assert found.extra == {"scaler": {}}
-    assert torch.equal(found.tensors["adapter/unet/0"], torch.full((3, 2), 7.0))
+    loaded = load_latest_checkpoint(tmp_path / "new" / "folder")
+    assert (loaded.step, loaded.settings, loaded.history) == (
+        7,
+        {"rank": 4, "text": None},
+        [[7, 0.5]],
+    )
+    assert loaded.extra == {"scaler": {}}
+    assert torch.equal(loaded.tensors["adapter/unet/0"], torch.full((3, 2), 7.0))
 
 
 def test_only_the_newest_are_kept_and_partial_files_are_deleted(tmp_path):

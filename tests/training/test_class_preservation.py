@@ -74,7 +74,7 @@ class Kept:
 
 
 @pytest.fixture
-def kept(tmp_path):
+def start_run(tmp_path):
     with ExitStack() as stack:
         yield lambda **changes: Kept(stack, tmp_path, **changes)
 
@@ -86,9 +86,9 @@ def hidden_states(model, ids):
 
 
 @pytest.mark.parametrize("make", WITH_CLIP.values(), ids=WITH_CLIP)
-def test_class_text_is_the_papers_formula_on_all_encoders(kept, make):
+def test_class_text_equals_the_papers_formula_on_all_encoders(start_run, make):
     """1 - cos of what transformers' own CLIP pools at the end of both phrases, padded as ever."""
-    run = kept(make=make)
+    run = start_run(make=make)
     expected = []
     for dictionary in run.family.token_dictionaries():
         tokenizer, encoder = dictionary.tokenizer, dictionary.text_encoder
@@ -108,15 +108,15 @@ def test_class_text_is_the_papers_formula_on_all_encoders(kept, make):
             with run.trainable.adapters_disabled():
                 base = pooled("a photo of a dog")
         expected.append(1 - F.cosine_similarity(ours, base, dim=0))
-    found = run.preserved.text_loss(0) / EVERY
-    assert torch.isclose(found, torch.stack(expected).mean(), atol=1e-5)
-    assert found > 1e-3
+    actual = run.preserved.text_loss(0) / EVERY
+    assert torch.isclose(actual, torch.stack(expected).mean(), atol=1e-5)
+    assert actual > 1e-3
 
 
-def test_the_published_pooling_is_that_of_the_published_code(kept):
+def test_published_pooling_equals_the_published_code(start_run):
     """transformers' legacy branch pools at the highest id, for the configurations that have an
     end-of-text id of 2; and the token's row is laid over rows and positions together."""
-    run = kept(preserve_pooling="published", num_tokens=1, train_text_encoder=False)
+    run = start_run(preserve_pooling="published", num_tokens=1, train_text_encoder=False)
     (dictionary,) = run.family.token_dictionaries()
     tokenizer, encoder = dictionary.tokenizer, dictionary.text_encoder
     legacy = CLIPTextModel(encoder.config)
@@ -134,8 +134,8 @@ def test_the_published_pooling_is_that_of_the_published_code(kept):
         legacy(tokenizer(text, return_tensors="pt").input_ids).pooler_output
         for text in ("a photo of <rex>", "a photo of a dog")
     )
-    found = run.preserved.text_loss(0) / EVERY
-    assert torch.isclose(found, cosine_distance(ours, base)[0], atol=1e-5)
+    actual = run.preserved.text_loss(0) / EVERY
+    assert torch.isclose(actual, cosine_distance(ours, base)[0], atol=1e-5)
     # Blind to what follows the token.
     losses = []
     for pooling in ("published", "end"):
@@ -149,9 +149,9 @@ def test_the_published_pooling_is_that_of_the_published_code(kept):
     assert not torch.allclose(losses[2], losses[3], atol=1e-2)
 
 
-def test_context_text_compares_the_words_around_the_concept(kept):
+def test_context_text_compares_the_words_around_the_concept(start_run):
     phrases = ("a photo of {} on the beach", "{} in the snow")
-    run = kept(preserve={"context_text": 1.0}, preserve_phrases=phrases, num_tokens=3)
+    run = start_run(preserve={"context_text": 1.0}, preserve_phrases=phrases, num_tokens=3)
     (dictionary,) = run.family.token_dictionaries()
     tokenizer, encoder = dictionary.tokenizer, dictionary.text_encoder
 
@@ -170,11 +170,11 @@ def test_context_text_compares_the_words_around_the_concept(kept):
             a = torch.cat([ours[:before], ours[-after:]])
             b = torch.cat([base[:before], base[-after:]])
             expected.append(cosine_distance(a, b).mean())
-    found = run.preserved.text_loss(0) / EVERY
-    assert torch.isclose(found, torch.stack(expected).mean(), atol=1e-5)
+    actual = run.preserved.text_loss(0) / EVERY
+    assert torch.isclose(actual, torch.stack(expected).mean(), atol=1e-5)
 
 
-def test_layerwise_tokens_are_pooled_layer_by_layer(kept, tmp_path):
+def test_layerwise_tokens_are_pooled_layer_by_layer(start_run, tmp_path):
     """Every layer's own wording of the phrase comes in its turn, and moves its own rows alone."""
     config = settings(tmp_path, preserve={"class_text": 1.0}, layerwise_tokens=True)
     family = family_of(tiny_sd().components)
@@ -198,31 +198,33 @@ def test_layerwise_tokens_are_pooled_layer_by_layer(kept, tmp_path):
 
 @pytest.mark.parametrize("loss", ["class_text", "context_text"])
 @pytest.mark.parametrize("make", WITH_CLIP.values(), ids=WITH_CLIP)
-def test_gradients_reach_tokens_and_text_adapters_alone(kept, loss, make):
-    run = kept(make=make, preserve={loss: 1.0})
-    found = run.gradients()
+def test_gradients_reach_only_tokens_and_text_adapters(start_run, loss, make):
+    run = start_run(make=make, preserve={loss: 1.0})
+    gradients = run.gradients()
     denoisers = set(run.family.denoisers)
-    for name, size in found.items():
+    for name, size in gradients.items():
         assert (size > 0) is (name.split("/")[1] not in denoisers), name
     frozen = [p for part in run.family.adaptable.values() for p in part.parameters()]
     trained = {id(p) for p in run.trainable.named_parameters().values()}
     assert all(p.grad is None for p in frozen if id(p) not in trained)
 
 
-def test_losses_are_zero_before_the_first_step(kept):
+def test_losses_are_zero_before_the_first_step(start_run):
     """A concept of one token that starts at the class word's own embedding is the class."""
-    run = kept(num_tokens=1, caption="a photo of a {}", preserve=ALL, moved=False)
+    run = start_run(num_tokens=1, caption="a photo of a {}", preserve=ALL, moved=False)
     for name in ("class_text", "context_text"):
         phrases = run.preserved.phrases["text_encoder"][name]
         assert len(phrases.ids) == (1 if name == "class_text" else len(class_preservation.PROMPTS))
-    only = kept(num_tokens=1, preserve_phrases=("a photo of a {}",), moved=False)
+    only = start_run(num_tokens=1, preserve_phrases=("a photo of a {}",), moved=False)
     assert only.preserved.text_loss(0) < 1e-5
-    other = kept(num_tokens=1, preserve_phrases=("a photo of a {}",), token_init="red", moved=False)
+    other = start_run(
+        num_tokens=1, preserve_phrases=("a photo of a {}",), token_init="red", moved=False
+    )
     assert other.preserved.text_loss(0) > 1e-4
 
 
-def test_many_phrases_are_compared_in_turns(kept):
-    run = kept(preserve={"context_text": 1.0})
+def test_many_phrases_are_compared_in_turns(start_run):
+    run = start_run(preserve={"context_text": 1.0})
     rows, encode = [], run.preserved.text_states["text_encoder"]
 
     def watched(ids, first):
@@ -230,8 +232,8 @@ def test_many_phrases_are_compared_in_turns(kept):
         return encode(ids, first)
 
     run.preserved.text_states["text_encoder"] = watched
-    found = [run.preserved.text_loss(step) is not None for step in range(6 * EVERY)]
-    assert found == [step % EVERY == 0 for step in range(6 * EVERY)]
+    has_loss = [run.preserved.text_loss(step) is not None for step in range(6 * EVERY)]
+    assert has_loss == [step % EVERY == 0 for step in range(6 * EVERY)]
     assert [len(ids) for ids in rows] == [2] * 6
     assert len({tuple(ids) for batch in rows for ids in batch}) == len(class_preservation.PROMPTS)
 
@@ -250,7 +252,7 @@ def test_many_phrases_are_compared_in_turns(kept):
         ("nothing", "nothing"),
     ],
 )
-def test_captions_name_the_class(text, expected):
+def test_the_trigger_is_replaced_by_the_class_word(text, expected):
     assert replace_trigger(text, "<rex>", "dog") == expected
 
 
@@ -285,9 +287,9 @@ def watched(pipe):
     forward = pipe.unet.forward
 
     def noting(noisy, t, states, **kwargs):
-        found = forward(noisy, t, states, **kwargs)
-        calls.append((noisy.detach(), t, states.detach(), found[0].detach()))
-        return found
+        output = forward(noisy, t, states, **kwargs)
+        calls.append((noisy.detach(), t, states.detach(), output[0].detach()))
+        return output
 
     pipe.unet.forward = noting
     return forward, calls
@@ -338,7 +340,7 @@ def test_context_output_is_the_squared_change_of_the_effect_of_a_context(tmp_pat
         losses[weight] = []
         config = settings(tmp_path, f"w{weight:.0f}", steps=1, **changes)
         learn(pipe, config, on_step=lambda _, loss, w=weight: losses[w].append(float(loss)))
-    (noisy, t, _, plain), (again, t_again, _, there), (twice, t_twice, _, base) = calls
+    (noisy, t, _, plain), (again, t_again, _, in_context), (twice, t_twice, _, base) = calls
     assert torch.equal(noisy, again) and torch.equal(torch.cat([noisy] * 2), twice)
     assert torch.equal(t, t_again) and torch.equal(torch.cat([t] * 2), t_twice)
 
@@ -350,7 +352,7 @@ def test_context_output_is_the_squared_change_of_the_effect_of_a_context(tmp_pat
     with torch.no_grad():
         shift = answer("a photo of a dog in a city") - answer("a photo of a dog")
     assert torch.allclose(base[2:] - base[:2], shift, atol=1e-5)
-    change = float((there - plain - shift).square().mean())
+    change = float((in_context - plain - shift).square().mean())
     added = losses[3.0][0] - losses[0.0][0]
     assert change > 1e-6
     assert added == pytest.approx(EVERY * 3.0 * change, rel=1e-3)
@@ -364,32 +366,32 @@ def test_context_output_works_in_every_family_and_changes_the_concept(make, tmp_
     losses, learned = [], []
     for name, preserve in (("plain", {}), ("preserved", {"context_output": 1.0})):
         config = settings(tmp_path, name, preserve=preserve, steps=2)
-        found = learn(pipe, config, on_step=lambda _, loss: losses.append(float(loss)))
-        learned.append(tensors(found))
+        concept = learn(pipe, config, on_step=lambda _, loss: losses.append(float(loss)))
+        learned.append(tensors(concept))
     assert losses[2] > losses[0] * (1 + 1e-6)
     assert not same(*learned)
     assert_unchanged(before, pipe.components, pipe.config)
 
 
-def test_all_contexts_are_used_before_any_is_repeated(kept):
+def test_all_contexts_are_used_before_any_is_repeated(start_run):
     phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
-    run = kept(preserve={"context_output": 1.0}, preserve_phrases=phrases)
-    found = [
+    run = start_run(preserve={"context_output": 1.0}, preserve_phrases=phrases)
+    used = [
         text for turn in range(6) for text in run.preserved.choose_context_prompts([0, 0], turn)
     ]
     expected = sorted(phrase.replace("{}", "<rex>") for phrase in phrases)
-    assert [sorted(found[k : k + 3]) for k in range(0, 12, 3)] == [expected] * 4
+    assert [sorted(used[k : k + 3]) for k in range(0, 12, 3)] == [expected] * 4
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
-def test_no_context_is_left_out_by_accumulation(accumulate, tmp_path, monkeypatch):
+def test_accumulation_uses_all_contexts(accumulate, tmp_path, monkeypatch):
     asked = []
     in_context = class_preservation.PreservationTargets.choose_context_prompts
 
     def noting(self, concepts, turn):
-        found = in_context(self, concepts, turn)
-        asked.extend(found)
-        return found
+        prompts = in_context(self, concepts, turn)
+        asked.extend(prompts)
+        return prompts
 
     monkeypatch.setattr(class_preservation.PreservationTargets, "choose_context_prompts", noting)
     phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
@@ -400,11 +402,11 @@ def test_no_context_is_left_out_by_accumulation(accumulate, tmp_path, monkeypatc
     assert all(len(set(asked[k : k + 3])) == 3 for k in range(0, len(asked), 3))
 
 
-def test_contexts_are_appended_to_the_caption(kept):
-    run = kept(preserve={"context_output": 1.0}, caption="a picture in {} style")
-    found = {run.preserved.choose_context_prompts([0], turn)[0] for turn in range(9)}
-    assert "a picture in <rex> style wearing a hat" in found
-    assert len(found) == 9
+def test_contexts_are_appended_to_the_caption(start_run):
+    run = start_run(preserve={"context_output": 1.0}, caption="a picture in {} style")
+    prompts = {run.preserved.choose_context_prompts([0], turn)[0] for turn in range(9)}
+    assert "a picture in <rex> style wearing a hat" in prompts
+    assert len(prompts) == 9
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_flux], ids=["sd", "flux"])
@@ -444,7 +446,7 @@ def test_all_losses_repeat_resume_and_restore_the_model(make, tmp_path):
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
-def test_models_without_a_text_encoder_that_learns_refuse_losses_on_texts(make, tmp_path):
+def test_text_losses_are_refused_without_a_trained_text_encoder(make, tmp_path):
     pipe = make()
     before = snapshot(pipe.components, pipe.config)
     config = settings(tmp_path, preserve={"class_text": 1.0, "context_text": 1.0})

@@ -63,11 +63,11 @@ def test_compilation_gives_the_same_concept_and_restores_the_model(
     pipe = make()
     blocks = repeated_blocks(family_of(pipe.components, pipe.config).denoiser)
     before = snapshot(pipe.components, pipe.config), [sorted(vars(block)) for block in blocks]
-    given = {"progress": False, "pipeline_config": pipe.config}
-    plain = train(settings(tmp_path, "a", steps=3), pipe.components, **given)
+    arguments = {"progress": False, "pipeline_config": pipe.config}
+    plain = train(settings(tmp_path, "a", steps=3), pipe.components, **arguments)
     assert not torch._dynamo.utils.counters["stats"]
     config = settings(tmp_path, "b", steps=3, compile=True, gradient_checkpointing=True)
-    fast = train(config, pipe.components, **given)
+    fast = train(config, pipe.components, **arguments)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     assert near(plain, fast)
     assert_unchanged(before[0], pipe.components, pipe.config)
@@ -78,9 +78,9 @@ def test_compilation_gives_the_same_concept_and_restores_the_model(
 def test_all_bucket_sizes_use_one_compiled_block(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_blocks, "_BACKEND", "aot_eager")
     make_various(tmp_path)
-    given = {"buckets": True, "steps": 8}
-    plain = train(settings(tmp_path, "a", **given), tiny_flux().components, progress=False)
-    config = settings(tmp_path, "b", compile=True, **given)
+    changes = {"buckets": True, "steps": 8}
+    plain = train(settings(tmp_path, "a", **changes), tiny_flux().components, progress=False)
+    config = settings(tmp_path, "b", compile=True, **changes)
     assert near(plain, train(config, tiny_flux().components, progress=False))
 
 

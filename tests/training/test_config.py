@@ -53,18 +53,18 @@ def test_every_setting_is_described_and_only_five_are_required():
     assert required == set(REQUIRED)
 
 
-def test_cannot_be_changed():
+def test_configurations_are_immutable():
     with pytest.raises(ValidationError, match="frozen"):
         TrainConfig(**REQUIRED).rank = 9
 
 
-def test_survives_json_and_pickle():
+def test_configurations_round_trip_as_json_and_pickle():
     config = TrainConfig(**REQUIRED, validation_prompts=["a <rex>"], masks="m", slice=3)
     assert TrainConfig(**config.model_dump(mode="json")) == config
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-def test_defaults_are_in_their_own_ranges():
+def test_defaults_are_in_range():
     config = TrainConfig(**REQUIRED)
     assert TrainConfig(**config.model_dump()) == config
 
@@ -119,7 +119,7 @@ def test_defaults_are_in_their_own_ranges():
         ("validation_prompts", ["fine", "\x1b[2J"], "control characters"),
     ],
 )
-def test_nonsense_is_refused_by_name_and_value(setting, value, says):
+def test_invalid_values_are_refused_by_name_and_value(setting, value, says):
     error = refused(**{setting: value})
     assert error.problem.startswith(f"{setting} is ")
     assert says in str(error)
@@ -130,7 +130,7 @@ def test_values_in_messages_are_bounded():
     assert len(str(refused(steps="9" * 100_000))) < 300
 
 
-def test_unknown_settings_name_their_neighbours():
+def test_near_names_of_unknown_settings_are_suggested():
     error = refused(learning_rat=1, batchsize=2, zzz=3)
     lines = error.problem.splitlines()
     assert lines[0] == "3 settings are wrong:"
@@ -139,13 +139,13 @@ def test_unknown_settings_name_their_neighbours():
     assert lines[3] == "'zzz' is not a setting"
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         TrainConfig(rank=0, name="Rex!")
     lines = caught.value.problem.splitlines()
     assert lines[0] == "6 settings are wrong:"
-    told = sorted(line.split()[0] for line in lines[1:])
-    assert told == ["base", "class_word", "images", "name", "output", "rank"]
+    names = sorted(line.split()[0] for line in lines[1:])
+    assert names == ["base", "class_word", "images", "name", "output", "rank"]
     assert "images is missing (Folder of training images" in str(caught.value)
 
 
@@ -189,13 +189,13 @@ def test_contradictions_are_refused(settings, says):
     assert says in str(refused(**settings))
 
 
-def test_several_contradictions_are_told_at_once():
-    what = refused(slice=1, method="lora", warmup_steps=9, steps=9).problem
-    assert what.splitlines()[0] == "2 settings are wrong:"
+def test_several_contradictions_are_reported_at_once():
+    problem = refused(slice=1, method="lora", warmup_steps=9, steps=9).problem
+    assert problem.splitlines()[0] == "2 settings are wrong:"
 
 
 @pytest.mark.parametrize(
-    ("given", "meant"),
+    ("value", "expected"),
     [
         ({"output": 1, "class_text": "2"}, {"class_text": 2.0, "output": 1.0}),
         ("class_text=2, output = .5", {"class_text": 2.0, "output": 0.5}),
@@ -209,9 +209,9 @@ def test_several_contradictions_are_told_at_once():
         ({}, {}),
     ],
 )
-def test_preservations_have_weights(given, meant):
-    config = TrainConfig(**REQUIRED, preserve=given)
-    assert config.preserve == meant
+def test_preservations_have_weights(value, expected):
+    config = TrainConfig(**REQUIRED, preserve=value)
+    assert config.preserve == expected
     assert TrainConfig(**config.model_dump(mode="json")) == config
 
 
@@ -227,7 +227,7 @@ def test_yaml_and_overrides(tmp_path):
     assert load_config(None, **REQUIRED) == TrainConfig(**REQUIRED)
 
 
-def test_yaml_values_mean_what_they_look_like(tmp_path):
+def test_yaml_values_have_the_types_they_look_like(tmp_path):
     """PyYAML reads 1e-4 as text, no as false, and none as text."""
     text = "learning_rate: 1e-4\nmixed_precision: no\nresolution: none\ncaption: null\nflip: yes\n"
     config = load_config(written(tmp_path, YAML + text), validation_prompts="a <rex>")
@@ -239,7 +239,7 @@ def test_yaml_values_mean_what_they_look_like(tmp_path):
     assert config.validation_prompts == ("a <rex>",)
 
 
-def test_flags_arrive_as_text():
+def test_values_of_flags_are_parsed_from_text():
     config = load_config(
         **REQUIRED, steps="12", flip="true", min_snr_gamma="5", timestep_density="None"
     )
@@ -268,7 +268,7 @@ def test_flags_arrive_as_text():
         (YAML + "rnk: 4\n", "did you mean rank?"),
     ],
 )
-def test_bad_files_are_refused_by_path(tmp_path, text, says):
+def test_invalid_files_are_refused_by_path(tmp_path, text, says):
     path = written(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_config(path)
@@ -276,7 +276,7 @@ def test_bad_files_are_refused_by_path(tmp_path, text, says):
     assert caught.value.where == str(path)
 
 
-def test_aliases_that_stand_for_more_than_a_page_are_refused(tmp_path):
+def test_yaml_aliases_that_expand_to_large_documents_are_refused(tmp_path):
     levels = ["a: &a [x,x,x,x,x,x,x,x,x]"]
     for before, name in zip("abcdefgh", "bcdefghi", strict=True):
         levels.append(f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]")
@@ -298,7 +298,7 @@ def test_missing_file_and_folder_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("field", ["images", "output", "masks", "prior_images", "library"])
-def test_links_in_a_circle_are_left_to_whoever_opens_them(field, tmp_path):
+def test_circular_links_are_valid_values(field, tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     more = {"prior_weight": 1.0} if field == "prior_images" else {}

@@ -39,8 +39,8 @@ def test_gradient_checkpointing_gives_the_same_concept(name: str, tmp_path: Path
             steps=2,
         )
         calls.clear()
-        given = {"components": pipe.components, "pipeline_config": pipe.config}
-        results.append(tensors(train(config, progress=False, **given)))
+        arguments = {"components": pipe.components, "pipeline_config": pipe.config}
+        results.append(tensors(train(config, progress=False, **arguments)))
         counts.append(len(calls))
     assert same(*results)
     # Not all twice: what condenses prompts is kept, and what nothing is asked of any more.
@@ -65,7 +65,7 @@ def test_a_batch_of_prompts_of_different_lengths_equals_single_prompts(name: str
         torch.testing.assert_close(together[index], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_a_run_resumes_before_one_of_two_denoisers_had_a_sample(tmp_path: Path) -> None:
+def test_a_run_resumes_before_one_of_two_denoisers_was_trained(tmp_path: Path) -> None:
     """Below a boundary of almost 1 nearly all levels are the second one's."""
     changes = {
         "checkpoint_every": 2,
@@ -75,7 +75,7 @@ def test_a_run_resumes_before_one_of_two_denoisers_had_a_sample(tmp_path: Path) 
         "seed": 1,
     }
     pipe = tiny_wan("2.2-14b", boundary_ratio=0.95)
-    given = {"components": pipe.components, "pipeline_config": pipe.config}
+    arguments = {"components": pipe.components, "pipeline_config": pipe.config}
     called: list[int] = []
     hook = pipe.transformer.register_forward_hook(lambda *_: called.append(step))
     step = 0
@@ -84,11 +84,11 @@ def test_a_run_resumes_before_one_of_two_denoisers_had_a_sample(tmp_path: Path) 
         nonlocal step
         step = done
 
-    whole = train(settings(tmp_path, "a", **changes), progress=False, on_step=count, **given)
+    whole = train(settings(tmp_path, "a", **changes), progress=False, on_step=count, **arguments)
     assert called and called[0] >= 2, "the first one is to come after the checkpoint"
     hook.remove()
     config = settings(tmp_path, "b", **changes)
     with pytest.raises(Stop):
-        train(config, progress=False, on_step=crash_at(2 * (called[0] // 2) + 1), **given)
-    resumed = train(config, progress=False, **given)
+        train(config, progress=False, on_step=crash_at(2 * (called[0] // 2) + 1), **arguments)
+    resumed = train(config, progress=False, **arguments)
     assert same(tensors(whole), tensors(resumed))

@@ -59,9 +59,9 @@ def test_a_frozen_text_encoder_is_named(tmp_path):
 
 def test_an_infinite_first_loss_is_attributed_to_the_base(tmp_path):
     pipe = broken("unet", "conv_in.weight")
-    with pytest.raises(TrainingError, match=r"step 1, before.*unet\.conv_in\.weight") as found:
+    with pytest.raises(TrainingError, match=r"step 1, before.*unet\.conv_in\.weight") as caught:
         run(pipe, tmp_path)
-    assert "learning rate" not in str(found.value)
+    assert "learning rate" not in str(caught.value)
 
 
 def test_a_base_that_cannot_draw_is_reported_before_slices_are_chosen(tmp_path, monkeypatch):
@@ -80,9 +80,9 @@ def test_class_images_that_are_not_finite_are_refused(tmp_path):
 
 def test_validation_images_that_are_not_finite_are_warned_of(tmp_path):
     pipe = broken("vae", "decoder.conv_in.weight")
-    given = {"validation_prompts": ("a <rex>",), "validation_steps": 2, "steps": 2}
+    changes = {"validation_prompts": ("a <rex>",), "validation_steps": 2, "steps": 2}
     with pytest.warns(UserWarning, match=r"no validation pictures at step 2: the vae gives"):
-        run(pipe, tmp_path, **given)
+        run(pipe, tmp_path, **changes)
     assert not list(tmp_path.rglob("step-*.png"))
 
 

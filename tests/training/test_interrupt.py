@@ -69,20 +69,20 @@ def run_until(folder, step, number):
 def test_a_stopped_run_resumes_to_the_uninterrupted_result(number, tmp_path):
     code, lines = run_until(tmp_path, 5, number)
     folder = tmp_path / "out" / ".checkpoints"
-    found = load_latest_checkpoint(folder)
-    assert found.step < STEPS
+    checkpoint = load_latest_checkpoint(folder)
+    assert checkpoint.step < STEPS
     if number == signal.SIGINT:
         assert code == 130
         step = int(re.search(r"stopped after step (\d+) of", lines[-1]).group(1))
-        assert found.step == step and "run the same again" in lines[-1]
+        assert checkpoint.step == step and "run the same again" in lines[-1]
         assert [path.name[0] for path in folder.iterdir()] == ["s"] * 2
     else:
-        assert code == -signal.SIGKILL and found.step >= 3
+        assert code == -signal.SIGKILL and checkpoint.step >= 3
     pipe = tiny_sd()
     config = settings(tmp_path, steps=STEPS, checkpoint_every=3)
     steps = []
     resumed = train(config, pipe.components, progress=False, on_step=lambda s, _: steps.append(s))
-    assert steps[0] == found.step + 1
+    assert steps[0] == checkpoint.step + 1
     whole = train(settings(tmp_path, "whole", steps=STEPS), pipe.components, progress=False)
     assert same(tensors(resumed), tensors(whole))
 
@@ -165,14 +165,14 @@ def test_two_processes_stop_together_and_resume_to_the_uninterrupted_result(tmp_
             if line.strip() == "5":
                 process.send_signal(signal.SIGTERM)  # which the launcher hands to both
         assert process.wait(timeout=300) != 0
-    found = load_latest_checkpoint(tmp_path / "a" / "out" / ".checkpoints")
-    assert 5 <= found.step < STEPS and found.settings["processes"] == 2
+    checkpoint = load_latest_checkpoint(tmp_path / "a" / "out" / ".checkpoints")
+    assert 5 <= checkpoint.step < STEPS and checkpoint.settings["processes"] == 2
     results = []
     for folder in (tmp_path / "a", tmp_path / "b"):
         with start(folder) as process:
             lines = process.stdout.read().split()
             assert process.wait(timeout=300) == 0
-        assert int(lines[0]) == (found.step if folder.name == "a" else 0) + 1
+        assert int(lines[0]) == (checkpoint.step if folder.name == "a" else 0) + 1
         results.append(tensors(load_concept(folder / "out")))
     assert same(*results)
 

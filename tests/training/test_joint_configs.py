@@ -55,8 +55,8 @@ def two(folder, rex=None, tom=None, **changes):
         for number in range(2):
             picture(number + 7).transpose(1).save(cats / f"{number}.png")
     dog = {"output": folder / "rex"} | (rex or {})
-    given = [changes | dog, changes | {"images": cats} | cat]
-    return [settings(folder, **changes) for changes in given]
+    values = [changes | dog, changes | {"images": cats} | cat]
+    return [settings(folder, **changes) for changes in values]
 
 
 def learn(pipe, configs, **more):
@@ -319,12 +319,12 @@ def test_class_text_is_the_mean_over_concepts(both):
             with trainable.adapters_disabled():
                 base = pooled(plain)
             expected.append(1 - F.cosine_similarity(ours, base, dim=0))
-        found = (
+        actual = (
             prepared(configs, class_text=1.0).text_loss(0)
             / class_preservation.PRESERVATION_INTERVAL
         )
-        torch.testing.assert_close(found, torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
-        assert found > 1e-3
+        torch.testing.assert_close(actual, torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
+        assert actual > 1e-3
 
 
 @pytest.mark.parametrize("pooling", ["end", "published"])
@@ -452,9 +452,9 @@ def test_a_run_that_could_not_save_all_concepts_resumes_saving(tmp_path):
     assert (rex.output / "concept.json").exists() and not (tom.output / "concept.json").exists()
     (tom.output / "notes.doc").unlink()
     steps = []
-    found = learn(pipe, [rex, tom], on_step=lambda done, _: steps.append(done))
+    concepts = learn(pipe, [rex, tom], on_step=lambda done, _: steps.append(done))
     assert steps == []
-    assert all(same(tensors(a), tensors(b)) for a, b in zip(whole, found, strict=True))
+    assert all(same(tensors(a), tensors(b)) for a, b in zip(whole, concepts, strict=True))
 
 
 def test_a_run_without_a_checkpoint_leaves_no_files(tmp_path):
@@ -476,10 +476,10 @@ def test_slices_of_a_library_are_disjoint(tmp_path):
     pipe, library = tiny_sd(), tmp_path / "library"
     old = settings(tmp_path, name="old", library=library, output=library / "old", steps=1)
     others = [train(old, pipe.components, progress=False)]
-    places = [{"output": library / name} for name in ("rex", "tom")]
+    outputs = [{"output": library / name} for name in ("rex", "tom")]
     # The number that is set stands, and the other's keeps out of its way.
-    places[1]["slice"] = 1
-    others += learn(pipe, two(tmp_path, *places, library=library, steps=1))
+    outputs[1]["slice"] = 1
+    others += learn(pipe, two(tmp_path, *outputs, library=library, steps=1))
     assert [c.info.slices["16"][0] // 4 for c in others] == [0, 2, 1]
     for number, a in enumerate(others):
         for b in others[:number]:
@@ -535,10 +535,10 @@ def test_concepts_have_their_own_validation_images_and_recordings(tmp_path, monk
     ]
     # What the layers read of each one by itself.
     for name in ("rex", "tom"):
-        mine = LayerInputs.load(layer_inputs_path(tmp_path / name))
+        recorded = LayerInputs.load(layer_inputs_path(tmp_path / name))
         other = customize.record_inputs(pipe, tmp_path / name)
         for kind in ("concept", "generic"):
-            for component, layers in getattr(mine, kind).items():
+            for component, layers in getattr(recorded, kind).items():
                 for module, rows in layers.items():
                     again = getattr(other, kind)[component][module]
                     torch.testing.assert_close(rows.T @ rows, again.T @ again, atol=3e-3, rtol=0)

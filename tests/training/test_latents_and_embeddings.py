@@ -31,10 +31,10 @@ def test_conditions_match_their_captions(make, live):
             family, CAPTIONS, live=live, to_encoder=lambda c: c.replace("a ", "the ")
         )
         for batch in (CAPTIONS, ["a cat", "a cat"], ["a dog", "a cat"]):
-            found = encode(batch)
+            conditions = encode(batch)
             for key, value in expected.items():
                 rows = torch.stack([value[CAPTIONS.index(c)] for c in batch])
-                assert torch.allclose(found[key], rows, atol=1e-5)
+                assert torch.allclose(conditions[key], rows, atol=1e-5)
 
 
 def test_distinct_captions_are_encoded_once_and_gradients_add_up():
@@ -65,11 +65,11 @@ def test_equal_images_are_encoded_once(tmp_path):
     pipe.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
     a, b = torch.zeros(3, 32, 32), torch.ones(3, 32, 32)
     family = family_of(pipe.components)
-    found = encode_latents(family, [a, b, a.clone()], torch.device("cpu"))
+    latents = encode_latents(family, [a, b, a.clone()], torch.device("cpu"))
     assert len(calls) == 2
-    assert found[0] is found[2]
+    assert latents[0] is latents[2]
     mean, std = family.encode_images(b[None])
-    assert torch.equal(found[1][0], mean[0]) and torch.equal(found[1][1], std[0])
+    assert torch.equal(latents[1][0], mean[0]) and torch.equal(latents[1][1], std[0])
     assert pixels_digest(a) != pixels_digest(a.reshape(3, 64, 16))
 
 
@@ -78,21 +78,21 @@ def test_cached_latents_equal_latents_encoded_at_each_step(tmp_path):
     picture(1).convert("L").save(tmp_path / "3.png")
     samples = read_training_images(tmp_path, trigger="<rex>", caption="a {}")
     family = family_of(tiny_sd().components)
-    kept, fresh = (
+    cached, fresh = (
         cache_images(family, samples, 32, torch.device("cpu"), flip=True, keep_latents=keep)
         for keep in (True, False)
     )
-    assert kept.shape == fresh.shape == (4, 16, 16)
-    assert kept.captions == ["a <rex>"] * 4
-    assert kept.mask([0], [False]) is None
+    assert cached.shape == fresh.shape == (4, 16, 16)
+    assert cached.captions == ["a <rex>"] * 4
+    assert cached.mask([0], [False]) is None
     for mirrored in ([False, True], [True, True]):
         for x, y in zip(
-            kept.latent_distribution(family, [2, 3], mirrored),
+            cached.latent_distribution(family, [2, 3], mirrored),
             fresh.latent_distribution(family, [2, 3], mirrored),
             strict=True,
         ):
             assert torch.allclose(x, y, atol=1e-5)
-    plain, flipped = (kept.latent_distribution(family, [2], [m])[0] for m in (False, True))
+    plain, flipped = (cached.latent_distribution(family, [2], [m])[0] for m in (False, True))
     assert not torch.allclose(plain, flipped, atol=1e-3)
 
 
@@ -103,13 +103,13 @@ def test_masks_match_their_images(tmp_path):
         tmp_path / "images", trigger="<rex>", caption="a {}", masks=tmp_path / "masks"
     )
     family = family_of(tiny_sd().components)
-    found = cache_images(
+    images = cache_images(
         family, samples, 32, torch.device("cpu"), flip=True, keep_latents=True
     ).mask([0, 1], [False, True])
-    assert found.shape == (2, 1, 16, 16)
-    assert 0 <= float(found.min()) < 0.5 < float(found.max()) <= 1
-    assert float(found[0, 0, 0, 0]) < float(found[0, 0, 0, -1])
-    assert float(found[1, 0, 0, 0]) > float(found[1, 0, 0, -1])
+    assert images.shape == (2, 1, 16, 16)
+    assert 0 <= float(images.min()) < 0.5 < float(images.max()) <= 1
+    assert float(images[0, 0, 0, 0]) < float(images[0, 0, 0, -1])
+    assert float(images[1, 0, 0, 0]) > float(images[1, 0, 0, -1])
 
 
 def test_a_cached_encoder_returns_cached_states_and_refuses_new_ids():

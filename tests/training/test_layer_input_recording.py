@@ -28,11 +28,11 @@ def test_the_recording_equals_that_of_a_pipeline(tmp_path, make, changes):
     assert same(tensors(plain), tensors(concept))
     after = snapshot(pipe.components, pipe.config)
     assert before.keys() == after.keys()
-    found = LayerInputs.load(layer_inputs_path(config.output))
-    assert found.digest == digest_updates(load_concept(config.output).updates)
+    recorded = LayerInputs.load(layer_inputs_path(config.output))
+    assert recorded.digest == digest_updates(load_concept(config.output).updates)
     other = customize.record_inputs(pipe, config.output)
     for kind in ("concept", "generic"):
-        one, two = getattr(found, kind), getattr(other, kind)
+        one, two = getattr(recorded, kind), getattr(other, kind)
         assert {c: set(m) for c, m in one.items()} == {c: set(m) for c, m in two.items()}
         assert {c: set(m) for c, m in one.items()} == {
             c: set(m) for c, m in concept.updates.items()
@@ -48,8 +48,8 @@ def test_a_model_without_trained_tokens_is_recorded(tmp_path):
     pipe = tiny_flux()
     config = settings(tmp_path, record_inputs=True, steps=2)
     concept = train(config, pipe.components, progress=False)
-    found = LayerInputs.load(layer_inputs_path(config.output))
-    assert {c: set(m) for c, m in found.concept.items()} == {
+    recorded = LayerInputs.load(layer_inputs_path(config.output))
+    assert {c: set(m) for c, m in recorded.concept.items()} == {
         c: set(m) for c, m in concept.updates.items()
     }
 

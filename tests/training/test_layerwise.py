@@ -18,7 +18,7 @@ LAYERS = 7
 LONG = {"steps": 6, "checkpoint_every": 3, "caption_dropout": 0.3, "layerwise_tokens": True}
 
 
-def test_layers_learn_embeddings_of_their_own(tmp_path):
+def test_layers_learn_separate_embeddings(tmp_path):
     pipe = tiny_sd()
     before = snapshot(pipe.components)
     losses: list[float] = []
@@ -44,23 +44,23 @@ def test_layers_learn_embeddings_of_their_own(tmp_path):
         for b in range(a):
             assert not torch.allclose(rows[:, a], rows[:, b], atol=1e-5), (a, b)
 
-    found = load_concept(tmp_path / "out")
-    assert same(tensors(found), tensors(concept))
+    loaded = load_concept(tmp_path / "out")
+    assert same(tensors(loaded), tensors(concept))
     stock = load_file(tmp_path / "out" / EMBEDS_FILE)["<rex>"]
     assert torch.allclose(stock, rows.mean(1))
 
 
-def test_a_layers_conditions_depend_on_its_embeddings_only(tmp_path):
+def test_conditions_of_a_layer_depend_on_its_embeddings_only(tmp_path):
     """Only the rows of a layer change what that layer reads, and only they get its gradients."""
     pipe = tiny_sd()
     family = family_of(pipe.components)
     pipe.text_encoder.requires_grad_(False)
     config = settings(tmp_path, layerwise_tokens=True)
-    with attach_trainable(family, [config], [None], BasisInfo(), {}) as found:
-        texts = found.layer_prompts("a photo of <rex>")
+    with attach_trainable(family, [config], [None], BasisInfo(), {}) as trainable:
+        texts = trainable.layer_prompts("a photo of <rex>")
         assert texts[3] == "a photo of <rex@3> <rex@3>_1" and len(texts) == LAYERS
-        assert found.layer_prompts("a dog") == ["a dog"] * LAYERS
-        rows = found.concepts[0].token_rows["text_encoder"].parameter
+        assert trainable.layer_prompts("a dog") == ["a dog"] * LAYERS
+        rows = trainable.concepts[0].token_rows["text_encoder"].parameter
         assert rows.shape == (LAYERS * 2, 32)
         family.encode_prompts(texts)["prompt_embeds"][3].square().sum().backward()
         assert rows.grad is not None

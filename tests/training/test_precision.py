@@ -52,8 +52,8 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def defaults(folder: Path, **changes: Any) -> TrainConfig:
     """What is shipped, with a class word and two steps."""
-    given = {"name": "rex", "class_word": "dog", "output": folder / "out", "steps": 2}
-    return TrainConfig(**given | {"images": make_pictures(folder / "images")} | changes)
+    arguments = {"name": "rex", "class_word": "dog", "output": folder / "out", "steps": 2}
+    return TrainConfig(**arguments | {"images": make_pictures(folder / "images")} | changes)
 
 
 def check(config: TrainConfig, losses: list[float]) -> None:
@@ -112,7 +112,7 @@ def test_every_preset_trains(name, tmp_path, few_prompts):
     model = name.rpartition("-")[0]
     ALL[MODELS.get(model, model)]().save_pretrained(tmp_path / "base")
     losses: list[float] = []
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         "base": str(tmp_path / "base"),
         "images": make_pictures(tmp_path / "images"),
         "output": tmp_path / "out",
@@ -122,7 +122,7 @@ def test_every_preset_trains(name, tmp_path, few_prompts):
         "resolution": 32,
         "rank": 4,  # tiny layers are narrower than the preset's
     }
-    config = load_config(PRESETS[name], **given)
+    config = load_config(PRESETS[name], **values)
     if config.quantize != "none":
         pytest.importorskip(LIBRARIES[config.quantize])
     train(config, progress=False, on_step=lambda step, loss: losses.append(float(loss)))
@@ -147,9 +147,9 @@ def test_the_callers_torch_settings_do_not_change_the_result(context, outside, t
     config = settings(tmp_path, **PRESERVING)
     pipe = tiny_sd()
     with CONTEXTS[context]():
-        found = tensors(train(config, pipe.components, progress=False))
-    assert found.keys() == outside.keys()
-    for key, values in found.items():
+        actual = tensors(train(config, pipe.components, progress=False))
+    assert actual.keys() == outside.keys()
+    for key, values in actual.items():
         assert values.dtype == torch.float32 and not values.is_inference()
         # On CPUs with bfloat16 products, TF32's setting is the model's as well.
         allowed = 1e-2 if context == "tf32" else 0.0

@@ -28,9 +28,9 @@ class Gone(Terminal):
 
 
 def test_each_phase_has_a_line_in_a_log_file(tmp_path, capsys):
-    given = {"num_shared_directions": 4, "record_inputs": True, "samples": True}
-    given |= {"prior_weight": 1.0, "prior_count": 2, "validation_steps": 1, "steps": 20}
-    train(settings(tmp_path, rank=2, **given), tiny_sd().components)
+    changes = {"num_shared_directions": 4, "record_inputs": True, "samples": True}
+    changes |= {"prior_weight": 1.0, "prior_count": 2, "validation_steps": 1, "steps": 20}
+    train(settings(tmp_path, rank=2, **changes), tiny_sd().components)
     out, err = capsys.readouterr()
     assert "\r" not in err and all(" [00:" in line for line in err.splitlines())
     for phase in (
@@ -45,7 +45,7 @@ def test_each_phase_has_a_line_in_a_log_file(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_bars_move_on_a_terminal(monkeypatch):
+def test_bars_are_redrawn_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(sys, "stdout", Terminal())
     progress = Progress(True)
@@ -59,7 +59,7 @@ def test_bars_move_on_a_terminal(monkeypatch):
     assert "at once" not in sys.stdout.text
 
 
-def test_a_terminal_that_is_gone_stops_nothing(monkeypatch):
+def test_a_closed_terminal_raises_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Gone())
     monkeypatch.setattr(sys, "stdout", Gone())
     monkeypatch.setattr(Gone, "isatty", lambda self: False)

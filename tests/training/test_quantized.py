@@ -38,15 +38,15 @@ once = pytest.mark.parametrize(
 @once
 def test_a_concept_learned_on_a_quantized_base_fits_the_full_base(kind, base, tmp_path):
     losses = []
-    given = {"base": base, "steps": 30, "gradient_checkpointing": True, "validation_steps": 2}
-    given |= {"validation_prompts": ("<rex>",), "validation_every": 5}
+    changes = {"base": base, "steps": 30, "gradient_checkpointing": True, "validation_steps": 2}
+    changes |= {"validation_prompts": ("<rex>",), "validation_every": 5}
     concept = train(
-        settings(tmp_path, "a", quantize=kind, **given),
+        settings(tmp_path, "a", quantize=kind, **changes),
         progress=False,
         on_step=lambda _, loss: losses.append(float(loss)),
     )
     assert np.mean(losses[-10:]) < 0.96 * np.mean(losses[:5])
-    plain = train(settings(tmp_path, "b", **given), progress=False)
+    plain = train(settings(tmp_path, "b", **changes), progress=False)
     a, b = tensors(concept), tensors(plain)
     assert a.keys() == b.keys() and not same(a, b)
     assert all(a[key].shape == b[key].shape and a[key].dtype == torch.float32 for key in a)
@@ -76,9 +76,9 @@ def test_a_concept_learned_on_a_quantized_base_fits_the_full_base(kind, base, tm
 def test_other_families_train_quantized(make, kind, tmp_path):
     pipe = make()
     pipe.save_pretrained(tmp_path / "base")
-    given = {"base": str(tmp_path / "base"), "steps": 3, "mixed_precision": "bf16"}
-    given |= {"prior_weight": 1.0, "prior_count": 2, "validation_steps": 2}
-    concept = train(settings(tmp_path, quantize=kind, **given), progress=False)
+    changes = {"base": str(tmp_path / "base"), "steps": 3, "mixed_precision": "bf16"}
+    changes |= {"prior_weight": 1.0, "prior_count": 2, "validation_steps": 2}
+    concept = train(settings(tmp_path, quantize=kind, **changes), progress=False)
     assert set(family_of(pipe.components, pipe.config).denoisers) <= concept.updates.keys()
     for updates in concept.updates.values():
         moved = [float(update.up.abs().max()) > 0 for update in updates.values()]
@@ -87,9 +87,9 @@ def test_other_families_train_quantized(make, kind, tmp_path):
 
 @once
 def test_a_resumed_run_gives_the_uninterrupted_result(kind, base, tmp_path):
-    given = {"base": base, "quantize": kind, "checkpoint_every": 4}
-    whole = train(settings(tmp_path, "a", **given), progress=False)
-    config = settings(tmp_path, "b", **given)
+    changes = {"base": base, "quantize": kind, "checkpoint_every": 4}
+    whole = train(settings(tmp_path, "a", **changes), progress=False)
+    config = settings(tmp_path, "b", **changes)
     with pytest.raises(Stop):
         train(config, progress=False, on_step=crash_at(10))
     with pytest.raises(SettingsError, match=f"quantize was '{kind}' and is 'none'"):

@@ -253,7 +253,7 @@ def test_accumulated_batches_make_one_step(tmp_path):
     """At the first step the noise differs but pictures do not, so losses are near, not sums."""
     losses = {}
     for name, batch, accumulate in (("a", 12, 1), ("b", 3, 4)):
-        found = losses.setdefault(name, [])
+        step_losses = losses.setdefault(name, [])
         config = settings(
             tmp_path, name, batch_size=batch, gradient_accumulation=accumulate, steps=1
         )
@@ -261,7 +261,7 @@ def test_accumulated_batches_make_one_step(tmp_path):
             config,
             tiny_sd().components,
             progress=False,
-            on_step=lambda _, loss, found=found: found.append(float(loss)),
+            on_step=lambda _, loss, step_losses=step_losses: step_losses.append(float(loss)),
         )
     assert losses["a"][0] == pytest.approx(losses["b"][0], rel=0.1)
 
@@ -323,8 +323,8 @@ def test_class_images_are_drawn_by_the_base_without_adapters(pipe, tmp_path):
     )
     assert not same(tensors(concept), tensors(plain))
 
-    given = make_pictures(tmp_path / "dogs")
-    config = settings(tmp_path, "given", prior_weight=1.0, prior_images=given, steps=2)
+    pictures = make_pictures(tmp_path / "dogs")
+    config = settings(tmp_path, "given", prior_weight=1.0, prior_images=pictures, steps=2)
     train(config, pipe.components, progress=False, pipeline_config=pipe.config)
     assert not (config.output / ".class_pictures").exists()
 
@@ -415,10 +415,10 @@ def test_mixed_precision_keeps_the_adapter_in_float32(pipe, tmp_path):
     before = snapshot(pipe.components, pipe.config)
     concept = train(config, pipe.components, progress=False, pipeline_config=pipe.config)
     assert_unchanged(before, pipe.components, pipe.config)
-    found = tensors(concept)
-    assert {value.dtype for value in found.values()} == {torch.float32}
+    learned = tensors(concept)
+    assert {value.dtype for value in learned.values()} == {torch.float32}
     # Numbers that bfloat16 could not hold.
-    ups = [value for key, value in found.items() if key.endswith(".up")]
+    ups = [value for key, value in learned.items() if key.endswith(".up")]
     assert any(not torch.equal(up, up.bfloat16().float()) for up in ups)
 
 
@@ -436,8 +436,8 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     message = r"nan at step 9; the checkpoint of step 6 is kept.*rate"
     with pytest.raises(TrainingError, match=message):
         train(config, pipe.components, progress=False, on_step=poison)
-    found = sorted(p.name for p in (config.output / ".checkpoints").iterdir())
-    assert found == ["step-000003.safetensors", "step-000006.safetensors"]
+    names = sorted(p.name for p in (config.output / ".checkpoints").iterdir())
+    assert names == ["step-000003.safetensors", "step-000006.safetensors"]
     assert not (config.output / "concept.json").exists()
     with torch.no_grad():
         weight.copy_(good)
@@ -652,13 +652,13 @@ def test_a_base_from_a_folder_gives_the_result_of_its_components(make, tmp_path)
     pipe.save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
     loaded = train(settings(tmp_path, "a", base=base, steps=3), progress=False)
-    given = train(
+    in_memory = train(
         settings(tmp_path, "b", base=base, steps=3),
         pipe.components,
         progress=False,
         pipeline_config=pipe.config,
     )
-    assert same(tensors(loaded), tensors(given))
+    assert same(tensors(loaded), tensors(in_memory))
 
 
 def test_the_learning_rate_factor_follows_the_schedule():

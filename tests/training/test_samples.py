@@ -50,7 +50,7 @@ def counted(monkeypatch):
     return names
 
 
-def test_samples_are_kept_in_the_folder_and_the_card(tmp_path, counted):
+def test_samples_are_in_the_output_folder_and_the_card(tmp_path, counted):
     pipe = tiny_sd()
     before = snapshot(pipe.components)
     state = torch.get_rng_state()
@@ -88,10 +88,14 @@ def test_samples_are_kept_in_the_folder_and_the_card(tmp_path, counted):
 @pytest.mark.parametrize("live", [True, False])
 def test_a_run_gives_the_same_with_and_without_samples(live, tmp_path):
     pipe = tiny_sd()
-    given = {"train_tokens": live, "train_text_encoder": live, "preserve": {"context_output": 1.0}}
-    given |= {"flip": True, "caption_dropout": 0.3}
+    changes = {
+        "train_tokens": live,
+        "train_text_encoder": live,
+        "preserve": {"context_output": 1.0},
+    }
+    changes |= {"flip": True, "caption_dropout": 0.3}
     with_, without = (
-        train(settings(tmp_path, str(on), samples=on, **given), pipe.components, progress=False)
+        train(settings(tmp_path, str(on), samples=on, **changes), pipe.components, progress=False)
         for on in (True, False)
     )
     assert same(tensors(with_), tensors(without))
@@ -99,7 +103,7 @@ def test_a_run_gives_the_same_with_and_without_samples(live, tmp_path):
     assert not (tmp_path / "False" / "samples").exists()
 
 
-def test_a_run_that_goes_on_draws_nothing_twice(tmp_path, counted):
+def test_a_resumed_run_repeats_no_sample(tmp_path, counted):
     pipe = tiny_sd()
     config = settings(tmp_path, samples=True, checkpoint_every=4)
     with pytest.raises(Stop):
@@ -117,7 +121,7 @@ def test_a_run_that_goes_on_draws_nothing_twice(tmp_path, counted):
     assert counted == NAMES
 
 
-def test_what_cannot_be_drawn_ends_samples_and_not_the_run(tmp_path, monkeypatch):
+def test_a_failed_sample_disables_samples_without_ending_the_run(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB\nmore")
 
@@ -128,7 +132,7 @@ def test_what_cannot_be_drawn_ends_samples_and_not_the_run(tmp_path, monkeypatch
     assert not (tmp_path / "out" / "sample-1.png").exists()
 
 
-def test_a_device_that_is_too_small_to_decode_on(tmp_path, monkeypatch):
+def test_decoding_falls_back_to_the_cpu(tmp_path, monkeypatch):
     seen = []
     decode = samples.decode_images
 
@@ -144,7 +148,7 @@ def test_a_device_that_is_too_small_to_decode_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
-def test_every_family_draws_and_measures(make, tmp_path):
+def test_every_family_has_samples_and_a_fixed_loss(make, tmp_path):
     pipe = make()
     before = snapshot(pipe.components, pipe.config)
     config = settings(tmp_path, samples=True, steps=2)
@@ -156,7 +160,7 @@ def test_every_family_draws_and_measures(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_run_as_they_are_for_samples(tmp_path, monkeypatch):
+def test_samples_run_without_compilation(tmp_path, monkeypatch):
     """Else each shape of theirs would be compiled, for a few calls."""
     from customize.training import compile_blocks
 
@@ -172,7 +176,7 @@ def test_compiled_blocks_run_as_they_are_for_samples(tmp_path, monkeypatch):
     assert counts[True] == counts[False] > 0
 
 
-def test_concepts_of_one_run_each_have_theirs(tmp_path):
+def test_concepts_of_one_run_have_separate_samples(tmp_path):
     make_pictures(tmp_path / "images")
     configs = [
         settings(tmp_path, name, samples=True, name=name, steps=2, class_word=word)
@@ -200,10 +204,10 @@ def test_nothing_but_defaults(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("steps", "batch", "wanted"), [(1, 1, 5), (100, 2, 10), (200, 2, 20), (10_000, 8, 20)]
+    ("steps", "batch", "expected"), [(1, 1, 5), (100, 2, 10), (200, 2, 20), (10_000, 8, 20)]
 )
-def test_samples_take_a_bounded_share(steps, batch, wanted, tmp_path):
+def test_sampling_steps_are_bounded_in_short_runs(steps, batch, expected, tmp_path):
     from customize.families import family_of
 
     config = settings(tmp_path, steps=steps, batch_size=batch)
-    assert samples.choose_sampling_steps(config, family_of(tiny_sd().components)) == wanted
+    assert samples.choose_sampling_steps(config, family_of(tiny_sd().components)) == expected

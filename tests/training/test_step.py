@@ -66,9 +66,9 @@ def test_gradients_are_clipped_together(taken, tmp_path):
 def test_parameter_groups_follow_the_schedule_at_their_rates(taken, tmp_path):
     rates = {"learning_rate": 3e-3, "text_learning_rate": 2e-4, "token_learning_rate": 1e-2}
     run(tmp_path, "out", steps=6, warmup_steps=2, lr_schedule="cosine", **rates)
-    for step, (_, found) in enumerate(taken):
+    for step, (_, step_rates) in enumerate(taken):
         share = learning_rate_factor(step, 6, 2, "cosine")
-        assert found == pytest.approx({name: rate * share for name, rate in rates.items()})
+        assert step_rates == pytest.approx({name: rate * share for name, rate in rates.items()})
     assert taken[0][1]["learning_rate"] == pytest.approx(1.5e-3)
     assert taken[-1][1]["learning_rate"] < 1e-3
 

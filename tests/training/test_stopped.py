@@ -114,8 +114,8 @@ def assert_whole(folder: Path, whole: Path, **changes) -> None:
     assert names(made) == names(whole)
     for name in (LAYER_INPUTS_FILE, "sample-1.png"):
         assert (made / name).read_bytes() == (whole / name).read_bytes(), name
-    found = check_library(config.library)
-    assert found.errors == [] and read_reservations(config.library) == []
+    check = check_library(config.library)
+    assert check.errors == [] and read_reservations(config.library) == []
     # What is left of files half written is swept by whoever writes there later.
     assert all(is_partial(path.name) for path in config.library.rglob("*.partial"))
 

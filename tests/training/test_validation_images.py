@@ -42,12 +42,12 @@ def arguments(family, conditions):
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
-def test_pictures_are_those_of_the_pipeline(make, guidance):
+def test_images_equal_the_pipelines(make, guidance):
     pipe = make()
     family = family_of(pipe.components, pipe.config)
     shape = SHAPES.get(family.name, (4, 16, 16))
     with torch.no_grad():
-        asked, empty = family.encode_prompts(["a dog"]), family.encode_prompts([""])
+        conditions, empty = family.encode_prompts(["a dog"]), family.encode_prompts([""])
     if family.name == "ltx2":  # the pipeline's stream of pictures would follow that of sound
         isolate(pipe)
     # A scheduler that draws noise of its own draws it for all pictures together.
@@ -55,9 +55,9 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
     seeds = [3] if multistep else [3, 4]
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    found = draw_images(
+    images = draw_images(
         family,
-        {k: v.expand(len(seeds), *v.shape[1:]) for k, v in asked.items()},
+        {k: v.expand(len(seeds), *v.shape[1:]) for k, v in conditions.items()},
         empty,
         shape,
         steps=4,
@@ -65,18 +65,20 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
         seeds=seeds,
     )
     assert torch.equal(torch.get_rng_state(), state)
-    for seed, picture_found in zip(seeds, found, strict=True):
+    for seed, image in zip(seeds, images, strict=True):
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
         # What has the guidance as an input needs no second prompt.
-        away = {} if family.has_guidance_input else empty
-        empties = {f"negative_{k}": v for k, v in arguments(family, away).items()}
-        given = arguments(family, asked) | empties
+        negative_conditions = {} if family.has_guidance_input else empty
+        negative_arguments = {
+            f"negative_{k}": v for k, v in arguments(family, negative_conditions).items()
+        }
+        inputs = arguments(family, conditions) | negative_arguments
         if family.name == "ltx2":  # whose call condenses prompts itself
-            given = {"prompt": "a dog"}
+            inputs = {"prompt": "a dog"}
         scale = "true_cfg_scale" if family.name.startswith("qwen_image") else "guidance_scale"
         expected = drawn(
             pipe,
-            **given,
+            **inputs,
             latents=noise if family.name == "flux2" else family.pack(noise),
             generator=torch.Generator().manual_seed(stream_seed("sampler", *seeds)),
             num_inference_steps=4,
@@ -86,11 +88,11 @@ def test_pictures_are_those_of_the_pipeline(make, guidance):
             output_type="pil",
         )[0]
         expected = expected.convert("RGB")  # one of them also draws transparency
-        difference = np.asarray(expected).astype(int) - np.asarray(picture_found).astype(int)
+        difference = np.asarray(expected).astype(int) - np.asarray(image).astype(int)
         assert abs(difference).max() <= 1
 
 
-def test_pictures_go_to_files_and_trackers(tmp_path):
+def test_images_are_saved_and_logged(tmp_path):
     logged = []
 
     class Tracker:
@@ -110,26 +112,31 @@ def test_pictures_go_to_files_and_trackers(tmp_path):
     assert other == {"a dog": pictures[:1]} and step == 7
 
 
-def test_samples_do_not_stand_in_for_validation_prompts(tmp_path):
+def test_samples_do_not_replace_validation_prompts(tmp_path):
     config = settings(tmp_path, steps=1, samples=True, validation_prompts=["a dog"])
     config = config.model_copy(update={"validation_steps": 1})
     with pytest.warns(UserWarning, match="no validation prompt has the trigger <rex>"):
         train(config, tiny_sd().components, progress=False)
 
 
-def test_prompts_that_do_not_show_what_is_learned_are_told():
+def test_missing_and_unknown_triggers_are_warned_of():
     pipe = tiny_sd()
     pipe.load_textual_inversion({"<mine>": torch.ones(1, 32)})
     family = family_of(pipe.components)
 
-    def told(prompts, triggers=("<rex>",)):
-        with warnings.catch_warnings(record=True) as found:
+    def collect_warnings(prompts, triggers=("<rex>",)):
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warn_about_triggers(family, prompts, triggers)
-        return [str(each.message) for each in found]
+        return [str(warning.message) for warning in caught]
 
-    assert told([]) == [] == told(["a <REX>", "a dog"]) == told(["<rex> and <mine>"])
-    assert "no validation prompt has the trigger <rex>" in told(["a dog"])[0]
-    (missing, misspelt) = told(["a <rexx>"])
+    assert (
+        collect_warnings([])
+        == []
+        == collect_warnings(["a <REX>", "a dog"])
+        == collect_warnings(["<rex> and <mine>"])
+    )
+    assert "no validation prompt has the trigger <rex>" in collect_warnings(["a dog"])[0]
+    (missing, misspelt) = collect_warnings(["a <rexx>"])
     assert "has the trigger <rex>" in missing and "did you mean <rex>?" in misspelt
-    assert len(told(["<rex>"], ("<rex>", "<tom>"))) == 1
+    assert len(collect_warnings(["<rex>"], ("<rex>", "<tom>"))) == 1

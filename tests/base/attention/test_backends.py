@@ -1,4 +1,4 @@
-"""Backends held against attention in float64; what each needs; which is the fastest."""
+"""Error, requirements and speed of attention backends."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from customize.base.attention.backends import (
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-#: Of SD 1.5, SDXL, SD 3.5, FLUX and Qwen-Image, and of AutoencoderKL.
-TRUE = [
+#: Heads of SD 1.5, SDXL, SD 3.5, FLUX and Qwen-Image, and of AutoencoderKL.
+HEAD_SHAPES = [
     HeadShape(8, 40),
     HeadShape(8, 80),
     HeadShape(8, 160),
@@ -34,13 +34,13 @@ TRUE = [
     HeadShape(38, 64),
     HeadShape(24, 128),
 ]
-TRUE += [HeadShape(1, 512)]
+HEAD_SHAPES += [HeadShape(1, 512)]
 
 
-def test_the_reference_is_the_formula():
+def test_the_reference_equals_the_formula():
     query, key, value = (torch.randn(1, tokens, 2, 3) for tokens in (4, 5, 5))
     mask = torch.tensor([True, True, False, True, False])[None, None, None]
-    found = reference_attention(query, key, value, mask)
+    actual = reference_attention(query, key, value, mask)
     for head in range(2):
         for row in range(4):
             parts = [
@@ -51,20 +51,20 @@ def test_the_reference_is_the_formula():
                 part / sum(parts) * value[0, k, head].double()
                 for part, k in zip(parts, (0, 1, 3), strict=True)
             )
-            torch.testing.assert_close(found[0, row, head], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(actual[0, row, head], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("heads", TRUE, ids=str)
+@pytest.mark.parametrize("heads", HEAD_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["native", "_native_math"])
-def test_torchs_own_kernels_are_right_at_true_head_sizes(backend, dtype, heads):
+def test_native_kernels_are_accurate_at_real_head_shapes(backend, dtype, heads):
     for mask in (None, "boolean", "added"):
-        found = measure_error(backend, heads, CPU, dtype, mask)
-        # Not zero, since another dtype was compared; and far enough below what is refused.
-        assert 0 < found < ERROR_BOUNDS[dtype] / 2
+        error = measure_error(backend, heads, CPU, dtype, mask)
+        # Not zero, because the reference is in float64; and well below the bound.
+        assert 0 < error < ERROR_BOUNDS[dtype] / 2
 
 
-WRONG = {
+WRONG_ATTENTIONS = {
     "another scale": lambda q, k, v, mask: scaled_dot_product_attention(
         q, k, v, mask, scale=1 / q.shape[-1]
     ),
@@ -73,7 +73,7 @@ WRONG = {
     "the last key left out": lambda q, k, v, mask: scaled_dot_product_attention(
         q, k[:, :, :-1], v[:, :, :-1], mask[..., :-1]
     ),
-    # What type_as makes of a mask of booleans: 1 and 0, added to the scores.
+    # type_as turns a boolean mask into 1 and 0, which are added to the scores.
     "a mask that is added": lambda q, k, v, mask: scaled_dot_product_attention(
         q, k, v, mask.type_as(q)
     ),
@@ -82,11 +82,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", WRONG)
-def test_wrong_kernels_are_above_the_bound(monkeypatch, kind, dtype):
+@pytest.mark.parametrize("kind", WRONG_ATTENTIONS)
+def test_wrong_kernels_exceed_the_error_bound(monkeypatch, kind, dtype):
     def wrong(query, key, value, attn_mask=None):
-        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        return WRONG[kind](query, key, value, attn_mask).transpose(1, 2)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return WRONG_ATTENTIONS[kind](query, key, value, attn_mask).transpose(1, 2)
 
     name = AttentionBackendName._NATIVE_MATH
     monkeypatch.setitem(_AttentionBackendRegistry._backends, name, wrong)
@@ -96,16 +96,16 @@ def test_wrong_kernels_are_above_the_bound(monkeypatch, kind, dtype):
 
 
 @given(st.floats(1e-3, 1e3), st.integers(0, 3), st.integers(0, 4))
-def test_the_error_is_that_of_the_worst_row_and_has_no_scale(scale, head, row):
+def test_the_error_is_the_largest_of_a_row_and_relative(scale, head, row):
     expected = torch.randn(1, 5, 4, 8, generator=torch.Generator().manual_seed(0)).double() * scale
-    found = expected.clone()
-    assert relative_error(found, expected) == 0
-    off = float(expected.square().mean().sqrt())
-    found[0, row, head] += 0.25 * off
-    assert relative_error(found, expected) == pytest.approx(0.25, rel=1e-6)
+    actual = expected.clone()
+    assert relative_error(actual, expected) == 0
+    rms = float(expected.square().mean().sqrt())
+    actual[0, row, head] += 0.25 * rms
+    assert relative_error(actual, expected) == pytest.approx(0.25, rel=1e-6)
 
 
-def test_what_a_backend_needs_is_told_without_trying_it():
+def test_unmet_requirements_are_known_without_a_call():
     half, heads = torch.bfloat16, HeadShape(24, 128)
     assert find_unmet_requirement("native", heads, CPU, torch.float32) is None
     assert find_unmet_requirement("flash", heads, CUDA, half) is None
@@ -123,25 +123,25 @@ def test_what_a_backend_needs_is_told_without_trying_it():
     assert "at most width 128" in find_unmet_requirement("sage", HeadShape(8, 160), CUDA, half)
 
 
-def test_attending_leaves_the_process_wide_backend_alone():
+def test_a_call_does_not_change_the_active_backend():
     before = _AttentionBackendRegistry.get_active_backend()[0]
     query = torch.randn(1, 4, 2, 8)
     run_attention("_native_math", query, query, query)
     assert _AttentionBackendRegistry.get_active_backend()[0] is before
 
 
-def test_times_are_of_the_calls_that_count():
-    taken = time_attention("native", HeadShape(2, 8), CPU, torch.float32, 32, 3)
-    assert len(taken) == 3 and all(each > 0 for each in taken)
+def test_as_many_times_as_repeats_are_returned():
+    times = time_attention("native", HeadShape(2, 8), CPU, torch.float32, 32, 3)
+    assert len(times) == 3 and all(seconds > 0 for seconds in times)
 
 
 @given(
     st.dictionaries(st.sampled_from(["flash", "xformers", "_native_cudnn"]), st.floats(1e-6, 1)),
     st.floats(1e-6, 1),
 )
-def test_the_fastest_beats_torchs_own_by_more_than_noise(others, own):
-    found = select_fastest({"native": own, **others})
-    if found == "native":
-        assert all(time >= SPEED_MARGIN * own for time in others.values())
+def test_another_backend_is_chosen_above_the_speed_margin_only(others, native):
+    fastest = select_fastest({"native": native, **others})
+    if fastest == "native":
+        assert all(time >= SPEED_MARGIN * native for time in others.values())
     else:
-        assert others[found] == min(others.values()) and others[found] < SPEED_MARGIN * own
+        assert others[fastest] == min(others.values()) and others[fastest] < SPEED_MARGIN * native

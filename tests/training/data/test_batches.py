@@ -12,21 +12,21 @@ def pick(turn, size=2, count=5, seed=0, flip=False, dropout=0.0, stream="concept
     return choose_images(seed, turn, size, count, flip=flip, dropout=dropout, stream=stream)
 
 
-def test_every_picture_comes_once_before_any_comes_again():
+def test_every_image_is_used_once_before_any_is_repeated():
     drawn = [number for turn in range(10) for number in pick(turn).pictures]
     for epoch in range(4):
         assert sorted(drawn[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
     assert drawn[:5] != drawn[5:10] or drawn[:5] != drawn[10:15]
 
 
-def test_a_batch_is_the_same_in_one_piece_or_two():
+def test_two_small_batches_equal_one_large_batch():
     """So accumulation and more processes see the same pictures as one large batch."""
     whole = pick(3, size=4).pictures
     assert pick(6, size=2).pictures + pick(7, size=2).pictures == whole
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(1, 5), st.integers(0, 3))
-def test_a_batch_is_of_one_group_and_all_pictures_come_equally_often(groups, size, epoch):
+def test_a_batch_has_one_group_and_all_images_are_used_equally_often(groups, size, epoch):
     count = len(groups)
     turns = range(epoch * count, (epoch + 1) * count)
     batches = [
@@ -40,12 +40,12 @@ def test_a_batch_is_of_one_group_and_all_pictures_come_equally_often(groups, siz
     drawn = collections.Counter(number for batch in batches for number in batch)
     assert drawn == dict.fromkeys(range(count), size)
     alike = [number for batch in batches for number in batch if groups[number] == groups[0]]
-    own = groups.count(groups[0])
-    for first in range(0, len(alike), own):
-        assert len(set(alike[first : first + own])) == own
+    group_size = groups.count(groups[0])
+    for first in range(0, len(alike), group_size):
+        assert len(set(alike[first : first + group_size])) == group_size
 
 
-def test_one_group_is_as_none():
+def test_one_group_equals_no_groups():
     for turn in range(12):
         plain = choose_images(3, turn, 2, 5, flip=True, dropout=0.1, stream="x")
         assert plain == choose_images(
@@ -53,7 +53,7 @@ def test_one_group_is_as_none():
         )
 
 
-def test_groups_take_turns_at_random():
+def test_groups_are_in_random_order():
     def order(seed):
         batches = [
             choose_images(
@@ -66,7 +66,7 @@ def test_groups_take_turns_at_random():
     assert len({tuple(order(seed)) for seed in range(9)}) > 4
 
 
-def test_draws_depend_on_seed_turn_and_stream_alone():
+def test_draws_depend_on_seed_turn_and_stream_only():
     def of(**changes):
         choice = pick(**{"turn": 4, "size": 64, "flip": True, "dropout": 0.5, **changes})
         return choice.mirrored, choice.silent
@@ -80,7 +80,7 @@ def test_draws_depend_on_seed_turn_and_stream_alone():
     assert of(dropout=0.0) == (first[0], [False] * 64)
 
 
-def test_shares_are_what_they_say():
+def test_flips_and_dropped_captions_have_the_requested_probability():
     draws = [pick(turn, size=8, flip=True, dropout=0.2) for turn in range(400)]
     mirrored = collections.Counter(m for d in draws for m in d.mirrored)
     silent = collections.Counter(s for d in draws for s in d.silent)

@@ -37,7 +37,7 @@ def shapes_of(pipe):
 
 
 @given(st.sampled_from([8, 16, 32, 64]), st.integers(1, 140))
-def test_sizes_are_what_the_model_takes_and_never_larger_than_the_square(multiple, count):
+def test_sizes_are_multiples_and_not_larger_than_the_square(multiple, count):
     side = multiple * count
     sizes = bucket_sizes(side, multiple)
     assert (side, side) in sizes and len(set(sizes)) == len(sizes)
@@ -48,7 +48,7 @@ def test_sizes_are_what_the_model_takes_and_never_larger_than_the_square(multipl
         assert max(width, height) <= 2 * side
 
 
-def test_sizes_are_the_tallest_that_stable_diffusion_xl_was_trained_on():
+def test_sizes_are_those_of_stable_diffusion_xl():
     tall = [(512, 2048), (576, 1792), (640, 1600), (704, 1472), (768, 1344), (832, 1216)]
     tall += [(896, 1152), (960, 1088), (1024, 1024)]
     assert bucket_sizes(1024, 8) == sorted({*tall, *(size[::-1] for size in tall)})
@@ -56,18 +56,18 @@ def test_sizes_are_the_tallest_that_stable_diffusion_xl_was_trained_on():
 
 
 @given(st.integers(16, 4000), st.integers(16, 4000))
-def test_a_picture_gets_the_nearest_ratio(width, height):
+def test_an_image_gets_the_nearest_aspect_ratio(width, height):
     sizes = bucket_sizes(1024, 16)
-    found = nearest_bucket((width, height), sizes)
+    bucket = nearest_bucket((width, height), sizes)
     gaps = [abs(np.log(w / h) - np.log(width / height)) for w, h in sizes]
-    assert abs(np.log(found[0] / found[1]) - np.log(width / height)) == pytest.approx(min(gaps))
+    assert abs(np.log(bucket[0] / bucket[1]) - np.log(width / height)) == pytest.approx(min(gaps))
     if 1 / 4 <= width / height <= 4:  # at most half the way between two ratios is cropped
         assert min(gaps) < 0.13
-    assert nearest_bucket((height, width), sizes) == found[::-1]
+    assert nearest_bucket((height, width), sizes) == bucket[::-1]
 
 
 @pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
-def test_all_families_train_on_pictures_of_any_ratio(make, tmp_path):
+def test_all_families_train_on_images_of_any_aspect_ratio(make, tmp_path):
     make_various(tmp_path)
     pipe = make()
     before = snapshot(pipe.components, pipe.config)
@@ -97,7 +97,7 @@ def test_all_families_train_on_pictures_of_any_ratio(make, tmp_path):
     assert_unchanged(before, pipe.components, pipe.config)
 
 
-def test_each_batch_is_of_one_size_and_pictures_come_equally_often(tmp_path):
+def test_each_batch_has_one_size_and_images_are_used_equally_often(tmp_path):
     make_various(tmp_path)
     pipe = tiny_sd()
     seen = shapes_of(pipe)
@@ -108,19 +108,19 @@ def test_each_batch_is_of_one_size_and_pictures_come_equally_often(tmp_path):
     assert {shape: seen.count(shape) for shape in seen} == {wide: 4, square: 2, tall: 2, ribbon: 2}
 
 
-def test_square_pictures_give_what_they_give_without_buckets(tmp_path):
+def test_square_images_give_the_same_with_and_without_buckets(tmp_path):
     pipe = tiny_sd()
-    given = {"flip": True, "caption_dropout": 0.2, "prior_weight": 1.0}
-    given |= {"prior_images": make_pictures(tmp_path / "dogs", 2)}
+    changes = {"flip": True, "caption_dropout": 0.2, "prior_weight": 1.0}
+    changes |= {"prior_images": make_pictures(tmp_path / "dogs", 2)}
     with_, without = (
-        train(settings(tmp_path, str(b), buckets=b, **given), pipe.components, progress=False)
+        train(settings(tmp_path, str(b), buckets=b, **changes), pipe.components, progress=False)
         for b in (True, False)
     )
     assert same(tensors(with_), tensors(without))
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_class_pictures_keep_their_own_sizes_and_weight(keep, tmp_path):
+def test_class_images_have_separate_buckets_and_weight(keep, tmp_path):
     make_various(tmp_path / "concept", ((48, 32), (32, 32)))
     make_various(tmp_path / "dogs", ((20, 80), (32, 32)))
     pipe = tiny_sd()
@@ -165,35 +165,35 @@ def test_a_resumed_run_gives_the_uninterrupted_result(tmp_path):
     assert same(tensors(whole), tensors(resumed))
 
 
-def test_stable_diffusion_xl_is_told_the_size_of_each_batch(tmp_path):
+def test_time_ids_of_stable_diffusion_xl_have_the_size_of_each_batch(tmp_path):
     make_various(tmp_path, ((48, 32), (20, 80)))
     pipe = tiny_sdxl()
-    told = []
+    batch_sizes = []
 
     def note(_, args, kwargs):
         height, width = (2 * side for side in args[0].shape[-2:])
-        told.append((height, width))
+        batch_sizes.append((height, width))
         expected = pipe._get_add_time_ids(
             (height, width), (0, 0), (height, width), torch.float32, text_encoder_projection_dim=24
         )
-        found = kwargs["added_cond_kwargs"]["time_ids"]
-        assert torch.equal(found, expected.expand(2, 6))
+        time_ids = kwargs["added_cond_kwargs"]["time_ids"]
+        assert torch.equal(time_ids, expected.expand(2, 6))
 
     pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
     train(settings(tmp_path, buckets=True, steps=4), pipe.components, progress=False)
-    assert sorted(set(told)) == [(24, 40), (64, 16)]
+    assert sorted(set(batch_sizes)) == [(24, 40), (64, 16)]
 
 
-def test_masks_count_on_what_is_trained(tmp_path):
+def test_masks_that_are_black_in_the_trained_area_are_refused(tmp_path):
     """White at the left end of a wide picture, outside of its centre square."""
     make_various(tmp_path, ((64, 32),))
     mask = Image.new("L", (64, 32), 0)
     mask.paste(255, (0, 0, 12, 32))
     mask.save(tmp_path / "masks" / "0.png")
-    given = {"masks": tmp_path / "masks", "steps": 1}
+    changes = {"masks": tmp_path / "masks", "steps": 1}
     with pytest.raises(DataError, match="black all over the centre square"):
-        train(settings(tmp_path, **given), tiny_sd().components, progress=False)
-    train(settings(tmp_path, buckets=True, **given), tiny_sd().components, progress=False)
+        train(settings(tmp_path, **changes), tiny_sd().components, progress=False)
+    train(settings(tmp_path, buckets=True, **changes), tiny_sd().components, progress=False)
 
     # A ribbon of 1:10, of which 1:4 is left.
     make_various(tmp_path / "ribbon", ((20, 200),))
@@ -215,7 +215,7 @@ def test_masks_count_on_what_is_trained(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
-def test_only_one_picture_is_in_memory_as_a_whole(tmp_path):
+def test_only_one_image_is_in_memory_at_full_size(tmp_path):
     size, number = (2000, 1500), 24
     one = size[0] * size[1] * 3  # bytes
     (tmp_path / "images").mkdir()

@@ -21,14 +21,14 @@ NAMES = st.dictionaries(st.text(min_size=1, max_size=5), st.sampled_from("abc"),
 
 
 @given(NAMES, NAMES)
-def test_each_picture_that_differs_is_named_or_counted(before, now):
-    told = describe_changes(before, now, "pictures")
-    assert bool(told) == (combined_hash(before) != combined_hash(now))
-    if "more" not in told and told and "order" not in told:
-        assert all(name in told for name in before.keys() ^ now.keys())
+def test_each_changed_image_is_named_or_counted(before, now):
+    description = describe_changes(before, now, "pictures")
+    assert bool(description) == (combined_hash(before) != combined_hash(now))
+    if "more" not in description and description and "order" not in description:
+        assert all(name in description for name in before.keys() ^ now.keys())
 
 
-def test_the_words():
+def test_messages_list_changed_images():
     before = {f"{n}.png": "x" for n in range(9)}
     now = {"1.png": "y", **{f"{n}.png": "x" for n in range(4, 9)}, "new.png": "z"}
     assert describe_changes(before, now, "pictures") == (
@@ -41,7 +41,7 @@ def test_the_words():
     assert "order is different" in describe_changes({"a": "1", "b": "2"}, back, "pictures")
 
 
-def test_what_earlier_versions_saved_is_compared_as_a_whole():
+def test_digests_of_earlier_versions_are_compared_as_a_whole():
     files = {"0.png": "x", "1.png": "y"}
     assert not describe_changes(combined_hash(files), files, "pictures")
     assert settings_differences({"pictures": "0123"}, {"pictures": files}) == [
@@ -55,7 +55,7 @@ def test_what_earlier_versions_saved_is_compared_as_a_whole():
     assert settings_differences(before | {"basis_seed": 4}, now) == ["matrix_seed was 4 and is 3"]
 
 
-def test_a_finished_concept_names_them_too_and_publishes_no_file_names(tmp_path):
+def test_a_finished_concept_reports_changes_without_publishing_file_names(tmp_path):
     pipe = tiny_sd()
     config = settings(tmp_path, steps=1, checkpoint_every=1)
     train(config, pipe.components, progress=False)
@@ -66,6 +66,6 @@ def test_a_finished_concept_names_them_too_and_publishes_no_file_names(tmp_path)
     assert isinstance(json.loads(facts)["training"]["settings"]["pictures"], str)
     train(config, pipe.components, progress=False)  # the same
     Image.new("RGB", (32, 32), "red").save(pictures[0])
-    told = f"the pictures have changed: {pictures[0].name} is changed"
-    with pytest.raises(SettingsError, match=told):
+    message = f"the pictures have changed: {pictures[0].name} is changed"
+    with pytest.raises(SettingsError, match=message):
         train(config, pipe.components, progress=False)

@@ -59,7 +59,7 @@ def close(image, expected, tolerance):
 # Which files, in which order
 
 
-def test_all_kinds_in_any_case_sorted_by_name(tmp_path):
+def test_all_image_suffixes_in_any_case_sorted_by_name(tmp_path):
     for name in ["d.WEBP", "b.JPeG", "a.png", "c.JPG"]:
         saved(tmp_path, name)
     (tmp_path / "notes.md").write_text("not a picture")
@@ -76,7 +76,7 @@ def test_all_kinds_in_any_case_sorted_by_name(tmp_path):
     ]
 
 
-def test_folder_without_pictures(tmp_path):
+def test_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     error = refused(read_one, tmp_path)
     assert "no pictures" in str(error) and error.where == str(tmp_path)
@@ -89,7 +89,7 @@ def test_folder_without_pictures(tmp_path):
     )
 
 
-def test_subfolders_are_ignored_aloud(tmp_path, caplog):
+def test_subfolders_are_ignored_with_a_warning(tmp_path, caplog):
     saved(tmp_path, "a.png")
     (tmp_path / "more").mkdir()
     saved(tmp_path / "more", "b.png")
@@ -98,7 +98,7 @@ def test_subfolders_are_ignored_aloud(tmp_path, caplog):
     assert "more" in caplog.text
 
 
-def test_pictures_of_other_kinds_are_ignored_aloud(tmp_path, caplog):
+def test_images_of_other_formats_are_ignored_with_a_warning(tmp_path, caplog):
     saved(tmp_path, "a.png")
     for name in ("b.HEIC", "c.gif", "d.txt", "e.bmp"):
         (tmp_path / name).write_text("a <rex>")
@@ -108,7 +108,7 @@ def test_pictures_of_other_kinds_are_ignored_aloud(tmp_path, caplog):
     assert "d.txt (no picture of that name)" in caplog.text
 
 
-def test_folder_that_cannot_be_read(tmp_path):
+def test_unreadable_folder_is_refused(tmp_path):
     assert "No such file" in str(refused(read_one, tmp_path / "none"))
     assert "Not a directory" in str(refused(read_one, saved(tmp_path, "a.png")))
 
@@ -116,7 +116,7 @@ def test_folder_that_cannot_be_read(tmp_path):
 # Captions
 
 
-def test_captions_text_beats_metadata_beats_template(tmp_path):
+def test_caption_files_precede_metadata_and_template(tmp_path):
     for name in ["a.png", "b.png", "c.png"]:
         saved(tmp_path, name)
     (tmp_path / "a.TXT").write_bytes(b"\xef\xbb\xbf a photo of <rex>\r\n  asleep\n")
@@ -148,7 +148,7 @@ def test_triggers_are_found_in_any_case_as_they_are_expanded(tmp_path):
     assert "1 picture has a caption with the trigger <rex>: a.png" in str(error)
 
 
-def test_captions_with_half_a_character_are_refused(tmp_path):
+def test_captions_with_lone_surrogates_are_refused(tmp_path):
     saved(tmp_path, "a.png")
     line = '{"file_name": "a.png", "text": "lone \\ud800 <rex>"}'
     (tmp_path / "metadata.jsonl").write_text(line)
@@ -166,7 +166,7 @@ def test_missing_captions_are_all_named(tmp_path):
     assert "2 pictures have no caption: b.png, c.png" in str(error)
 
 
-def test_caption_that_is_not_utf8(tmp_path):
+def test_caption_that_is_not_utf8_is_refused(tmp_path):
     saved(tmp_path, "a.png")
     (tmp_path / "a.txt").write_bytes(b"<rex> \xff")
     error = refused(read_one, tmp_path)
@@ -185,7 +185,7 @@ def test_caption_that_is_not_utf8(tmp_path):
         ("[" * 100_000, "is not {"),
     ],
 )
-def test_bad_metadata_names_the_line(tmp_path, line, says):
+def test_invalid_metadata_is_refused_by_line(tmp_path, line, says):
     saved(tmp_path, "a.png")
     good = '{"file_name": "a.png", "text": "<rex>"}\n'
     (tmp_path / "metadata.jsonl").write_text(good + line)
@@ -194,7 +194,7 @@ def test_bad_metadata_names_the_line(tmp_path, line, says):
     assert error.where.endswith("metadata.jsonl")
 
 
-def test_metadata_may_hold_line_separators(tmp_path):
+def test_metadata_may_contain_line_separators(tmp_path):
     saved(tmp_path, "a.png")
     row = json.dumps({"file_name": "a.png", "text": "<rex>\u2028asleep"}, ensure_ascii=False)
     (tmp_path / "metadata.jsonl").write_text(row, encoding="utf-8")
@@ -211,14 +211,14 @@ def test_metadata_may_hold_line_separators(tmp_path):
         ("caf\u00e9", "cafe\u0301.txt"),  # as macOS writes it
     ],
 )
-def test_caption_files_belong_to_the_picture_of_their_name(stem, name, tmp_path, caplog):
+def test_caption_files_belong_to_the_image_of_their_name(stem, name, tmp_path, caplog):
     saved(tmp_path, f"{stem}.png")
     (tmp_path / name).write_text("<rex> asleep")
     sample = read_one(tmp_path)
     assert (sample.caption, sample.templated, caplog.text) == ("<rex> asleep", False, "")
 
 
-def test_names_that_several_pictures_could_have_are_not_guessed(tmp_path, caplog):
+def test_ambiguous_caption_files_are_ignored(tmp_path, caplog):
     saved(tmp_path, "A.png"), saved(tmp_path, "a.png")
     (tmp_path / "A.txt").write_text("a <rex> in A")
     samples = read_training_images(tmp_path, trigger="<rex>", caption="a {}")
@@ -234,14 +234,14 @@ def test_names_that_several_pictures_could_have_are_not_guessed(tmp_path, caplog
     assert "A.PNG.txt (no picture of that name)" in caplog.text
 
 
-def test_pictures_of_one_stem_share_a_caption(tmp_path):
+def test_images_of_one_stem_share_a_caption(tmp_path):
     saved(tmp_path, "0.png"), saved(tmp_path, "0.jpg")
     (tmp_path / "0.txt").write_text("<rex>")
     samples = read_training_images(tmp_path, trigger="<rex>", caption="a {}")
     assert [sample.caption for sample in samples] == ["<rex>", "<rex>"]
 
 
-def test_of_several_captions_the_first_kind_is_taken_and_the_others_named(tmp_path, caplog):
+def test_the_first_of_several_captions_is_used_and_others_are_named(tmp_path, caplog):
     saved(tmp_path, "0.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,<rex> by csv\n")
     assert read_one(tmp_path).caption == "<rex> by csv"
@@ -253,15 +253,19 @@ def test_of_several_captions_the_first_kind_is_taken_and_the_others_named(tmp_pa
         (tmp_path / name).write_text(f"<rex> by {name}")
         caplog.clear()
         assert read_one(tmp_path).caption == f"<rex> by {name}"
-    for told in ("0.caption (0.txt is used)", "0.png.txt (0.txt is used)", "the metadata of 0.png"):
-        assert told in caplog.text
+    for ignored in (
+        "0.caption (0.txt is used)",
+        "0.png.txt (0.txt is used)",
+        "the metadata of 0.png",
+    ):
+        assert ignored in caplog.text
     (tmp_path / "0.TXT").write_text("<rex> by\n0.txt")  # the same words
     assert read_one(tmp_path).caption == "<rex> by 0.txt"
     (tmp_path / "0.TXT").write_text("<rex> by others")
     assert "0.TXT and 0.txt are different captions of 0.png" in str(refused(read_one, tmp_path))
 
 
-def test_everything_else_is_named(tmp_path, caplog):
+def test_unused_files_are_named(tmp_path, caplog):
     saved(tmp_path, "0.png"), saved(tmp_path, "1.jfif", format="JPEG")
     for name in ("7.txt", "photo", "metadata.parquet", "notes.md", ".b.png", "c.tiff"):
         (tmp_path / name).write_bytes(b"x")
@@ -276,7 +280,7 @@ def test_everything_else_is_named(tmp_path, caplog):
     )
 
 
-def test_a_long_list_is_cut(tmp_path, caplog):
+def test_long_lists_of_names_are_truncated(tmp_path, caplog):
     saved(tmp_path, "0.png")
     for number in range(300):
         (tmp_path / f"x{number:03}.txt").write_text("x")
@@ -287,20 +291,20 @@ def test_a_long_list_is_cut(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["1.png", "0.txt", "metadata.csv"])
 @pytest.mark.parametrize("kind", ["dangling", "fifo"])
-def test_links_to_nothing_and_special_files_are_refused(name, kind, tmp_path):
+def test_dangling_links_and_special_files_are_refused(name, kind, tmp_path):
     saved(tmp_path, "0.png")
     if kind == "dangling":
         (tmp_path / name).symlink_to(tmp_path / "gone.png")
     else:
         os.mkfifo(tmp_path / name)
-    told = "gone.png, which does not exist" if kind == "dangling" else "is not a regular file"
+    problem = "gone.png, which does not exist" if kind == "dangling" else "is not a regular file"
     error = str(refused(read_one, tmp_path))
-    assert name in error and told in error
+    assert name in error and problem in error
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
 @pytest.mark.parametrize("name", ["a.txt", "metadata.jsonl", "metadata.csv"])
-def test_byte_order_marks_say_the_encoding(encoding, name, tmp_path):
+def test_byte_order_marks_determine_the_encoding(encoding, name, tmp_path):
     saved(tmp_path, "a.png")
     text = {
         "a.txt": "<rex>, caf\u00e9",
@@ -319,7 +323,7 @@ def test_byte_order_marks_say_the_encoding(encoding, name, tmp_path):
     delimiter=st.sampled_from(",;\t"),
     swapped=st.booleans(),
 )
-def test_tables_give_what_was_written(captions, delimiter, swapped, tmp_path_factory):
+def test_csv_tables_round_trip(captions, delimiter, swapped, tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")
     captions = [f"<rex> {text}" for text in captions] or ["<rex>"]
     columns = ["text", "other", "file_name"] if swapped else ["file_name", "text", "other"]
@@ -343,7 +347,7 @@ def test_tables_give_what_was_written(captions, delimiter, swapped, tmp_path_fac
         ('a.png,"<rex>', "is not valid CSV"),
     ],
 )
-def test_bad_tables_name_the_line(row, says, tmp_path):
+def test_invalid_tables_are_refused_by_line(row, says, tmp_path):
     saved(tmp_path, "a.png")
     (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,<rex>\n{row}\n")
     error = refused(read_one, tmp_path)
@@ -359,7 +363,7 @@ def test_tables_without_captions_are_named(tmp_path, caplog):
         assert "metadata.csv (has no columns file_name and text)" in caplog.text
 
 
-def test_masks_by_other_spellings_and_of_no_picture(masked, caplog):
+def test_mask_names_ignore_case_and_unused_masks_are_named(masked, caplog):
     pictures, masks = masked
     (masks / "a.png").rename(masks / "A.PNG")
     saved(masks, "z.png", Image.new("L", (40, 30), 255))
@@ -422,7 +426,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     assert np.asarray(image).min() == 0 and np.asarray(image).max() == 255
 
 
-def test_transparency_is_laid_on_white(tmp_path):
+def test_transparency_is_composited_on_white(tmp_path):
     image = gradient().convert("RGBA")
     alpha = Image.new("L", image.size, 255)
     alpha.paste(0, (0, 0, 20, 30))
@@ -437,7 +441,7 @@ def test_transparency_is_laid_on_white(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["LA", "P", "webp"])
-def test_other_transparency_is_laid_on_white(tmp_path, mode):
+def test_transparency_of_other_modes_is_composited_on_white(tmp_path, mode):
     image = Image.new("RGBA", (32, 32), (200, 200, 200, 255))
     image.paste((10, 10, 10, 0), (0, 0, 16, 32))
     if mode == "webp":
@@ -470,7 +474,7 @@ def test_embedded_profiles_are_honoured(tmp_path):
     assert close(read_image(broken), gradient(), 0)
 
 
-def test_first_picture_of_a_phones_multi_picture_jpeg(tmp_path):
+def test_first_image_of_a_multi_picture_jpeg_is_used(tmp_path):
     path = tmp_path / "a.jpg"
     depth = Image.new("RGB", (20, 20))
     gradient().save(path, format="MPO", save_all=True, append_images=[depth], quality=95)
@@ -483,7 +487,7 @@ def test_first_picture_of_a_phones_multi_picture_jpeg(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.png"])
-def test_animated(tmp_path, name):
+def test_animated_images_are_refused(tmp_path, name):
     frames = [gradient(seed=i) for i in range(3)]
     path = saved(tmp_path, name, frames[0], save_all=True, append_images=frames[1:], duration=50)
     error = refused(read_image, path)
@@ -492,7 +496,7 @@ def test_animated(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
-def test_truncated(tmp_path, name, share):
+def test_truncated_images_are_refused(tmp_path, name, share):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = saved(tmp_path, name, Image.fromarray(noise))
     content = path.read_bytes()
@@ -501,7 +505,7 @@ def test_truncated(tmp_path, name, share):
     assert error.where == str(path)
 
 
-def test_corrupt(tmp_path):
+def test_corrupt_images_are_refused(tmp_path):
     path = saved(tmp_path, "a.png", gradient(200, 200))
     content = bytearray(path.read_bytes())
     middle = len(content) // 2
@@ -513,14 +517,14 @@ def test_corrupt(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"GIF89a" + bytes(50), b"%!PS-Adobe-3.0 EPSF-3.0\n", b"<html></html>", b""]
 )
-def test_not_a_picture_of_the_known_kinds(tmp_path, content):
+def test_images_of_unknown_formats_are_refused(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     error = refused(read_one, tmp_path)
     assert "damaged or not an image" in str(error) and "a.jpg" in error.where
 
 
 @pytest.mark.parametrize("size", [(1, 1), (15, 300), (300, 15)])
-def test_too_small(tmp_path, size):
+def test_images_that_are_too_small_are_refused(tmp_path, size):
     error = refused(read_image, saved(tmp_path, "a.png", Image.new("RGB", size)))
     assert f"only {size[0]} x {size[1]} pixels" in str(error)
 
@@ -557,7 +561,7 @@ def masked(tmp_path):
     return pictures, masks
 
 
-def test_masks_follow_the_picture(masked):
+def test_masks_are_transformed_like_their_images(masked):
     sample = read_one(masked[0], masks=masked[1])
     mask = mask_tensor(sample, 4)
     assert mask.shape == (1, 4, 4) and mask.dtype == torch.float32
@@ -567,35 +571,35 @@ def test_masks_follow_the_picture(masked):
     assert torch.equal(mask_tensor(early, 4), mask)
 
 
-def test_no_mask_means_everything(masked):
+def test_without_a_mask_the_whole_image_is_used(masked):
     assert torch.equal(mask_tensor(read_one(masked[0]), 3), torch.ones(1, 3, 3))
 
 
-def test_a_mask_is_missing(masked):
+def test_missing_masks_are_refused(masked):
     saved(masked[0], "b.png")
     saved(masked[0], "c.png")
     error = refused(read_one, masked[0], masks=masked[1])
     assert "2 pictures have no mask: b.png, c.png" in str(error)
 
 
-def test_two_masks_for_one_picture(masked):
+def test_two_masks_for_one_image_are_refused(masked):
     saved(masked[1], "a.webp")
     assert "a.png and a.webp" in str(refused(read_one, masked[0], masks=masked[1]))
 
 
-def test_mask_of_another_size(masked):
+def test_masks_of_another_size_are_refused(masked):
     path = saved(masked[1], "a.png", Image.new("L", (30, 40), 255))
     error = refused(read_one, masked[0], masks=masked[1])
     assert "the mask is 30 x 40 pixels and its picture 40 x 30" in str(error)
     assert error.where == str(path)
 
 
-def test_black_mask(masked):
+def test_black_masks_are_refused(masked):
     saved(masked[1], "a.png", Image.new("L", (40, 30), 0))
     assert "black all over" in str(refused(read_one, masked[0], masks=masked[1]))
 
 
-def test_a_mask_that_is_white_only_where_the_square_is_not(masked):
+def test_masks_that_are_black_in_the_centre_square_are_refused(masked):
     mask = Image.new("L", (40, 30), 0)
     mask.paste(255, (0, 0, 4, 30))
     saved(masked[1], "a.png", mask)
@@ -605,7 +609,7 @@ def test_a_mask_that_is_white_only_where_the_square_is_not(masked):
     assert read_one(masked[0], masks=masked[1]).mask is not None
 
 
-def test_mask_by_transparency_and_sixteen_bits(tmp_path):
+def test_masks_by_transparency_and_of_sixteen_bits(tmp_path):
     cut = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
     cut.paste((255, 255, 255, 255), (0, 0, 16, 32))
     mask = read_mask(saved(tmp_path, "a.png", cut), (32, 32))
@@ -631,7 +635,7 @@ def test_pixels_are_the_centre_square_in_range(tmp_path):
     assert image_tensor(sample, 47).min() >= -1.0 and image_tensor(sample, 47).max() <= 1.0
 
 
-def test_pixels_are_what_scaling_and_cropping_gives(tmp_path):
+def test_pixels_equal_scaling_and_cropping(tmp_path):
     saved(tmp_path, "a.png", gradient(120, 60))
     sample = read_one(tmp_path)
     scaled = sample.image.resize((60, 30), Image.Resampling.LANCZOS).crop((15, 0, 45, 30))
@@ -646,12 +650,12 @@ def test_early_resolution_gives_the_same_pixels(tmp_path):
     assert torch.equal(image_tensor(early, 32), image_tensor(read_one(tmp_path), 32))
 
 
-def test_a_ribbon_needs_no_more_memory_than_a_square(tmp_path):
+def test_narrow_images_need_no_more_memory_than_squares(tmp_path):
     saved(tmp_path, "a.png", Image.new("RGB", (16, 60_000)))
     assert image_tensor(read_one(tmp_path), 512).shape == (3, 512, 512)
 
 
-def test_the_digest_sees_picture_caption_and_mask_alone(masked):
+def test_the_digest_depends_on_image_caption_and_mask_only(masked):
     pictures, masks = masked
     first = read_one(pictures).digest
     assert first == read_one(pictures).digest and len(first) == 64
@@ -664,18 +668,18 @@ def test_the_digest_sees_picture_caption_and_mask_alone(masked):
     assert len(others | {first}) == 4
 
 
-def test_pictures_that_are_not_held_are_read_again_and_compared(masked):
+def test_images_not_in_memory_are_read_again_and_compared(masked):
     pictures, masks = masked
-    held = read_one(pictures, masks=masks)
+    in_memory = read_one(pictures, masks=masks)
     free = read_one(pictures, masks=masks, keep_in_memory=False)
-    assert free.loaded is None and free.digest == held.digest and free.size == (40, 30)
-    assert free.image == held.image and free.mask == held.mask
-    assert torch.equal(mask_tensor(free, 4), mask_tensor(held, 4))
+    assert free.loaded is None and free.digest == in_memory.digest and free.size == (40, 30)
+    assert free.image == in_memory.image and free.mask == in_memory.mask
+    assert torch.equal(mask_tensor(free, 4), mask_tensor(in_memory, 4))
     saved(masks, "a.png", Image.new("L", (40, 30), 255))
     assert "changed after the run began" in str(refused(load_image_and_mask, free))
 
 
-def test_sixteen_bits_keep_their_transparent_value(tmp_path):
+def test_sixteen_bit_images_keep_their_transparent_value(tmp_path):
     def chunk(kind, data):
         body = kind + data
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))

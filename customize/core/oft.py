@@ -47,12 +47,12 @@ def oft_row_delta(
 
 
 @full_precision()
-def row_rotation_delta(weight: Tensor, turns: Tensor, rescale: Tensor | None) -> Tensor:
+def row_rotation_delta(weight: Tensor, rotations: Tensor, rescale: Tensor | None) -> Tensor:
     """Return :func:`oft_row_delta` for rotations instead of their generators.
 
     Args:
         weight: (out, in) or (out, in, *kernel), any floating dtype.
-        turns: The rotations, (n, b, b) or (m, n, b, b).
+        rotations: The rotations, (n, b, b) or (m, n, b, b).
         rescale: A factor for each row of the result, (out, 1, ...), or None.
 
     Returns:
@@ -63,17 +63,19 @@ def row_rotation_delta(weight: Tensor, turns: Tensor, rescale: Tensor | None) ->
     """
     base = weight.float()
     out = base.shape[0]
-    if turns.ndim not in (3, 4) or turns.shape[-3] * turns.shape[-1] != out:
-        raise ConceptError(f"blocks of shape {tuple(turns.shape)} do not rotate {out} rows")
-    if turns.ndim == 4 and turns.shape[-1] % 2:
-        raise ConceptError(f"blocks of {turns.shape[-1]} rows cannot be halved, as BOFT has them")
+    if rotations.ndim not in (3, 4) or rotations.shape[-3] * rotations.shape[-1] != out:
+        raise ConceptError(f"blocks of shape {tuple(rotations.shape)} do not rotate {out} rows")
+    if rotations.ndim == 4 and rotations.shape[-1] % 2:
+        raise ConceptError(
+            f"blocks of {rotations.shape[-1]} rows cannot be halved, as BOFT has them"
+        )
     rows = base.flatten(1)
-    if turns.ndim == 3:
-        parts = rows.reshape(turns.shape[0], turns.shape[1], -1)
-        rows = torch.einsum("knm,kni->kmi", turns, parts).reshape(out, -1)
+    if rotations.ndim == 3:
+        parts = rows.reshape(rotations.shape[0], rotations.shape[1], -1)
+        rows = torch.einsum("knm,kni->kmi", rotations, parts).reshape(out, -1)
     else:
-        for stage, turn in enumerate(turns):
-            rows = _butterfly_stage(rows, turn, 2**stage * turns.shape[-1] // 2)
+        for stage, rotation in enumerate(rotations):
+            rows = _butterfly_stage(rows, rotation, 2**stage * rotations.shape[-1] // 2)
     if rescale is not None:
         if rescale.numel() != out:
             raise ConceptError(f"{rescale.numel()} factors do not rescale {out} rows")
@@ -94,13 +96,14 @@ def validate_rotations(blocks: Tensor) -> Tensor:
     Raises:
         ConceptError: A block is not orthogonal.
     """
-    turns = blocks.float()
-    if turns.ndim not in (3, 4) or turns.shape[-1] != turns.shape[-2]:
-        raise ConceptError(f"blocks of shape {tuple(turns.shape)} are not rotations")
-    eye = torch.eye(turns.shape[-1], dtype=turns.dtype)
-    if (turns @ turns.mT - eye).abs().max() > 0.05:  # far above the rounding of half precision
+    rotations = blocks.float()
+    if rotations.ndim not in (3, 4) or rotations.shape[-1] != rotations.shape[-2]:
+        raise ConceptError(f"blocks of shape {tuple(rotations.shape)} are not rotations")
+    eye = torch.eye(rotations.shape[-1], dtype=rotations.dtype)
+    # The tolerance is far above the rounding of half precision.
+    if (rotations @ rotations.mT - eye).abs().max() > 0.05:
         raise ConceptError("oft_diag has blocks that are not rotations")
-    return turns
+    return rotations
 
 
 @full_precision()
@@ -172,11 +175,11 @@ def oft_column_delta(
     if limit is not None:
         length = torch.linalg.vector_norm(skew, dim=(1, 2), keepdim=True)
         skew = skew * (limit / math.sqrt(len(skew)) / length.clamp_min(1e-30)).clamp_max(1.0)
-    turns = _inverse_cayley(skew) if terms is None else _neumann(skew, terms)
+    rotations = _inverse_cayley(skew) if terms is None else _neumann(skew, terms)
     parts = rows.reshape(len(rows), blocks, side)
     form = "orc,rck->ork" if swapped else "orc,rkc->ork"
-    done = torch.einsum(form, parts, turns.expand(blocks, side, side))
-    return done.reshape(base.shape) - base
+    rotated = torch.einsum(form, parts, rotations.expand(blocks, side, side))
+    return rotated.reshape(base.shape) - base
 
 
 @full_precision()
@@ -209,16 +212,16 @@ def boft_column_delta(weight: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
         raise ConceptError(
             f"{stages} stages of {count} blocks of {side} do not fit {width} columns"
         )
-    turns = _inverse_cayley(0.5 * (blocks.float() - blocks.float().mT))
+    rotations = _inverse_cayley(0.5 * (blocks.float() - blocks.float().mT))
     columns = rows.T
-    for stage, turn in enumerate(turns):
+    for stage, rotation in enumerate(rotations):
         order = (
             _butterfly_order(width, 2**stage * side, side // 2)
             if stages > 1
             else torch.arange(width)
         )
-        near = columns[torch.argsort(order)].reshape(count, side, -1)
-        columns = torch.einsum("kij,kjo->kio", turn, near).reshape(width, -1)[order]
+        grouped = columns[torch.argsort(order)].reshape(count, side, -1)
+        columns = torch.einsum("kij,kjo->kio", rotation, grouped).reshape(width, -1)[order]
     return (scales.float().reshape(-1, 1) * columns.T).reshape(base.shape) - base
 
 
@@ -249,12 +252,12 @@ def _neumann(skew: Tensor, terms: int) -> Tensor:
     return total
 
 
-def _butterfly_stage(rows: Tensor, turn: Tensor, stride: int) -> Tensor:
+def _butterfly_stage(rows: Tensor, rotation: Tensor, stride: int) -> Tensor:
     """Apply one stage of BOFT: rotate groups of rows that are ``stride`` apart."""
     out, width = rows.shape
-    count, side, _ = turn.shape
+    count, side, _ = rotation.shape
     if out % (2 * stride):
         raise ConceptError(f"a stage that pairs rows {stride} apart does not fit {out} rows")
-    near = rows.reshape(-1, 2, stride, width).transpose(1, 2).reshape(count, side, width)
-    done = torch.einsum("bij,bjw->biw", turn, near).reshape(-1, stride, 2, width)
-    return done.transpose(1, 2).reshape(out, width)
+    grouped = rows.reshape(-1, 2, stride, width).transpose(1, 2).reshape(count, side, width)
+    rotated = torch.einsum("bij,bjw->biw", rotation, grouped).reshape(-1, stride, 2, width)
+    return rotated.transpose(1, 2).reshape(out, width)

@@ -51,11 +51,11 @@ class Decor(StageSetting):
         avoid: Words or phrases to avoid, separated by commas or as a list. "auto": the words that
             all captions of a concept's training images share. None: nothing, unless a call gives
             ``avoid=``. Words that a prompt itself contains are not avoided in that prompt.
-        strength: From 0 (no change) over 1 (removed) to 2 (reversed). "auto": 1.25 for what
-            concepts add; for the prompt's embeddings the largest strength up to 1 at which every
+        strength: From 0 (no change) over 1 (removed) to 2 (reversed). "auto": 1.25 for updates of
+            concepts; for the prompt's embeddings the largest strength up to 1 at which every
             word of the prompt keeps 90 % of its embedding's length.
-        target: What is cleaned. "prompt": the embeddings of the prompt's words, as in the paper.
-            "concepts": what attached concepts add to the keys and values of cross-attention, on
+        target: The object of cleaning. "prompt": the embeddings of the prompt's words, as in the
+            paper. "concepts": the updates of keys and values of cross-attention by attached concepts, on
             families ``sd`` and ``sdxl``. "both". None: "concepts" where such concepts are attached
             and not compiled or fused, otherwise "prompt".
         negative: How negative prompts are treated. "extend": unwanted phrases are added to them
@@ -108,7 +108,7 @@ class Decor(StageSetting):
         return f"Decor({', '.join(changed)})"
 
     def report(self, state: AttachedState) -> str:
-        """Return what prompts are cleaned of, as ``pipe.custom`` prints it."""
+        """Return the settings as ``pipe.custom`` prints them."""
         return f"prompts: {self}"
 
     def __str__(self) -> str:
@@ -244,7 +244,7 @@ def _phrases_by_prompt(
 
 
 def _choose_target(context: CallContext, settings: Decor) -> Target:
-    """Resolve the target None, and check that another one is possible."""
+    """Resolve the target None, and check that any other target is possible."""
     family = context.family
     if settings.target == "prompt":
         return "prompt"

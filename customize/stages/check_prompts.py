@@ -37,11 +37,11 @@ def flatten_texts(prompt: Any) -> list[str]:
 
 
 class Vocabulary:
-    """The tokens that a model's tokenizers know, and which of them belong to attached concepts.
+    """The tokens in the vocabularies of a model, and those that belong to attached concepts.
 
     Args:
         family: The models of the pipeline.
-        state: What is attached to them.
+        state: The concepts attached to them.
         names: Names of the attached concepts to consider; None for all.
     """
 
@@ -59,21 +59,21 @@ class Vocabulary:
         self._concept_tokens = {name for tokens in state.token_names.values() for name in tokens}
 
     def find_triggers(self, texts: Iterable[str]) -> list[str]:
-        """Return what looks like a trigger, without parts of longer tokens of the user's own."""
-        found: dict[str, None] = {}
+        """Return substrings in the form of triggers, except parts of longer tokens of the user."""
+        triggers: dict[str, None] = {}
         for text in texts:
             matches = _TRIGGER.findall(text)
             if matches:
                 added = {name for t in self._tokenizers for name in t.get_added_vocab()}
                 for name in tokens_containing(matches, added - self._concept_tokens):
                     text = text.replace(name, " ")
-                found |= dict.fromkeys(_TRIGGER.findall(text))
-        return list(found)
+                triggers |= dict.fromkeys(_TRIGGER.findall(text))
+        return list(triggers)
 
     def is_known_elsewhere(self, token: str) -> bool:
-        """Whether a token is no concept's but the tokenizers' or the user's own.
+        """Whether a token belongs to no concept, but to the tokenizers or the user.
 
-        Such as a textual inversion's, or a part of the words that call a LoRA.
+        Examples are tokens of a textual inversion, and parts of a LoRA's trigger words.
         """
         if token.lower() in self._words:
             return True
@@ -83,7 +83,7 @@ class Vocabulary:
 
 @contextmanager
 def _run(context: CallContext, call: CallArguments) -> Iterator[CallArguments]:
-    # A modular step that attaches concepts warns itself, after it has attached them.
+    # A modular step that attaches concepts warns after it has attached them.
     if call.get("concepts") is None:
         warn_about_triggers(context, call)
     yield call

@@ -1,10 +1,10 @@
 """The stage that attaches the concepts of a library that a call's prompts name.
 
-It reads every argument that is a prompt, by its name, and attaches what they name together: a batch
-whose prompts name different concepts is drawn with all of them. To split it would need to know how
-each argument of each pipeline goes with the prompts (noise, masks, reference pictures, callbacks),
-and one generator would draw another noise for each part. Fusion keeps concepts to their own
-prompts; for pictures with only their own concepts, call once for each prompt.
+It reads all arguments that are prompts and attaches all concepts that they name: a batch whose
+prompts name different concepts is drawn with all of them. Splitting the batch would require the
+relation of every argument of every pipeline to the prompts (noise, masks, reference images,
+callbacks), and one generator would draw different noise for each part. Fusion restricts concepts to
+their prompts; for images with only the concepts of one prompt, call once for each prompt.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from customize.stages.check_prompts import Vocabulary, flatten_texts, prompt_arg
 
 @dataclass(frozen=True)
 class LibrarySource(StageSetting):
-    """The library that ``load_custom`` is asked for.
+    """The library that is passed to ``load_custom``.
 
     Attributes:
-        library: Folder, or collection of the hub.
+        library: Folder, or collection on the hub.
         cache_size: Memory for concepts and merges that are not attached, such as "2GB".
     """
 
@@ -49,7 +49,7 @@ class LibrarySource(StageSetting):
     cache_size: str
 
     def bind(self, family: Family) -> LibraryCache:
-        """Open the library; none of its concepts are read yet."""
+        """Open the library without reading its concepts."""
         if not isinstance(self.library, str | Path):
             raise ConfigError(
                 f"a {type(self.library).__name__} is not a library",
@@ -62,13 +62,13 @@ class LibrarySource(StageSetting):
 
 @dataclass(eq=False)
 class LibraryCache(StageSetting):
-    """A library, and what was read of it for one model.
+    """A library, and its cached concepts for one model.
 
     Attributes:
         library: The folder.
         fingerprint: Architecture of the model, to which concepts must be compatible.
-        update_cache: Concepts, input statistics, and merges of the sets that prompts named.
-        active_concepts: Source -> stamp and concept, of those that the latest prompt named.
+        update_cache: Concepts, input statistics and merges of the sets that prompts have named.
+        active_concepts: Source -> stamp and concept, for the concepts that the last prompt named.
     """
 
     library: Library
@@ -82,7 +82,7 @@ class LibraryCache(StageSetting):
     )
 
     def report(self, state: AttachedState) -> str:
-        """Return the folder, the number of concepts, those in use and the memory in use."""
+        """Return the folder, the number of concepts, the active ones and the memory in use."""
         entries = self.library.entries.values()
         compatible = sum(map(self.is_compatible, entries))
         active = [name for name, attached in state.attached.items() if attached.routed]
@@ -95,21 +95,24 @@ class LibraryCache(StageSetting):
         )
 
     def is_compatible(self, entry: LibraryEntry) -> bool:
-        """Return whether the model has the concept's architecture, as far as it is recorded."""
+        """Whether the model has the concept's architecture, if the latter is recorded."""
         if not entry.family:
             return True
-        # A merge of LoRA files records its family alone.
+        # A merge of LoRA files records only its family.
         recorded = entry.fingerprint
         matches = not recorded or recorded.get("denoiser") == self.fingerprint["denoiser"]
         return entry.family == self.fingerprint["family"] and matches
 
     def find_entry(self, trigger: str) -> LibraryEntry | None:
-        """Return the concept that a token calls; None if the library has none.
+        """Return the concept with a trigger, or None if the library has none.
 
-        The files of the concept are checked for changes; after one the library is read again.
+        If the concept's files have changed, the library is read again.
+
+        Args:
+            trigger: In lower case.
 
         Raises:
-            ConceptError: The concept cannot be read, or was learned on another model; or several
+            ConceptError: The concept cannot be read, or was trained on another model; or several
                 concepts have the trigger.
         """
         entry = self._find_compatible(trigger)
@@ -146,10 +149,14 @@ class LibraryCache(StageSetting):
     def load_concept(
         self, entry: LibraryEntry, read: Callable[[LibraryEntry], Adaptation]
     ) -> Adaptation:
-        """Return a concept as its files are now, by calling ``read`` if it is not in memory.
+        """Return a concept in the current state of its files.
+
+        Args:
+            entry: The concept's entry in the index.
+            read: Reads the concept if it is not in memory.
 
         Raises:
-            ConceptError: Raised by ``read``; or its files contradict the index.
+            ConceptError: Raised by ``read``; or the concept's files contradict the index.
         """
         key = ("concept", entry.source)
         for cached in (self.update_cache.get(key), self.active_concepts.get(entry.source)):
@@ -172,10 +179,9 @@ class LibraryCache(StageSetting):
 
 @contextmanager
 def _run(context: CallContext, arguments: CallArguments) -> Iterator[CallArguments]:
-    """Attach what the prompts name, and leave it attached for the next such call.
+    """Attach the concepts that the prompts name, which stay attached after the call.
 
-    A call inside another one of the same models, as a callback makes it, restores what was attached
-    before.
+    A nested call of the same models, such as from a callback, restores the previous concepts.
     """
     family, state = context.family, context.state
     prompts = prompt_arguments(arguments)
@@ -214,12 +220,15 @@ STAGE = Stage(
 def _attach(
     family: Family, state: AttachedState, cache: LibraryCache, entries: Iterable[LibraryEntry]
 ) -> None:
-    """Attach these concepts of the library, beside those that were loaded by name.
+    """Attach concepts of the library in addition to those loaded by name.
 
-    Nothing is done if they are attached already.
+    If exactly these are attached, nothing changes.
 
     Args:
-        entries: Entries whose concepts are compatible with the model.
+        family: The models of the pipeline.
+        state: The concepts attached to them.
+        cache: The library.
+        entries: Entries of concepts that are compatible with the model.
 
     Raises:
         ConceptError: A concept cannot be read, or conflicts with what is attached.
@@ -231,7 +240,7 @@ def _attach(
         check_base(full_family, concepts)
         return concepts[0]
 
-    # In one order, whatever the prompt's, since rounding depends on it.
+    # In a fixed order, independent of the prompt, because rounding depends on it.
     ordered = sorted(entries, key=lambda entry: entry.name)
     concepts = [cache.load_concept(entry, read) for entry in ordered]
     before = state.attached
@@ -260,11 +269,11 @@ def _attach(
 def _find_named(
     family: Family, state: AttachedState, cache: LibraryCache, texts: Sequence[str]
 ) -> dict[str, LibraryEntry]:
-    """Return token in lower case -> the concept of the library that it calls.
+    """Return trigger in lower case -> the concept of the library, for triggers in texts.
 
     Raises:
-        ConfigError: A text has what looks like a trigger, and neither the library nor a tokenizer
-            knows it.
+        ConfigError: A text contains a token in the form of a trigger that neither the library nor
+            a tokenizer has.
         ConceptError: See :meth:`LibraryCache.find_entry`.
     """
     cache.library.refresh_if_changed()

@@ -69,7 +69,7 @@ def denoise_by_regions(family: Family, prompts: Sequence[RegionalPrompt]) -> Ite
     with ExitStack() as stack:
         for denoiser in denoisers:
             if denoiser is not None:
-                # The last hook before the call, and the first one behind it.
+                # The last hook before the call, and the first one after it.
                 before = denoiser.register_forward_pre_hook(
                     regional.before_forward, with_kwargs=True
                 )
@@ -95,7 +95,7 @@ class _Layer:
     Attributes:
         weights: (rows, columns), in [0, 1].
         prompt: The index of its prompt.
-        is_background: Whether it is no region.
+        is_background: Whether it is the background, not a region.
     """
 
     weights: Tensor
@@ -172,12 +172,12 @@ class _RegionalDenoiser:
         return self._blend_outputs(call, [output, *outputs])
 
     def _plan_passes(self, arguments: dict[str, Any]) -> _DenoiserCall | None:
-        """Plan the passes of one call; None where it has none of the prompts."""
+        """Plan the passes of one call; return None if it has none of the prompts."""
         texts = arguments[self._text_argument]
         batch = len(arguments[self.family.latents_argument])
         texts_per_row = max(1, len(texts) // batch)
-        # Comparing waits for a GPU, so tensors seen in an earlier step are not compared again. They
-        # are kept, so that their ids are not reused.
+        # The comparison synchronizes with a GPU, so tensors of earlier steps are not compared
+        # again; they are stored, so that their ids are not reused.
         if id(texts) not in self._matches:
             matches = {
                 row: [
@@ -190,7 +190,7 @@ class _RegionalDenoiser:
             # Without rows of other prompts, such as the empty one.
             self._matches[id(texts)] = (
                 texts,
-                {row: found for row, found in matches.items() if found},
+                {row: candidates for row, candidates in matches.items() if candidates},
             )
         matches = self._matches[id(texts)][1]
         if not matches:
@@ -202,7 +202,7 @@ class _RegionalDenoiser:
         layers = self._layers[grid]
         passes: list[dict[int, _Layer]] = []
         for position, (row, candidates) in enumerate(matches.items()):
-            # Images of one prompt are adjacent rows; equal prompts are told apart by position.
+            # Images of one prompt are adjacent rows; equal prompts are distinguished by position.
             expected = position * len(layers) // len(matches)
             prompt = expected if expected in candidates else candidates[0]
             for index, layer in enumerate(layers[prompt]):

@@ -57,7 +57,7 @@ def _run(context: CallContext, call: CallArguments, regions: Any = None) -> Iter
             prompts, _regions_by_prompt(regions, len(prompts)), strict=True
         )
     ]
-    # The pipeline's own components: with torch.compile's wrapper, whose hooks are the ones called.
+    # The pipeline's components include torch.compile's wrapper, whose hooks are the ones called.
     components = dict(context.pipe.components)
     family = type(context.family)(components, context.family.pipeline_config)
     with denoise_by_regions(family, regional):
@@ -129,7 +129,7 @@ def _regional_prompt(
     Args:
         prompt: The prompt.
         regions: A trigger, a concept's name, or words of the prompt -> box or mask.
-        words: concept's name -> the words that call it.
+        words: Name of a concept -> its trigger words.
     """
     if len(regions) > MAX_REGIONS:
         raise ConfigError(

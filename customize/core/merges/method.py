@@ -45,7 +45,7 @@ class Setting:
         minimum: Smallest value, inclusive.
         maximum: Largest value, inclusive.
         is_integer: Whether only integers are valid.
-        is_seed: Whether it seeds a random generator, so that each layer needs a seed of its own.
+        is_seed: Whether it seeds a random generator, so that each layer needs its own seed.
     """
 
     name: str

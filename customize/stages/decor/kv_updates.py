@@ -6,9 +6,9 @@ through its tokens but through its updates of cross-attention. So the formula of
 
     Y' = Y - strength * confidence * Y V V^T
 
-with Y what the update of a layer adds to the keys or values of a prompt, and V an orthonormal basis
-of what the base layer computes for the unwanted words. What the base layer computes for the prompt
-is unchanged. Measured against this default (leak 11 %, identity 76 %) by scripts/bench/decor.py,
+where Y is the output of a layer's update for a prompt's keys or values, and V an orthonormal basis
+of the base layer's outputs for the unwanted words. The base layer's output for the prompt is
+unchanged. Measured against this default (leak 11 %, identity 76 %) by scripts/bench/decor.py,
 task "options" in scripts/bench/results/decor.json:
 
 - Each attention head has its own V, because a head reads only its part of a value. One V for all
@@ -51,7 +51,7 @@ COLOURS = ("red", "yellow", "green", "blue", "purple", "white")
 
 @dataclass(frozen=True, eq=False)
 class AdaptedKVLayer:
-    """A key or value projection of cross-attention that carries our adapter.
+    """A key or value projection of cross-attention with an adapter of concepts.
 
     Attributes:
         attention: The index of its attention layer in the denoiser.
@@ -80,13 +80,13 @@ def adapted_kv_layers(family: Family, state: AttachedState) -> list[AdaptedKVLay
 
 
 class UpdateCleaner:
-    """Projects unwanted phrases out of what attached concepts add to keys and values.
+    """Projects unwanted phrases out of the updates of keys and values by attached concepts.
 
     Create it before the text encoders are cleaned: it encodes the phrases.
 
     Args:
         family: The models of the pipeline.
-        state: What is attached to them.
+        state: The concepts attached to them.
         phrases: The unwanted phrases.
         protected: Texts whose rows are left unchanged: the empty text and negative prompts.
         unadapted: Those of them to which concepts add nothing.
@@ -167,7 +167,7 @@ class UpdateCleaner:
 
 
 class RowMatcher:
-    """Finds out which rows of an attention's text input are cleaned, and of what.
+    """Determines the rows of an attention's text input to clean, and their unwanted phrases.
 
     Args:
         protected: Encoded texts (length, width) whose rows are left unchanged.
@@ -211,7 +211,7 @@ class RowMatcher:
         strengths = [self.strength * rows.float()[:, None] for rows in selected]
         is_unadapted = self._matches(words, attention, self.unadapted)
         self._last_result = strengths, (~is_unadapted).to(words.dtype)[:, None, None]
-        # With an embedding for each layer every attention reads rows of its own.
+        # With an embedding for each layer, every attention has its own input rows.
         reads_all_rows = all(len(text) == words.shape[1] for text in self.protected)
         self._last_input = (words, _version(words)) if reads_all_rows else None
         return self._last_result
@@ -239,7 +239,7 @@ class CleanedLayer:
         self._directions: dict[tuple[str, ...], Tensor] = {}
         self._strengths: list[Tensor] = []
         self._update_factor: Tensor = torch.empty(0)
-        # All steps of a call read the same prompt: the output is kept while nothing changes.
+        # All steps of a call read the same prompt, so the output is cached until an input changes.
         self._last_input: tuple[Tensor, int] | None = None
         self._last_state: tuple[Any, ...] = ()
         self._last_output: Tensor | None = None
@@ -248,7 +248,7 @@ class CleanedLayer:
     def attach(self) -> Iterator[None]:
         """Clean the layer's update inside the context."""
         module = self.layer.module
-        own_forward, compute = vars(module).get("forward"), module.forward
+        replaced_forward, compute = vars(module).get("forward"), module.forward
         hook = module.lora_B[ADAPTER_NAME].register_forward_hook(self._clean_update)
 
         def forward(words: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -279,13 +279,13 @@ class CleanedLayer:
             yield
         finally:
             hook.remove()
-            if own_forward is None:
+            if replaced_forward is None:
                 del module.forward
             else:
-                module.forward = own_forward
+                module.forward = replaced_forward
 
     def _clean_update(self, module: nn.Module, args: Any, update: Tensor) -> Tensor:
-        """Clean what the adapter adds: (batch, length, width), before its scaling."""
+        """Clean the adapter's output: (batch, length, width), before its scaling."""
         if not self._in_this_call():
             return update
         relative_strength = self.cleaner.relative_strength[self.layer.projection]

@@ -1,14 +1,14 @@
 """DECOR on text encoders: unwanted directions projected out of prompt embeddings (2412.09169).
 
-Forward hooks change the outputs of the encoders themselves. So every prompt that is encoded
-meanwhile is cleaned, whether by a standard pipeline, a modular one or a stage, and whether it uses
-the last hidden states or those of several layers. Every encoder and layer has unwanted directions
-of its own, because their embeddings lie in different spaces.
+Forward hooks change the outputs of the encoders. So every prompt that is encoded during a call is
+cleaned, for standard pipelines, modular ones and stages, and for pipelines that read the last or
+several layers. Every encoder and layer has its own unwanted directions, because their embeddings
+lie in different spaces.
 
 The words of a prompt are the tokens between the prefix and the suffix that its token ids have in
 common with those of the empty prompt, which covers templates and special tokens of all families.
 
-Only the rows of words are changed. Cleaning the rows behind them as well leaves more leaks (36 %
+Only the rows of words are changed. Cleaning the rows after them as well leaves more leaks (36 %
 instead of 31 %); fewer directions (rank 1) and directions relative to the mean of the empty prompt
 gain nothing on prompts or updates (task "options" in scripts/bench/results/decor.json, by
 scripts/bench/decor.py).
@@ -40,7 +40,7 @@ MIN_LENGTH_SHARE = 0.9
 
 @dataclass(frozen=True)
 class EncoderCleaning:
-    """What is projected out of prompt embeddings.
+    """Settings of the projection of prompt embeddings.
 
     Attributes:
         phrases: The unwanted phrases.
@@ -121,7 +121,7 @@ class _CleanedEncoder:
     Until :meth:`learn` the hooks record the outputs; after it they clean them.
 
     Attributes:
-        has_cleaned: Whether a prompt was encoded since.
+        has_cleaned: Whether a prompt was encoded after :meth:`learn`.
     """
 
     def __init__(self, tokenizer: Any, cleaning: EncoderCleaning) -> None:
@@ -203,7 +203,7 @@ class _CleanedEncoder:
                 where="avoid",
                 fix="use other words",
             )
-        # An end-of-text token that is used as padding too is not counted as part of the text.
+        # An end-of-text token that is also the padding token does not count as part of the text.
         is_full = encoded.stop - encoded.start >= len(encoded.ids) - 1
         if len(words) < len(expected) and is_full:
             raise phrase_too_long(phrase, len(words))
@@ -229,7 +229,7 @@ class _CleanedEncoder:
         return texts
 
     def _word_range(self, text: _EncodedText) -> range:
-        """Return the positions of a text's words, between what it shares with the empty text."""
+        """Return the positions of a text's words, without prefix and suffix of the empty text."""
         ids, empty = text.unpadded, self._empty
         limit = min(len(ids), len(empty))
         prefix = next((k for k in range(limit) if ids[k] != empty[k]), limit)
@@ -259,9 +259,9 @@ class _CleanedEncoder:
                     absent = tuple(p for p in phrases if not mentions_phrase(p, prompt))
                     if prompt.strip():
                         decoded[text.ids] = absent, words
-            known = decoded[text.ids]
-            if known is not None:
-                groups.setdefault(known[0], {})[number] = known[1]
+            entry = decoded[text.ids]
+            if entry is not None:
+                groups.setdefault(entry[0], {})[number] = entry[1]
         return groups
 
     def _clean(

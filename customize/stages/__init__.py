@@ -15,8 +15,8 @@ from customize.pipeline.stage import Stage
 #: repeated here because ``import customize`` adds them to diffusers' signatures without importing
 #: the stages, and with them torch.
 #:
-#: Library routing is first, since the others need the prompt's concepts attached. Prompts are checked
-#: as the caller wrote them. Regions encode further prompts, which ``avoid=`` cleans too.
+#: Library routing is first, since the others need the prompt's concepts attached. Prompts are
+#: checked as the caller wrote them. Regions encode further prompts, which ``avoid=`` cleans too.
 ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("library_routing", ()),
     ("check_prompts", ()),

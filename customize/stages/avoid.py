@@ -55,9 +55,9 @@ class Decor(StageSetting):
             concepts; for the prompt's embeddings the largest strength up to 1 at which every
             word of the prompt keeps 90 % of its embedding's length.
         target: The object of cleaning. "prompt": the embeddings of the prompt's words, as in the
-            paper. "concepts": the updates of keys and values of cross-attention by attached concepts, on
-            families ``sd`` and ``sdxl``. "both". None: "concepts" where such concepts are attached
-            and not compiled or fused, otherwise "prompt".
+            paper. "concepts": the updates of keys and values of cross-attention by attached
+            concepts, on families ``sd`` and ``sdxl``. "both". None: "concepts" where such concepts
+            are attached and not compiled or fused, otherwise "prompt".
         negative: How negative prompts are treated. "extend": unwanted phrases are added to them
             where concepts are the target, and concepts add nothing to those that name no concept;
             otherwise as "keep". "keep": they are left unchanged. "clean": as prompts.

@@ -126,6 +126,6 @@ def test_phrases_that_fit_only_alone_are_encoded_alone():
     pipe = attached()
     family = family_of(pipe.components)
     phrase = "red hat " * 10  # too long after "a photo of a dog"
-    cleaner = UpdateCleaner(family, get_state(family), [phrase, "hat"], [""], [], 0.25)
+    cleaner = UpdateCleaner(family, get_state(pipe), [phrase, "hat"], [""], [], 0.25)
     assert torch.equal(cleaner.phrase_rows[phrase], words_of(pipe, phrase))
     assert not torch.equal(cleaner.phrase_rows["hat"], words_of(pipe, "hat"))

@@ -1,4 +1,4 @@
-"""load_custom(memory=...): what it does to pictures and to bytes, and that errors leave nothing."""
+"""load_custom(memory=...): images and bytes under each strategy, and restoration after errors."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ CAST = STRATEGIES_WITHOUT_OFFLOAD[-1]
 VIDEOS = ("animatediff", "wan", "wan-14b", "cogvideox", "ltx2")
 PICTURES = [name for name in MAKERS if name not in VIDEOS]
 
-# Of the tiny Z-Image too few layers are cast for it to need less.
+# The tiny Z-Image has too few layers that are cast to need less memory.
 every = pytest.mark.parametrize("name", [name for name in PICTURES if name != "z_image"])
 
 
 @pytest.fixture(autouse=True)
 def _no_text(monkeypatch):
-    # What true text encoders hold is a multiple of all that tiny pipelines have.
+    # The estimate for real text encoders exceeds the size of tiny pipelines.
     monkeypatch.setattr("customize.base.memory_plan.TEXT_ACTIVATIONS_PER_WIDTH", 0)
 
 
 def word_for(pipe, way):
-    """An amount of memory into which this way fits, and a faster one doesn't."""
+    """Return a memory size that fits the strategy, but no faster one."""
     needed = estimate_peak_bytes(measure_components(family_of(pipe.components)), way)
     return f"{(needed + 2) / GIB:.12f}GB"
 
@@ -90,7 +90,7 @@ def test_layerwise_casting_matches_estimate_and_diffusers(name):
     plain.vae.enable_tiling()
     assert np.array_equal(draw(pipe), draw(plain))
     assert 0 < np.abs(draw(pipe) - bare).mean() < 0.1
-    # Stored in float8 again after the call, and nothing more to gain.
+    # The weights are in float8 again after the call, and casting cannot save more memory.
     assert (
         stored(denoiser(pipe))
         == counted
@@ -154,7 +154,7 @@ def test_fusing_into_float8_weights_is_refused():
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
 @pytest.mark.parametrize("placement", ["model", "group"])
 def test_offloading_keeps_images_and_supports_concepts(name, placement):
-    # To the CPU itself, since this needs no accelerator; load_custom would see no use in it.
+    # Offloads to the CPU, which needs no accelerator; load_custom would not choose it.
     pipe, plain = MAKERS[name](), MAKERS[name]()
     rex, tom = concept(plain), concept(plain, "tom", index=1)
     plain.load_custom(rex)
@@ -283,7 +283,7 @@ def test_second_plan_and_existing_offloading_are_refused():
 
 
 def hooks(pipe):
-    """Every module that has a hook of accelerate's or diffusers', and which."""
+    """Return the hooks of accelerate and diffusers with the names of their modules."""
     names = set()
     for key, part in pipe.components.items():
         for name, module in part.named_modules() if isinstance(part, torch.nn.Module) else ():

@@ -1,4 +1,4 @@
-"""Values of configurations that nothing can be drawn with are named when the base is opened."""
+"""Invalid configuration values are refused by name when the base is loaded."""
 
 from __future__ import annotations
 

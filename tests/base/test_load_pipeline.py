@@ -1,4 +1,4 @@
-"""Bases that diffusers has as modular pipelines only."""
+"""Bases that diffusers implements as modular pipelines only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def base(saved: Path, tmp_path: Path) -> Path:
-    # A copy, so that the index names another place than this one, as that of a download does.
+    # A copy, so that the index names another folder, as in a download.
     return Path(shutil.copytree(saved, tmp_path / "base"))
 
 
@@ -111,7 +111,7 @@ def test_a_base_with_both_indices_loads_as_the_standard_pipeline(tmp_path: Path)
 
 
 def test_a_hub_id_of_a_modular_base(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offline, from the cache that a download leaves."""
+    """The base is loaded offline from the hub cache."""
     cache = base.parent / "cache"
     commit = "0" * 40
     snapshot = cache / "models--org--flux3" / "snapshots" / commit

@@ -1,4 +1,4 @@
-"""Plans by arithmetic: that what they count is there, that they fit, and what they refuse."""
+"""Memory plans: estimates against measured sizes, chosen strategies and invalid sizes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def model(request):
     return request.param, family, measure_components(family)
 
 
-#: Millions of parameters, as the model cards have them.
+#: Millions of parameters, from the model cards.
 PARAMETERS = {
     "sd15": {"unet": 860, "text_encoder": 123, "vae": 84},
     "sdxl": {"unet": 2567, "text_encoder": 123, "text_encoder_2": 695, "vae": 84},
@@ -81,13 +81,13 @@ def test_weights_match_published_parameter_counts(model):
         buffers = sum(buffer.nbytes for buffer in family.components[key].buffers())
         assert (part.weights - buffers) / 2e6 == pytest.approx(PARAMETERS[name][key], rel=0.01)
         assert part.other_weights + part.largest_layer <= part.weights
-        # 4.5 bits of 16, but for what isn't linear.
+        # 4.5 of 16 bits, except in layers that are not linear.
         assert 0.28 * part.weights < part.nf4_weights <= part.weights
-    # Half, but for modulations, whose names have "norm" in them, which diffusers leaves alone.
+    # Half, except modulations, which diffusers does not cast because their names contain "norm".
     assert 0.5 < sizes.float8_denoiser / sizes.components[sizes.denoiser_key].weights < 0.7
 
 
-#: What a denoiser is called with for one picture of its default resolution, by the pipeline.
+#: Arguments of the denoiser in a pipeline that generates one image of the default resolution.
 CALLS = {
     "sd15": lambda t: ((t(2, 4, 64, 64), t(2), t(2, 77, 768)), {}),
     "sdxl": lambda t: (
@@ -117,7 +117,7 @@ CALLS = {
     ),
     "z_image": lambda t: (([t(16, 1, 128, 128)] * 2, t(2), [t(512, 2560)] * 2), {}),
 }
-#: They take the empty prompt in a call of its own, and are counted as if they did not.
+#: Models with a separate call for the empty prompt; estimates assume one call.
 APART = ("qwen_image", "flux2_klein", "krea2")
 
 
@@ -138,9 +138,9 @@ def test_denoiser_activations_are_a_tight_upper_bound(model):
 
 
 def first_step_of_qwen_image_21(denoiser):
-    """Both calls of the first step, of which the prompts' keys and values are kept."""
+    """Run both calls of the first step, which cache the keys and values of the prompts."""
     caches = [QwenImage21KVCache(len(denoiser.transformer_blocks)) for _ in range(2)]
-    # Where the picture is decides on shapes, so it cannot be on the meta device until they are.
+    # Image positions determine shapes, so they are moved to the meta device after that.
     is_picture = (torch.arange(512 + 64 * 64 // 4) >= 512)[None]
 
     def moved(_, args, kwargs):
@@ -183,7 +183,7 @@ def test_decoder_activations_are_a_tight_upper_bound(model):
 
 def test_text_encoder_activations_are_a_tight_upper_bound(model):
     name, family, sizes = model
-    # FLUX.2's pipelines say so, and a mask as large as this is taken as it is.
+    # As in FLUX.2's pipelines; a mask of this shape is used unchanged.
     apart = {"use_cache": False, "attention_mask": empty(1, 1, 512, 512).bool()}
     named = {"output_hidden_states": True} | (apart if name.startswith("flux2") else {})
     for key, encoder in family.all_text_encoders.items():
@@ -198,7 +198,7 @@ def test_text_encoder_activations_are_a_tight_upper_bound(model):
             assert estimated <= 2.5 * measured
 
 
-#: What a preset does to each model on a CUDA device: way, and the peak in GiB.
+#: Strategy of each model on a CUDA device, by memory size.
 WHOLE, MODEL, GROUP = (
     MemoryStrategy(),
     MemoryStrategy("model"),
@@ -239,7 +239,7 @@ def test_quantization_is_preferred_to_group_offload(model):
             and len(chosen.quantized_components) == 2
         )
         assert "in 4 bits" in str(chosen)
-    else:  # it fits without, or not even so
+    else:  # fits without quantization, or not even with it
         assert chosen == choose_plan(sizes, parse_memory_size("8GB"), "cuda")
 
 
@@ -270,13 +270,13 @@ def test_estimate_and_choice_by_hand():
     assert estimate_peak_bytes(sizes, MemoryStrategy("group", vae_tiling=True)) == GIB + 6 * MIB
     with pytest.raises(ConfigError) as caught:
         choose_plan(sizes, parse_memory_size("2GB"), "cuda")
-    # 1 GiB and 6 MiB, and the reserve of 1 GiB: rounded up to a tenth.
+    # 1 GiB and 6 MiB, plus the reserve of 1 GiB, rounded up to a tenth.
     assert "does not fit into 2 GB: it needs at least 2.1 GB" in str(caught.value)
     assert 'set memory="2.1GB"' in caught.value.fix
     assert choose_plan(sizes, parse_memory_size("2.1GB"), "cuda").strategy == MemoryStrategy(
         "group", vae_tiling=True
     )
-    # Without an accelerator: 11 GiB, 1 GiB held, and a layer of 1 MiB.
+    # Without an accelerator: 11 GiB, 1 GiB of activations, and a layer of 1 MiB.
     with pytest.raises(ConfigError, match=r"12\.1 GB, because there is no accelerator"):
         choose_plan(sizes, parse_memory_size("12GB"), "cpu")
     assert choose_plan(sizes, parse_memory_size("12.1GB"), "cpu").strategy == MemoryStrategy(

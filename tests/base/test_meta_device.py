@@ -93,7 +93,7 @@ def test_nf4_plan_loads_and_generates(tmp_path):
     pipe.load_custom(concept(MAKERS["flux"]()), attention="native", memory="8GB")
     sizes = measure_components(family_of(pipe.components))
     for key in PARTS:
-        # What was counted beforehand, but for the padding of the smallest layers.
+        # Equal to the estimate, except for the padding of the smallest layers.
         counted, stored = whole[key].nf4_weights, sizes.components[key].weights
         assert stored < whole[key].weights and abs(stored - counted) < 0.15 * whole[key].weights
     assert (

@@ -24,7 +24,7 @@ def offload_models(pipe):
 
 
 def offload_layers(pipe):
-    # What enable_sequential_cpu_offload does, but for its "cpu:0", which accelerate stumbles on.
+    # As enable_sequential_cpu_offload, except for its "cpu:0", with which accelerate fails.
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             cpu_offload(part, torch.device("cpu"), offload_buffers=len(part._parameters) > 0)
@@ -158,7 +158,7 @@ def test_optional_text_encoders_may_be_missing_and_required_ones_not():
 
 
 def _hooks(pipe) -> set[tuple[str, str]]:
-    """Every module with an offloading hook, and its kind."""
+    """Return the offloading hooks with the names of their modules."""
     names = set()
     for key, part in pipe.components.items():
         if not isinstance(part, torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Models that are loaded already, in fewer bits, on a CPU."""
+"""Quantization of loaded models on a CPU."""
 
 from importlib.util import find_spec
 
@@ -20,12 +20,12 @@ LIBRARIES = {
     "torchao_int8": "torchao",
     "torchao_float8": "torchao",
 }
-#: The relative error that the format's rounding makes of a normal weight matrix.
+#: Relative rounding error of a Gaussian weight matrix.
 ERRORS = {"nf4": 0.12, "int8": 0.01, "torchao_int8": 0.01, "torchao_float8": 0.04}
 
 
 def of(kind, *marks):
-    """A parameter, skipped where the library that the kind needs isn't installed."""
+    """Return a test parameter, skipped if the library of the kind is not installed."""
     library = LIBRARIES[kind]
     missing = pytest.mark.skipif(find_spec(library) is None, reason=f"{library} is an extra")
     return pytest.param(kind, marks=[missing, *marks])
@@ -35,7 +35,7 @@ kinds = pytest.mark.parametrize("kind", [of(kind) for kind in LIBRARIES])
 
 
 def dequantized(layer):
-    """The weights that a quantized layer computes with, by asking it."""
+    """Return the weights of a quantized layer, computed from its outputs."""
     answers = layer(torch.eye(layer.in_features))
     return (answers - (0 if layer.bias is None else layer.bias)).T.detach()
 
@@ -78,7 +78,7 @@ def test_quantized_layers_support_adapters(kind):
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is an extra")
 @pytest.mark.parametrize("kind", ["torchao_int8", "torchao_float8"])
 def test_weights_are_those_of_diffusers(kind, tmp_path):
-    """Which quantizes on a CPU with torchao alone."""
+    """Only torchao quantizes on a CPU."""
     model = tiny_flux().transformer
     model.save_pretrained(tmp_path)
     config = quantization._make_config(kind, torch.float32)

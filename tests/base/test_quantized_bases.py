@@ -50,7 +50,7 @@ def quantized(kind):
 
 
 def answers(pipe):
-    """(out, in): what the layer multiplies with, asked of the layer."""
+    """Return the weight of a quantized layer from its outputs, (out, in)."""
     layer = pipe.transformer.get_submodule(NAME)
     with torch.no_grad():
         return (layer(torch.eye(32)) - layer(torch.zeros(1, 32))).T.double()
@@ -73,7 +73,7 @@ def test_dora_rescales_the_dequantized_weight(kind, tmp_path):
     expected = magnitudes[:, None] * changed / changed.norm(dim=1, keepdim=True)
     pipe.load_custom(tmp_path / "dora.safetensors")
     assert (expected - before).abs().max() > 0.02
-    # The layers' own arithmetic rounds: torchao's to the weight's type, int8 inputs to 16 bits.
+    # The layers round: torchao's to the dtype of the weight, and int8 layers' inputs to 16 bits.
     torch.testing.assert_close(answers(pipe), expected, atol=2e-3, rtol=0)
     pipe.unload_custom()
     assert torch.equal(answers(pipe), before)
@@ -98,7 +98,7 @@ def test_a_base_with_unsupported_quantized_layers_is_refused(tmp_path):
     pipe = tiny_flux()
     rex = concept(pipe)
     dora(tmp_path / "lora.safetensors", torch.ones(32))
-    # diffusers' own cannot be imported without a download of kernels.
+    # diffusers' layers cannot be imported without a download of kernels.
     home = {"__module__": "diffusers.quantizers.nunchaku.utils"}
     layer = type("SVDQW4A4Linear", (torch.nn.Module,), home)()
     pipe.transformer.set_submodule(NAME, layer)

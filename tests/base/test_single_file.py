@@ -1,4 +1,4 @@
-"""Bases in one file, by diffusers' own reader, with nothing downloaded."""
+"""Bases in a single file, loaded by diffusers without downloads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.training.runs import Stop, crash_at, same, settings, tensors
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A file, and a folder that has its pipeline's configuration alone."""
+    """A single file, and a folder with only the configuration of its pipeline."""
     folder = tmp_path_factory.mktemp("base")
     pipe = tiny_sd()
     pipe.save_pretrained(folder / "config")

@@ -1,4 +1,4 @@
-"""Bases of which only a variant of some weights is there."""
+"""Bases with variants of weight files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.training.runs import same, settings, tensors
 
 
 def sd(folder: Path, variant: str | None = "fp16", **how: Any) -> Path:
-    """Written as they are, in float32, so that nothing but the names differs."""
+    """Save a base in float32, so that variants differ in file names only."""
     tiny_sd().save_pretrained(folder, variant=variant, **how)
     return folder
 
@@ -75,12 +75,16 @@ def test_components_may_have_different_variants(tmp_path):
     pipe.text_encoder.save_pretrained(base / "text_encoder", variant="ema")
     with torch.no_grad():
         pipe.vae.get_parameter("decoder.conv_in.weight").zero_()
-    pipe.vae.save_pretrained(base / "vae", variant="fp16")  # beside the plain one, which is read
+    pipe.vae.save_pretrained(
+        base / "vae", variant="fp16"
+    )  # beside the default weights, which are loaded
     assert select_variants(base) == {"unet": "fp16", "text_encoder": "ema", "vae": ""}
     loaded = load_pipeline(str(base), torch.float32)
     assert same_weights(loaded, tiny_sd())
     assert weight_digests_on_disk(str(base)) == weight_digests("", loaded.components)
-    loaded = load_pipeline(str(base), torch.float32, variant="fp16")  # asked for, so read
+    loaded = load_pipeline(
+        str(base), torch.float32, variant="fp16"
+    )  # loaded because it is requested
     assert not loaded.vae.get_parameter("decoder.conv_in.weight").any()
     assert weight_digests_on_disk(str(base), "fp16") == weight_digests("", loaded.components)
 
@@ -130,7 +134,7 @@ def test_training_and_commands_use_the_variant(tmp_path, capsys):
     one = train(settings(tmp_path, "one", base=str(variant), steps=2), progress=False)
     two = train(settings(tmp_path, "two", base=str(plain), steps=2), progress=False)
     assert same(tensors(one), tensors(two))
-    # Named or taken because it is the only one, it is the same run.
+    # A named variant and the only one give the same run.
     named = settings(tmp_path, "one", base=str(variant), steps=2, variant="fp16")
     assert train(named, progress=False).info == one.info
     assert np.array_equal(draw(load_pipeline(str(variant), torch.float32)), draw(tiny_sd()))

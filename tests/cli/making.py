@@ -46,7 +46,7 @@ def save_world(root: Path) -> World:
 
 
 def refused(result: Result, *words: str) -> None:
-    """Exit code 2, nothing on stdout, and one line on stderr with these words."""
+    """Assert exit code 2, an empty stdout, and one line on stderr with these words."""
     assert result.code == 2, result
     assert result.out == ""
     lines = result.err.splitlines()
@@ -67,6 +67,6 @@ def photos(folder: Path, count: int = 2, side: int = 40) -> Path:
 
 
 def record_of(made: Concept) -> LayerInputs:
-    """Layer inputs that belong to this concept, of a layer that no model has."""
+    """Save layer inputs of this concept, of a layer that no model has."""
     rows = {"unet": {"x": torch.ones(1, 2)}}
     return LayerInputs(digest_updates(made.updates), rows, rows)

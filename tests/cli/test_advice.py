@@ -30,7 +30,7 @@ EVERY = {flag for command in COMMANDS if command != "library" for flag in flags(
 
 
 def texts() -> list[str]:
-    """All texts of the package that are no docstrings."""
+    """Return all string constants of the package except docstrings."""
     actual = []
     for path in sorted(SOURCES.rglob("*.py")):
         tree = ast.parse(path.read_text())
@@ -76,11 +76,11 @@ def test_former_names_of_settings_are_hidden() -> None:
 
 
 def test_equal_flags_have_equal_metavars() -> None:
-    """The same metavar, so the same form; what differs is listed here, with why."""
+    """Equal metavars mean equal forms; exceptions are listed with reasons."""
     forms: dict[str, set[str]] = {}
     for command in COMMANDS:
         for parameter in getattr(COMMANDS[command], "params", ()):
-            if getattr(parameter, "hidden", False):  # by a name that it had
+            if getattr(parameter, "hidden", False):  # by a former name
                 continue
             for flag in parameter.opts:
                 if flag.startswith("--"):
@@ -91,7 +91,7 @@ def test_equal_flags_have_equal_metavars() -> None:
         for flag, actual in forms.items()
         if len({plain.get(form, form) for form in actual}) > 1
     }
-    # A picture of points is a file; merge's METHOD and train's are --merge and --method.
+    # pareto's plot is a file; merge's METHOD is --merge, and train's is --method.
     assert differ.keys() <= {"--output"}, differ
 
 
@@ -172,7 +172,7 @@ def test_former_flags_still_work_with_a_warning(
         "--basis is now called --orthogonal-matrix",
         "--density is now called --timestep-density",
     }
-    assert arguments[0] == old  # which TrainConfig reads by either name
+    assert arguments[0] == old  # TrainConfig reads it by either name
 
 
 def test_near_presets_are_suggested(run: Run, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Invalid input: one line, exit code 2, and nothing is written."""
+"""Invalid input: one line, exit code 2, and no written files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.tiny import tiny_sd, tiny_sd3
 
 
 def train(run: Run, world: World, folder: Path, *words: str, **settings: object) -> None:
-    """``customize train`` must refuse these settings in one line after its plan."""
+    """Assert that ``customize train`` refuses these settings in one line after its plan."""
     values: dict[str, object] = {
         "base": world.base,
         "images": folder / "photos",
@@ -167,7 +167,7 @@ def test_unwritable_output_is_refused_before_a_model_is_loaded(
 ) -> None:
     photos(tmp_path / "photos")
     base = tmp_path / "none"
-    # Where nobody may make folders, not even root.
+    # Not even root may create folders there.
     output = Path("/proc/nobody") if Path("/proc").is_dir() else tmp_path / ("x" * 300)
     train(run, world, tmp_path, "cannot be written", str(output), output=output, base=base)
     for more in ((), ("--fuse", "--base", base)):
@@ -311,7 +311,7 @@ def test_damaged_concepts(
 
 
 def check_nothing_changes(pipe, sources: list[object], says: str) -> None:
-    """What load_custom refuses leaves the pipeline bit for bit as it was."""
+    """A refused concept leaves the pipeline unchanged."""
     before = everything(pipe)
     for fuse in (False, True):
         with pytest.raises(ConceptError, match=says.replace(".", r"\.")):

@@ -13,12 +13,12 @@ from tests.cli.making import World, photos
 
 ROOT = Path(__file__).parents[2]
 
-# Its own view of the mounts, so that a disk of half a megabyte can be mounted without being root.
+# A separate mount namespace, in which a disk of half a megabyte is mounted without root.
 OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
 MOUNT = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs"]
 
-# Runs commands, each with so many bytes left, and tells what came of them. Where no disk can be
-# mounted, files cannot grow instead.
+# Runs commands with a number of free bytes, and prints their results. Where no disk can be
+# mounted, the size of files is limited instead.
 PROGRAM = """
 import contextlib, io, json, resource, shutil, subprocess, sys
 from pathlib import Path
@@ -104,5 +104,5 @@ def test_full_disks_leave_no_partial_files_and_lose_nothing(world: World, tmp_pa
 
     assert whole[0] == 0, whole[1]
     if mount:
-        assert " 1/4 [" in whole[1] and " 0/4 [" not in whole[1]  # it went on from the checkpoint
+        assert " 1/4 [" in whole[1] and " 0/4 [" not in whole[1]  # resumed from the checkpoint
     assert load_concept(saved).info.name == "max"

@@ -120,7 +120,7 @@ def test_numbers_used_by_another_process_are_skipped(
 
     def meanwhile(*arguments: Any) -> Any:
         if not (tmp_path / "0002.png").exists():
-            (tmp_path / "0001.json").write_text("of another")  # its picture is to come
+            (tmp_path / "0001.json").write_text("of another")  # its image is not yet written
             (tmp_path / "0002.png").write_text("of another")
         return generate_image(*arguments)
 
@@ -147,7 +147,7 @@ def test_notes_on_triggers(run: Run, world: World, tmp_path: Path) -> None:
 
 
 def test_a_truncated_trigger_is_warned_of_once(world: World, tmp_path: Path) -> None:
-    """As a user sees it: a line of the command, for all pictures of the prompt."""
+    """The command prints one line for all images of the prompt."""
     prompt = f"a photo of a dog {'in the snow ' * 40}<rex>"
     call = ["generate", world.rex, "--base", world.base, "--prompt", prompt, "--device", "cpu"]
     call += ["--steps", "1", "--size", "32", "--count", "2", "--output", str(tmp_path)]
@@ -198,7 +198,7 @@ def test_numbers_out_of_range_generate_nothing(
 
 Flags = tuple[str, ...]
 GUIDED, LED = ("--guidance", "2.5"), ("--negative", "a cat")
-#: Maker -> flags, and with what its pipeline is called for them.
+#: Maker -> flags, and the arguments of the pipeline's call.
 CALLS: dict[str, tuple[Callable[[], Any], Flags, dict[str, Any]]] = {
     "flux dev": (tiny_flux, GUIDED, {"guidance_scale": 2.5}),
     "flux schnell": (

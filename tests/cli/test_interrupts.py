@@ -20,7 +20,7 @@ from tests.cli.making import photos
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-# Sends the signal when a module is looked for; the import goes on, slowly if so wished.
+# Sends the signal when a module is imported; the import continues, slowly if requested.
 PROGRAM = """
 import os, signal, sys, time
 
@@ -109,7 +109,7 @@ def test_sighup_may_come_twice():
 
 @pytest.mark.slow
 def test_training_resumes_after_its_terminal_was_closed(world, tmp_path):
-    """The process' own terminal is closed, so that it gets SIGHUP and can't write any more."""
+    """The terminal is closed, so the process gets SIGHUP and cannot write."""
     photos(tmp_path / "photos")
     flags = ["--base", world.base, "--images", tmp_path / "photos", "--output", tmp_path / "out"]
     flags += ["--name", "max", "--class-word", "dog", "--steps", 100_000, "--checkpoint-every", 5]

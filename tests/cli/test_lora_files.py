@@ -1,4 +1,4 @@
-"""``customize merge`` and ``inspect`` on LoRA files of other programs, without a pipeline."""
+"""``customize merge`` and ``inspect`` on LoRA files of other trainers, without a pipeline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layer(name: str, up: torch.Tensor, down: torch.Tensor) -> dict[str, torch.Te
 
 @pytest.fixture
 def style(tmp_path: Path) -> Path:
-    """A LoRA on two layers of Stable Diffusion 1.x in their true sizes, one a convolution."""
+    """Save a LoRA on two layers of Stable Diffusion 1.x in their real sizes, one a convolution."""
     torch.manual_seed(0)
     tensors = layer(CROSS, torch.randn(320, 2), torch.randn(2, 768))
     tensors |= layer(CONV, torch.randn(640, 1, 1, 1), torch.randn(1, 320, 3, 3))
@@ -78,7 +78,7 @@ def test_the_card_of_loras_names_no_base(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_printed_lines_of_a_fused_lora(run: Run, tmp_path: Path) -> None:
-    """Whatever the folder is called, and of the base's family where the LoRA's is not known."""
+    """Printed lines quote any folder name, and use the base's family if the LoRA's is unknown."""
     pipe = tiny_wan()
     pipe.save_pretrained(tmp_path / "base")
     out, width = family_of(pipe.components).layers("transformer")["blocks.0.attn1.to_q"]
@@ -118,7 +118,7 @@ def test_invalid_formats_and_damaged_files(run: Run, style: Path, tmp_path: Path
 
 
 def ambiguous(folder: Path, name: str = "either") -> Path:
-    """A LoRA on a layer that FLUX.1 and FLUX.2 klein call alike and have as wide."""
+    """Save a LoRA on a layer with the same name and width in FLUX.1 and FLUX.2 klein."""
     path = folder / f"{name}.safetensors"
     key = "transformer.transformer_blocks.0.attn.to_q"
     save_file(layer(key, torch.ones(3072, 1), torch.ones(1, 3072)), path)

@@ -56,7 +56,7 @@ def test_errors_are_one_line_and_exit_code_2() -> None:
         "error: the concept does not exist (nowhere/at/all). Fix: check the path.\n"
     )
     assert done.stdout == ""
-    # What the libraries would say of a base that cannot be had must not come between.
+    # Messages of libraries about a missing base must not be printed.
     done = customize("generate", "--base", "nobody/nothing", "--prompt", "a dog")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -154,7 +154,7 @@ def test_ctrl_c_prints_advice(
     def read(folder: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    # A shell's background jobs begin with Ctrl-C ignored.
+    # Background jobs of a shell start with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(open_adaptation, "load_concept", read)
     try:
@@ -181,7 +181,7 @@ def test_stopped_training_exits_with_130_in_every_command(
 
 
 def test_warnings_are_one_line(world: World, tmp_path: Path) -> None:
-    """A concept with a record beside one without: the sum, and a word on why."""
+    """A concept with layer inputs and one without are summed, with a warning."""
     shutil.copytree(world.rex, tmp_path / "rex")
     record_of(load_concept(world.rex)).save(tmp_path / "rex" / "layer_inputs.safetensors")
     done = customize("merge", str(tmp_path / "rex"), world.tom, "--output", str(tmp_path / "duo"))

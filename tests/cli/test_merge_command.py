@@ -1,4 +1,4 @@
-"""Merged files, as stock diffusers and load_custom read them."""
+"""Merged files, read by stock diffusers and load_custom."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_stock_diffusers_reproduces_load_custom(run: Run, world: World, tmp_path
     }
     for name, picture in expected.items():
         assert np.abs(np.load(tmp_path / f"{name}.npy") - picture).max() <= 1e-4, name
-    # And each of these is another picture, so that the comparison means something.
+    # The images differ, so that the comparison is meaningful.
     assert np.abs(expected["sum"] - expected["average"]).max() > 1e-3
     assert np.abs(expected["sum"] - ours(world, [1.0, 0.0])).max() > 1e-3
 
@@ -193,7 +193,7 @@ def test_truncate_applies_its_rank_to_fused_weights(run: Run, world: World, tmp_
 
 
 def test_lower_ranks_are_padded_with_zeros(tmp_path: Path) -> None:
-    """A loader without a header takes one rank for all layers, and alpha for it."""
+    """Loaders without a header assume one rank and alpha for all layers."""
     rex, tom = small(1, name="rex"), small(2, name="tom", trigger="<tom>", slices=SLICES)
     part = {"unet": {"mid.attn1.to_q": tom.updates["unet"]["mid.attn1.to_q"]}}
     tom = Concept(tom.info.model_copy(update={"slices": {"8": [4, 5]}}), part, tom.embeddings)

@@ -18,7 +18,7 @@ def figures(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def rows(identity: tuple[float, float], prompt: float) -> list[dict[str, Any]]:
-    """As evaluate --storybook leaves them: two concepts alone, and both merged."""
+    """Rows as written by evaluate --storybook: two concepts alone, and both merged."""
     alone = [
         {"concept": name, "attached": 1, "seed": 1, "identity": 1.0, "prompt": 1.0, "leak": 0.0}
         for name in ("rex", "tom")
@@ -54,7 +54,7 @@ def test_one_point_per_file(run: Run, files: list[Path], tmp_path: Path) -> None
     first = report["rows"][0]
     assert first["identity"] == pytest.approx(0.3) and first["prompt"] == pytest.approx(0.9)
     assert first["identity_error"] == pytest.approx(0.1) and first["prompt_error"] == 0.0
-    # What it has written can be read as well.
+    # The written result file is valid input, too.
     again = ("--by", "name", "--only", "front=True", "--output", tmp_path / "again.png")
     assert run("pareto", tmp_path / "front.json", *again).code == 0
     actual = json.loads((tmp_path / "again.json").read_text())["rows"]

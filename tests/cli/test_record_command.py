@@ -29,7 +29,7 @@ PROMPTS = ("--prompt", "a photo of {}", "--prompt", "a drawing of {} on a beach"
 
 @pytest.fixture(scope="module")
 def recorded(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
-    """The world's concepts with their records."""
+    """Copies of the concepts with layer inputs."""
     folder = tmp_path_factory.mktemp("recorded")
     pipe = tiny_sd()
     for source in (world.rex, world.tom):
@@ -182,7 +182,7 @@ def test_layers_that_a_concept_hardly_changes_do_not_stand_out() -> None:
     }
     pairs, values = relative_crosstalk(["rex", "tom"], by_layer)
     assert pairs == ["tom on rex", "rex on tom"]
-    # In b both are compared with their own average over a and b: 4 and 2, over the root of 2.
+    # In b, the reference of both is the root mean square over a and b: 4 and 2, over sqrt(2).
     expected = torch.tensor([[0.25, 0.5], [2**0.5 / 4, 3 * 2**0.5 / 2]])
     torch.testing.assert_close(values, expected)
 

@@ -42,7 +42,7 @@ def test_boxes_and_masks_equal_the_arguments_of_a_call(
     box, mask = (0, 0, 0.5, 1), right.astype(np.float32) / 255
     image = drawn(pipe, regions={"<rex>": box, "tom": mask})
     assert np.abs(pixels(tmp_path / "out" / "0001.png") - image).max() <= 1
-    assert np.abs(image - drawn(pipe)).max() > 3  # they do something
+    assert np.abs(image - drawn(pipe)).max() > 3  # the regions have an effect
     facts = json.loads((tmp_path / "out" / "0001.json").read_text())
     assert facts["regions"] == {"<rex>": [0.0, 0.0, 0.5, 1.0], "tom": "mask of 8x8"}
 

@@ -24,7 +24,7 @@ RATES = ("identity", "prompt", "composition", "leak", "drift")
 
 @pytest.fixture(scope="session")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base that draws 64 x 64, untrained judges, two concepts and their references."""
+    """A base for 64 x 64 pixels, untrained judges, two concepts and their reference images."""
     root = tmp_path_factory.mktemp("judged")
     torch.manual_seed(0)
     parts = tiny_sd().components
@@ -77,7 +77,7 @@ def test_storybook_rates(run: Run, judged: Path, tmp_path: Path) -> None:
     assert run("evaluate", sources[0], *storybook(judged), *flags).code == 0
     single = json.loads(again.read_text())
     assert "identity_merged" not in single["figures"]
-    assert single["rows"] == rows[:1]  # the same pictures, whatever else is scored
+    assert single["rows"] == rows[:1]  # the same images, whichever concepts are scored
 
 
 def test_a_merge_scores_like_its_concepts_together(run: Run, judged: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_weights_apply_to_the_merge(run: Run, judged: Path, tmp_path: Path) -> N
         assert run("evaluate", *sources, *storybook(judged), *flags).code == 0
         rows = json.loads(file.read_text())["rows"]
         drifts.append([row["drift"] for row in rows])
-    # rex, tom, both, both: without tom's weight, all that drifts is by rex.
+    # rex, tom, both, both: with tom's weight 0, only rex causes drift.
     assert drifts[0][2] == pytest.approx(drifts[0][0], rel=1e-3)
     assert drifts[1][2] != pytest.approx(drifts[1][0], rel=1e-3)
 
@@ -139,7 +139,7 @@ def test_invalid_storybook_input(run: Run, judged: Path, tmp_path: Path) -> None
 def test_incompatible_bases_and_concepts_are_refused_before_drawing(
     run: Run, judged: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All told before anything is drawn."""
+    """Errors are reported before images are generated."""
     monkeypatch.setattr("customize.cli.storybook_evaluation.storybook_rows", None)
     flags = storybook(judged)
     result = run("evaluate", judged / "rex", *flags, "--base", world.base)
@@ -168,7 +168,7 @@ def blips(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_clip_and_dino(run: Run, world: World, models: tuple[Path, Path], tmp_path: Path) -> None:
-    """From pictures that generate has left: the prompts and class words come with them."""
+    """Images of generate have prompts and class words in their JSON files."""
     pictures, file = tmp_path / "pictures", tmp_path / "figures.json"
     made = ("--base", world.base, "--steps", "1", "--count", "2", "--output", pictures)
     assert run("generate", world.rex, *made, "--prompt", "a photo of <rex>").code == 0

@@ -39,7 +39,7 @@ def arguments(world: World, folder: Path, **settings: object) -> list[str]:
         "steps": 2,
         "batch_size": 1,
         "device": "cpu",
-        # What is drawn for these would take longer than the run itself.
+        # Images for these would take longer than the run itself.
         "num_shared_directions": 0,
     } | settings
     flags = [
@@ -71,7 +71,7 @@ def test_training_prints_a_plan_and_working_lines(run: Run, world: World, tmp_pa
     snippet = result.out[result.out.index("    import customize") :]
     code = "\n".join(line.removeprefix("    ") for line in snippet.splitlines())
     names: dict[str, object] = {}
-    # The lines that a reader copies, with fewer steps.
+    # The printed lines, with fewer steps.
     exec(code.replace('<max>")', '<max>", num_inference_steps=1)'), names)
     assert "max" in repr(names["pipe"].custom)  # type: ignore[attr-defined]
     concept = load_concept(tmp_path / "max")
@@ -124,7 +124,7 @@ def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:
             "neither folder may be inside the other",
         ),
     )
-    # A flag counts for all: the file's own rank is another.
+    # A flag applies to all concepts; the rank in the file differs.
     result = run("train", *flags, "--together", file)
     assert result.code == 0, result.err
     assert "max (class dog, trigger <max>)" in result.out
@@ -157,7 +157,7 @@ def test_settings_are_checked_before_anything_is_read(
 
 @pytest.mark.parametrize("values", [["class_text=1,output=.5"], ["class_text=1", "output=.5"]])
 def test_preserve_accepts_one_or_several_flags(values: list[str]) -> None:
-    """Into the flag that the command has, as far as the configuration."""
+    """Values of the command's flag reach the configuration."""
     seen: dict[str, Any] = {}
     command = config_flags.add_config_flags(
         lambda config, together, settings: seen.update(settings)
@@ -246,7 +246,7 @@ def test_stopping_and_resuming(run: Run, world: World, tmp_path: Path, number: i
     step = max(int(path.stem[5:]) for path in (tmp_path / "max").glob(".checkpoints/step-*"))
     result = run("train", *command)
     assert result.code == 0, result.err
-    assert f" {step}/60 [" in result.err and " 0/60 [" not in result.err  # the bar's beginning
+    assert f" {step}/60 [" in result.err and " 0/60 [" not in result.err  # the start of the bar
     assert load_concept(tmp_path / "max").info.name == "max"
 
 
@@ -267,7 +267,7 @@ def test_a_loss_that_is_not_a_number(run: Run, world: World, tmp_path: Path) -> 
 
 
 def test_classes_unknown_to_the_bundled_base_and_the_verdict(run: Run, tmp_path: Path) -> None:
-    """With samples: what stands at the beginning, and the judges' word at the end."""
+    """The bundled base warns of unknown classes, and its judges end the run with a verdict."""
     flags = ["train", "--base", ROOT / "assets" / "storybook", "--name", "rex", "--steps", 2]
     flags += ["--images", ROOT / "assets" / "concepts" / "rex", "--num-shared-directions", 0]
     flags += ["--preserve", "none", "--no-record-inputs", "--device", "cpu", "--rank", 2]
@@ -279,7 +279,7 @@ def test_classes_unknown_to_the_bundled_base_and_the_verdict(run: Run, tmp_path:
     assert "the last sample does not show rex (distance " in last
     assert "a class word among dog, cat, " in last
     with Image.open(tmp_path / "zebra" / "sample-1.png") as strip:
-        assert strip.size == (4 * 64, 64)  # the base's, and after 0, 1 and 2 steps
+        assert strip.size == (4 * 64, 64)  # of the base, and after 0, 1 and 2 steps
     with pytest.warns(UserWarning) as caught:
         run(*flags, "--class-word", "zebra", "--output", tmp_path / "again")
     messages = [str(warning.message) for warning in caught]

@@ -16,7 +16,7 @@ from tests.cli.making import Run, World
 
 PROMPT = "a photo of <rex> and <tom>"
 
-#: Who wrote it -> the arguments of merge, None for the concepts themselves; the file that is named.
+#: Writer -> arguments of merge, None for the concepts themselves, and name of the file.
 WRITERS = {
     "folders": (None, ""),
     "single files": (None, ".safetensors"),
@@ -132,7 +132,7 @@ def test_library(
 
 @pytest.mark.slow
 def test_record(run: Run, world: World, sources: list[str], tmp_path: Path) -> None:
-    """What is recorded lies where library check, and a merge by fusion, find it."""
+    """Library check and merges by fusion find the recorded layer inputs."""
     assert run("library", "add", tmp_path / "library", *sources).code == 0
     added = sorted(p for p in (tmp_path / "library").iterdir() if not p.name.startswith("."))
     result = run("record", *added, "--base", world.base, "--prompt", "a {}", "--device", "cpu")

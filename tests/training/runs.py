@@ -1,4 +1,4 @@
-"""Small training runs for the tests: a few smooth pictures, few steps, large learning rates."""
+"""Small training runs for tests: few smooth images, few steps, high learning rates."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
     "token_learning_rate": 1e-2,
     "checkpoint_every": 0,
     "log_every": 5,
-    # These would take as long as the run itself, or longer.
+    # These would take at least as long as the run itself.
     "preserve": {},
     "num_shared_directions": 0,
     "record_inputs": False,
@@ -43,11 +43,11 @@ SMALL: dict[str, Any] = {
 
 
 class Stop(Exception):
-    """What a test throws into a run, as a crash would."""
+    """An exception that interrupts a run like a crash."""
 
 
 def crash_at(step: int) -> Callable[[int, object], None]:
-    """For ``on_step``: throw it after this step."""
+    """Return a function for ``on_step`` that raises :class:`Stop` after this step."""
 
     def on_step(done: int, loss: object) -> None:
         if done == step:
@@ -57,7 +57,7 @@ def crash_at(step: int) -> Callable[[int, object], None]:
 
 
 def picture(seed: int = 0, side: int = 32) -> Image.Image:
-    """Two ramps and a tint of the seed's."""
+    """Return an image of two ramps and a tint by seed."""
     x = np.linspace(0, 255, side)[None, :].repeat(side, 0)
     tint = np.full((side, side), (83 * seed) % 256)
     return Image.fromarray(np.stack([x, x.T, tint], -1).round().astype(np.uint8))
@@ -74,7 +74,7 @@ def make_various(
     folder: Path,
     sizes: Sequence[tuple[int, int]] = ((48, 32), (32, 32), (20, 80), (49, 33), (64, 16)),
 ) -> Path:
-    """Pictures of these (width, height) in a folder "images", and a mask for each in "masks"."""
+    """Write images of these (width, height) to "images", and a mask of each to "masks"."""
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
         for number, size in enumerate(sizes):
@@ -83,7 +83,7 @@ def make_various(
 
 
 def settings(folder: Path, output: str = "out", **changes: Any) -> TrainConfig:
-    """A configuration of a small run in a test's folder."""
+    """Return the configuration of a small run in a test's folder."""
     images = folder / "images"
     if not images.exists():
         make_pictures(images)
@@ -91,13 +91,13 @@ def settings(folder: Path, output: str = "out", **changes: Any) -> TrainConfig:
 
 
 def read_images(config: TrainConfig) -> list[TrainingImage]:
-    """The training images of a configuration."""
+    """Read the training images of a configuration."""
     (images,) = read_data([config], None, NO_PROGRESS).images
     return images
 
 
 def make_run(configs: Sequence[TrainConfig], family: Family) -> Run:
-    """A run on a model in memory, on the CPU, before anything is attached."""
+    """Return a run on a model in memory, on the CPU, without adapters."""
     run = Run(
         configs,
         Accelerator(cpu=True),
@@ -113,7 +113,7 @@ def make_run(configs: Sequence[TrainConfig], family: Family) -> Run:
 
 
 def tensors(concept: Concept) -> dict[str, Tensor]:
-    """All numbers of a concept under one name each."""
+    """Return all tensors of a concept by name."""
     named = {f"tokens.{key}": rows for key, rows in concept.embeddings.items()}
     for component, updates in concept.updates.items():
         for module, update in updates.items():

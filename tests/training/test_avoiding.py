@@ -1,4 +1,4 @@
-"""Slices that stay out of what all prompts share, in training."""
+"""Training in slices orthogonal to the directions common to all prompts."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_down_projections_are_orthogonal_to_the_shared_directions(tmp_path, make
             )
             checked += 1
     assert checked > 10
-    # Another concept beside it has the same record, and another slice of what is left.
+    # Another concept of the library has the same directions and another slice.
     before = path.stat().st_mtime_ns
     other = settings(tmp_path, "tom", num_shared_directions=4, steps=3, name="tom", slice=1)
     train(other, pipe.components, progress=False)
@@ -90,7 +90,7 @@ def test_an_interrupted_run_resumes_with_the_same_directions(tmp_path):
     assert same(tensors(whole), tensors(resumed))
     assert train(config, pipe.components, progress=False).info == resumed.info
 
-    # Other directions than those it began with would be another adapter.
+    # With other directions, it would be another adapter.
     again = settings(tmp_path / "b", "again", num_shared_directions=4, checkpoint_every=4)
     with pytest.raises(KeyboardInterrupt):
         train(again, pipe.components, progress=False, on_step=stop)

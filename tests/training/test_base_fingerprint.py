@@ -19,7 +19,7 @@ from tests.training.runs import Stop, crash_at, same, settings, tensors
 
 
 def save_base(folder, factor=1.0):
-    """The tiny base, its UNet's weights multiplied; what was there before goes."""
+    """Save the tiny base with multiplied UNet weights, over an existing folder."""
     pipe = tiny_sd()
     with torch.no_grad():
         for parameter in pipe.unet.parameters():
@@ -136,7 +136,7 @@ def shifted(shift):
     return pipe
 
 
-#: What a model is made with -> what makes it, two values, and the message.
+#: Setting of a model -> maker, two values, and the message.
 CONFIGURED = {
     "wan": (wan, 0.875, 0.5, "boundary_ratio was 0.875 and is 0.5"),
     "krea2": (tiny_krea2, False, True, "is_distilled was False and is True"),
@@ -147,7 +147,7 @@ CONFIGURED = {
 }
 
 
-# What was set on a scheduler is not saved with it.
+# Attributes set on a scheduler are not saved.
 PLACES = [(name, "memory") for name in CONFIGURED]
 PLACES += [(name, "disk") for name in CONFIGURED if name != "sd3"]
 
@@ -173,7 +173,7 @@ def test_resuming_on_another_base_configuration_is_refused(name, where, tmp_path
     with pytest.raises(SettingsError, match=f"other settings: the base's {message}"):
         run(second)()
     run(first)()
-    if where == "memory":  # of a finished concept no base is loaded
+    if where == "memory":  # no base is loaded for a finished concept
         with pytest.raises(SettingsError, match=f"other settings: the base's {message}"):
             run(second)()
 

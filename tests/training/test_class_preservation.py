@@ -1,4 +1,4 @@
-"""What a run compares with the untouched model, and where the gradient goes."""
+"""Preservation losses against their formulas, and their gradients."""
 
 from contextlib import ExitStack
 
@@ -39,7 +39,7 @@ ALL = {"class_text": 1.0, "context_text": 0.5, "output": 0.25, "context_output":
 
 
 class Kept:
-    """A model in training, and what it preserves; tokens and adapter are moved off their start."""
+    """A model in training with preservation targets, and changed tokens and adapters."""
 
     def __init__(self, stack, folder, make=tiny_sd, moved=True, **changes):
         changes = {"preserve": {"class_text": 1.0}} | changes
@@ -80,14 +80,14 @@ def start_run(tmp_path):
 
 
 def hidden_states(model, ids):
-    """transformers' own answer to padded ids, with a mask for the padding."""
+    """Return the states of transformers' encoder for padded ids, with a mask for the padding."""
     ids = torch.tensor(ids)
     return model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
 @pytest.mark.parametrize("make", WITH_CLIP.values(), ids=WITH_CLIP)
 def test_class_text_equals_the_papers_formula_on_all_encoders(start_run, make):
-    """1 - cos of what transformers' own CLIP pools at the end of both phrases, padded as ever."""
+    """The loss is 1 - cos of the pooled features of both phrases in transformers' CLIP."""
     run = start_run(make=make)
     expected = []
     for dictionary in run.family.token_dictionaries():
@@ -103,7 +103,7 @@ def test_class_text_equals_the_papers_formula_on_all_encoders(start_run, make):
 
         with torch.no_grad():
             new = tokenizer.convert_tokens_to_ids("<rex>")
-            assert new > tokenizer.eos_token_id  # which the legacy pooling would stop at
+            assert new > tokenizer.eos_token_id  # at which the legacy pooling would stop
             ours = pooled("a photo of <rex> <rex>_1")
             with run.trainable.adapters_disabled():
                 base = pooled("a photo of a dog")
@@ -136,7 +136,7 @@ def test_published_pooling_equals_the_published_code(start_run):
     )
     actual = run.preserved.text_loss(0) / EVERY
     assert torch.isclose(actual, cosine_distance(ours, base)[0], atol=1e-5)
-    # Blind to what follows the token.
+    # Independent of the words after the token.
     losses = []
     for pooling in ("published", "end"):
         for phrase in ("a {} on a beach", "a {} in the snow"):
@@ -175,7 +175,7 @@ def test_context_text_compares_the_words_around_the_concept(start_run):
 
 
 def test_layerwise_tokens_are_pooled_layer_by_layer(start_run, tmp_path):
-    """Every layer's own wording of the phrase comes in its turn, and moves its own rows alone."""
+    """Layers are compared in turn, and each loss changes only the embeddings of its layer."""
     config = settings(tmp_path, preserve={"class_text": 1.0}, layerwise_tokens=True)
     family = family_of(tiny_sd().components)
     with attach_trainable(family, [config], [None], BasisInfo(), {}) as trainable:
@@ -210,7 +210,7 @@ def test_gradients_reach_only_tokens_and_text_adapters(start_run, loss, make):
 
 
 def test_losses_are_zero_before_the_first_step(start_run):
-    """A concept of one token that starts at the class word's own embedding is the class."""
+    """A concept of one token with the embedding of the class word equals the class."""
     run = start_run(num_tokens=1, caption="a photo of a {}", preserve=ALL, moved=False)
     for name in ("class_text", "context_text"):
         phrases = run.preserved.phrases["text_encoder"][name]
@@ -275,14 +275,14 @@ def test_output_compares_the_class_prompt_with_the_base_model(make, tmp_path):
         config = settings(tmp_path, f"w{weight:.0f}", preserve={"output": weight}, steps=8)
         learn(pipe, config, on_step=lambda _, loss, w=weight: losses[w].append(float(loss)))
         first.append(losses[weight][0])
-    # Zero at the start, and not after it.
+    # Zero at the start, and positive later.
     assert first[1] == pytest.approx(first[0], rel=1e-4)
     assert losses[100.0][EVERY] > losses[0.0][EVERY]
     assert_unchanged(before, pipe.components, pipe.config)
 
 
 def watched(pipe):
-    """The UNet's own forward, and a list that gets what goes in and out of it from now on."""
+    """Record the inputs and outputs of the UNet's following calls in a list."""
     calls = []
     forward = pipe.unet.forward
 
@@ -296,14 +296,14 @@ def watched(pipe):
 
 
 def test_output_is_the_squared_change_of_the_prediction(tmp_path):
-    """What a weight adds to a step's loss is that change, computed with stock calls."""
+    """The loss increases by the squared change, computed by stock calls."""
     pipe = tiny_sd()
     forward, calls = watched(pipe)
     losses = {}
     for weight in (0.0, 3.0):
         calls.clear()
         losses[weight] = []
-        # Until then both are the same: at the first step nothing has changed yet.
+        # Both are equal before, because the first step starts from the unchanged model.
         changes = {"preserve": {"output": weight}, "steps": EVERY + 1}
         config = settings(tmp_path, f"w{weight:.0f}", **changes)
         learn(pipe, config, on_step=lambda _, loss, w=weight: losses[w].append(float(loss)))
@@ -320,7 +320,7 @@ def test_output_is_the_squared_change_of_the_prediction(tmp_path):
         answer = forward(again, t_again, plain.expand(2, -1, -1), return_dict=False)[0]
     assert torch.allclose(base_states, plain.expand(2, -1, -1), atol=1e-6)
     assert torch.allclose(base, answer, atol=1e-5)
-    assert not torch.allclose(states[2:], base_states, atol=1e-6)  # the text adapter has learned
+    assert not torch.allclose(states[2:], base_states, atol=1e-6)  # the text adapter has changed
     change = float((both[2:] - base).square().mean())
     assert change > 0
     assert losses[3.0][:EVERY] == pytest.approx(losses[0.0][:EVERY], rel=1e-5)
@@ -329,7 +329,7 @@ def test_output_is_the_squared_change_of_the_prediction(tmp_path):
 
 
 def test_context_output_is_the_squared_change_of_the_effect_of_a_context(tmp_path):
-    """What a weight adds to a step's loss is that change, computed with stock calls."""
+    """The loss increases by the squared change, computed by stock calls."""
     pipe = tiny_sd()
     forward, calls = watched(pipe)
     losses, phrases = {}, ("a photo of {} in a city",)
@@ -360,7 +360,7 @@ def test_context_output_is_the_squared_change_of_the_effect_of_a_context(tmp_pat
 
 @pytest.mark.parametrize("make", [*WITH_CLIP.values(), *OTHERS.values()], ids=[*WITH_CLIP, *OTHERS])
 def test_context_output_works_in_every_family_and_changes_the_concept(make, tmp_path):
-    """Tokens and triggers read otherwise than the class word, so there is something to hold."""
+    """Triggers have other embeddings than the class word, so the loss is not zero."""
     pipe = make()
     before = snapshot(pipe.components, pipe.config)
     losses, learned = [], []

@@ -23,7 +23,7 @@ from tests.training.runs import (
 
 SLOW = pytest.mark.slow
 BACKENDS = [pytest.param("inductor", marks=SLOW), "aot_eager"]
-#: The others do the same and are slower.
+#: Other families use the same code and are slower.
 ALL = [pytest.param(m, id=k, marks=[SLOW] * (k != "flux")) for k, m in TINY_FAMILIES.items()]
 
 

@@ -1,4 +1,4 @@
-"""Training with the default settings, of which the other tests switch off the slow ones."""
+"""Training with the default settings; other tests disable the slow ones."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_default_outputs(config: TrainConfig, losses: list[float]) -> dict[str,
 
 
 def test_the_defaults_train_a_small_model(tmp_path: Path) -> None:
-    """With the required settings, and few steps, because 800 would take a minute."""
+    """Only required settings, and few steps, because 800 would take a minute."""
     tiny_sd().save_pretrained(tmp_path / "base")
     config = TrainConfig(
         base=str(tmp_path / "base"),

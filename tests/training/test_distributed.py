@@ -1,4 +1,4 @@
-"""What training processes tell one another, in one process: accelerate then changes nothing."""
+"""Communication of training processes, in one process, in which accelerate has no effect."""
 
 from __future__ import annotations
 

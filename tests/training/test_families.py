@@ -1,4 +1,4 @@
-"""What must hold of training in every family: recomputed activations, batches, two denoisers."""
+"""Training in every family: recomputed activations, batches and two denoisers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_batch_of_prompts_of_different_lengths_equals_single_prompts(name: str
 
 
 def test_a_run_resumes_before_one_of_two_denoisers_was_trained(tmp_path: Path) -> None:
-    """Below a boundary of almost 1 nearly all levels are the second one's."""
+    """With a boundary of almost 1, nearly all noise levels belong to the second denoiser."""
     changes = {
         "checkpoint_every": 2,
         "steps": 8,

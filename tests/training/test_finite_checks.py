@@ -1,4 +1,4 @@
-"""What is not finite is named where it is computed; learning rates are blamed only later."""
+"""Errors of values that are not finite name their cause."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.training.runs import settings
 
 
 def broken(component, weight, make=tiny_sd):
-    """A pipeline one of whose weights has a NaN."""
+    """Return a pipeline with NaN in one weight."""
     pipe = make()
     with torch.no_grad():
         getattr(pipe, component).get_parameter(weight).view(-1)[0] = float("nan")
@@ -34,7 +34,7 @@ def test_the_image_at_fault_is_named_among_several(cached, tmp_path, monkeypatch
     encode = pipe.vae.encode
 
     def overflowing(pixels, *args, **kwargs):
-        # As float16 does at large activations: of the one picture with a bright corner.
+        # As in float16 at large activations: for the image with a bright corner.
         bright = pixels[:, 2].mean((1, 2), keepdim=True) > 0.1
         return encode(torch.where(bright[:, None], float("inf"), pixels), *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Runs in processes of their own: killed, stopped, and over two processes."""
+"""Runs in separate processes: killed, stopped, and distributed over two processes."""
 
 import os
 import re
@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 STEPS = 24
 
-# Prints the step, in the first process, and goes on slowly from the fifth: the signal must come
+# Prints the step in the first process, and slows down from the fifth, so that the signal arrives
 # before the end.
 PROGRAM = f"""
 import os
@@ -109,7 +109,7 @@ def test_accelerate_launches_the_script(tmp_path):
 
 @pytest.mark.parametrize("buckets", [False, True])
 def test_two_processes_train_one_concept(buckets, tmp_path):
-    """Two processes take the batches that one process would accumulate."""
+    """Two processes use the batches that one process would accumulate."""
     pipe = tiny_sd()
     pipe.save_pretrained(tmp_path / "base")
     make_various(tmp_path)
@@ -117,7 +117,7 @@ def test_two_processes_train_one_concept(buckets, tmp_path):
     config = settings(tmp_path, base=base, batch_size=1, checkpoint_every=6, buckets=buckets)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    # What accelerate launch runs for several processes; by itself it starts CPU ones with MPI only.
+    # As accelerate launch for several processes, which starts CPU processes with MPI only.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", "2", "scripts/train_concept.py", str(file)]
     finished = subprocess.run(
@@ -159,11 +159,11 @@ def test_two_processes_stop_together_and_resume_to_the_uninterrupted_result(tmp_
             cwd=ROOT,
         )
 
-    settings(tmp_path / "a"), settings(tmp_path / "b")  # make the pictures
+    settings(tmp_path / "a"), settings(tmp_path / "b")  # create the images
     with start(tmp_path / "a") as process:
         for line in process.stdout:
             if line.strip() == "5":
-                process.send_signal(signal.SIGTERM)  # which the launcher hands to both
+                process.send_signal(signal.SIGTERM)  # the launcher forwards it to both
         assert process.wait(timeout=300) != 0
     checkpoint = load_latest_checkpoint(tmp_path / "a" / "out" / ".checkpoints")
     assert 5 <= checkpoint.step < STEPS and checkpoint.settings["processes"] == 2

@@ -1,4 +1,4 @@
-"""Several concepts in one run: they add up to the model of the run, and each is one by itself."""
+"""Several concepts in one run: their sum, batches, preservation, checkpoints and settings."""
 
 import collections
 import inspect
@@ -47,7 +47,7 @@ BUSY = {"checkpoint_every": 4, "flip": True, "caption_dropout": 0.3, "batch_size
 
 
 def two(folder, rex=None, tom=None, **changes):
-    """A dog and a cat to learn together, each with its own pictures and output folder."""
+    """Return settings of a dog and a cat with separate images and output folders."""
     cat = {"name": "tom", "class_word": "cat", "output": folder / "tom"} | (tom or {})
     cats = folder / "cats"
     if not cats.exists():
@@ -66,7 +66,7 @@ def learn(pipe, configs, **more):
 
 
 def answer(pipe, prompt):
-    """What the denoiser answers to a prompt whose triggers are written out."""
+    """Return the prediction for a prompt with expanded triggers."""
     family = family_of(pipe.components, pipe.config)
     with torch.no_grad():
         mean, _ = family.encode_images(torch.zeros(1, 3, 32, 32))
@@ -107,14 +107,14 @@ def test_the_sum_of_the_concepts_equals_the_trained_model(kind, method, tmp_path
         torch.testing.assert_close(whole, change.detach(), atol=1e-6, rtol=1e-5)
 
     base = answer(pipe, prompt)
-    if not tokens:  # a prompt of tokens that are not there would be another one
+    if not tokens:  # a prompt with unknown tokens would be another prompt
         assert not torch.allclose(base, drawn, atol=1e-4)
     customize.load_custom(pipe, tmp_path / "tom", tmp_path / "rex", merge="sum")
     torch.testing.assert_close(answer(pipe, prompt), drawn, atol=2e-5, rtol=1e-4)
     customize.load_custom(pipe, weights={"rex": 1.0, "tom": 0.0})
     assert not torch.allclose(answer(pipe, prompt), drawn, atol=1e-4)
     customize.unload_custom(pipe)
-    # Each has learned, and is an ordinary concept, alone too.
+    # Each has changed, and is an ordinary concept by itself.
     for concept, name in ((rex, "rex"), (tom, "tom")):
         ups = [update.up for updates in concept.updates.values() for update in updates.values()]
         assert sum(float(up.abs().max()) > 0 for up in ups) > 0.8 * len(ups)
@@ -163,7 +163,7 @@ def test_a_single_concept_is_learned_as_by_train(tmp_path):
 
 
 def drawn(config, counts, turns, classes=(), groups=()):
-    """What compose gives for pictures named by their owner, "2.0" for the first of the third."""
+    """Compose a batch with captions by concept, "2.0" for the first image of the third."""
     owned = [*counts, *classes]
     names = [f"{owner}.{number}" for owner, count in enumerate(owned) for number in range(count)]
     ends = itertools.accumulate(owned, initial=0)
@@ -187,7 +187,7 @@ def test_batches_contain_equally_many_images_of_all_concepts(
     config = settings(tmp_path_factory.getbasetemp() / "shares", batch_size=size)
     classes = [2] * len(counts) if more else []
     batches = drawn(config, counts, turns, classes)
-    # Half of each batch is of the concepts, the other of their classes.
+    # One half of each batch has concept images, the other class images.
     assert all(len(batch) == size * (2 if more else 1) for batch in batches)
     seen = collections.Counter(name.split(".")[0] for batch in batches for name in batch[:size])
     shares = [seen[str(owner)] for owner in range(len(counts))]
@@ -215,7 +215,7 @@ def test_with_buckets_concepts_alternate_by_batch(tmp_path_factory, among, size,
 
 
 def test_a_step_has_images_of_both_concepts(tmp_path):
-    """A batch of two has one of each; what each adapter learns comes from both."""
+    """A batch of two has an image of each concept, and both train each adapter."""
     pipe = tiny_sd()
     prompts = []
     hook = pipe.text_encoder.register_forward_pre_hook(
@@ -268,7 +268,7 @@ def test_class_images_of_one_class_are_drawn_once(tmp_path):
 
 @pytest.fixture
 def both(tmp_path):
-    """Two concepts in a model, moved off their start, and a way to prepare what is preserved."""
+    """Two attached, changed concepts, and a function for their preservation targets."""
 
     @contextmanager
     def attached(**changes):
@@ -312,7 +312,7 @@ def test_class_text_is_the_mean_over_concepts(both):
         for named, plain in (
             ("a photo of <rex>", "a photo of a dog"),
             ("<rex> beside <tom>", "a dog beside a cat"),
-            # One phrase of a concept counts as much as two of the other.
+            # One phrase of a concept has the weight of two of the other.
             *[("a photo of <tom>", "a photo of a cat")] * 2,
         ):
             ours = pooled(named)
@@ -360,7 +360,7 @@ def test_captions_with_both_triggers_can_be_preserved(tmp_path):
     assert tom.info.training["captions_share"] == ["beach"]
 
 
-# --- going on -------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("library", [False, True])
@@ -423,14 +423,14 @@ def test_finished_concepts_are_not_replaced_silently(tmp_path):
     ):
         with pytest.raises(SettingsError, match=message):
             learn(pipe, configs)
-    # One that was learned alone is not one of the run.
+    # A concept of a single run does not belong to the joint run.
     train(settings(tmp_path, "alone/tom", name="tom", steps=3), pipe.components, progress=False)
     configs = two(
         tmp_path, {"output": tmp_path / "new"}, {"output": tmp_path / "alone/tom"}, steps=3
     )
     with pytest.raises(SettingsError, match="tom is already finished"):
         learn(pipe, configs)
-    # Where one of the two is gone, the run is done again, for both.
+    # If one of the two is missing, the run is repeated for both.
     shutil.rmtree(tmp_path / "tom")
     again = learn(pipe, two(tmp_path, steps=3))
     assert all(same(tensors(a), tensors(b)) for a, b in zip(first, again, strict=True))
@@ -439,7 +439,7 @@ def test_finished_concepts_are_not_replaced_silently(tmp_path):
 
 
 def test_a_run_that_could_not_save_all_concepts_resumes_saving(tmp_path):
-    """The first concept is written when the second's folder turns out to be in use."""
+    """The folder of the second concept is in use after the first was saved."""
     pipe, (rex, tom) = tiny_sd(), two(tmp_path, steps=4, checkpoint_every=4)
     whole = learn(pipe, two(tmp_path / "whole", steps=4, checkpoint_every=4))
 
@@ -477,7 +477,7 @@ def test_slices_of_a_library_are_disjoint(tmp_path):
     old = settings(tmp_path, name="old", library=library, output=library / "old", steps=1)
     others = [train(old, pipe.components, progress=False)]
     outputs = [{"output": library / name} for name in ("rex", "tom")]
-    # The number that is set stands, and the other's keeps out of its way.
+    # The requested index is used, and the other concept gets another.
     outputs[1]["slice"] = 1
     others += learn(pipe, two(tmp_path, *outputs, library=library, steps=1))
     assert [c.info.slices["16"][0] // 4 for c in others] == [0, 2, 1]
@@ -509,11 +509,11 @@ def test_names_with_equal_hashed_slices_get_disjoint_slices(tmp_path):
         assert (chosen is None) is (name == apart)
 
 
-# --- what is written ------------------------------------------------------------------------------
+# --- written files ------------------------------------------------------------------------------
 
 
 def test_concepts_have_their_own_validation_images_and_recordings(tmp_path, monkeypatch):
-    # Of each picture that is drawn for the record.
+    # For each image of the recording.
     monkeypatch.setitem(inspect.unwrap(record_layer_inputs).__kwdefaults__, "steps", 1)
     pipe = tiny_sd()
     configs = two(
@@ -533,7 +533,7 @@ def test_concepts_have_their_own_validation_images_and_recordings(tmp_path, monk
     assert [p.name for p in shown["tom"]] == [
         *("sample-1.png", "sample-2.png", "step-2.png", "step-4.png")
     ]
-    # What the layers read of each one by itself.
+    # The layer inputs of each concept alone.
     for name in ("rex", "tom"):
         recorded = LayerInputs.load(layer_inputs_path(tmp_path / name))
         other = customize.record_inputs(pipe, tmp_path / name)

@@ -1,4 +1,4 @@
-"""The record of layer inputs that a run leaves beside its concept."""
+"""Layer inputs that a run records beside its concept."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_the_recording_equals_that_of_a_pipeline(tmp_path, make, changes):
     assert not layer_inputs_path(tmp_path / "plain").exists()
     config = settings(tmp_path, record_inputs=True, **changes)
     concept = train(config, pipe.components, progress=False)
-    # Recording changes neither what is learned nor the model.
+    # Recording changes neither the concept nor the model.
     assert same(tensors(plain), tensors(concept))
     after = snapshot(pipe.components, pipe.config)
     assert before.keys() == after.keys()

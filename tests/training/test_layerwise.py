@@ -39,7 +39,7 @@ def test_layers_learn_separate_embeddings(tmp_path):
     rows = concept.embeddings["text_encoder"]
     assert rows.shape == (2, LAYERS, 32) and concept.info.token_layers == LAYERS
     start = initial_rows(family_of(pipe.components).token_dictionaries()[0], "dog", 2, 0)
-    assert (rows - start[:, None]).abs().amax(-1).min() > 1e-4  # every row has moved
+    assert (rows - start[:, None]).abs().amax(-1).min() > 1e-4  # every row has changed
     for a in range(LAYERS):
         for b in range(a):
             assert not torch.allclose(rows[:, a], rows[:, b], atol=1e-5), (a, b)
@@ -51,7 +51,7 @@ def test_layers_learn_separate_embeddings(tmp_path):
 
 
 def test_conditions_of_a_layer_depend_on_its_embeddings_only(tmp_path):
-    """Only the rows of a layer change what that layer reads, and only they get its gradients."""
+    """Conditions and gradients of a layer depend only on its embeddings."""
     pipe = tiny_sd()
     family = family_of(pipe.components)
     pipe.text_encoder.requires_grad_(False)
@@ -68,7 +68,7 @@ def test_conditions_of_a_layer_depend_on_its_embeddings_only(tmp_path):
         assert touched.nonzero().tolist() == [[3]]
         assert pipe.text_encoder.get_input_embeddings().weight.grad is None
 
-        # Were all parts one sequence to every layer, their order would not matter.
+        # If every layer read all parts as one sequence, their order would not matter.
         parts = torch.randn(LAYERS, 24, 32, generator=torch.Generator().manual_seed(0))
         noisy, t = torch.zeros(1, 4, 16, 16), torch.tensor([500])
         drawn, turned = (

@@ -1,4 +1,4 @@
-"""One library has one set of shared directions, whoever recorded it first and how."""
+"""A library has one set of shared directions, independent of the first run's settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def learn(folder, name, pipe=None, **changes) -> Concept:
 
 
 def assert_apart(*concepts: Concept) -> None:
-    """All pairs of updates read orthogonal directions."""
+    """Whether the down-projections of all pairs of updates are orthogonal."""
     assert len({concept.info.basis.shared_directions for concept in concepts}) == 1
     first, *others = concepts
     for other in others:
@@ -49,13 +49,13 @@ def test_runs_of_other_precision_and_resolution_use_the_same_directions(tmp_path
     bf16 = learn(tmp_path, "tom", mixed_precision="bf16", **short)
     larger = learn(tmp_path, "zig", resolution=64, **short)
     (path,) = find_direction_files(tmp_path / "library")
-    # Rounded in memory, its weights have another digest: what it would record is nearly the same.
+    # Rounded weights have another digest, and nearly the same directions.
     rounded = tiny_sd()
     rounded.unet.to(torch.float16).to(torch.float32)
     half = learn(tmp_path, "max", rounded, **short)
     assert len(find_direction_files(tmp_path / "library")) == 2
     assert_apart(rex, bf16, larger, half)
-    # Another model has directions of its own.
+    # Another model has other directions.
     other = tiny_sd()
     with torch.no_grad():
         for parameter in other.text_encoder.parameters():
@@ -101,7 +101,7 @@ def test_directions_of_an_earlier_version_are_used(tmp_path) -> None:
     tom = learn(tmp_path, "tom", num_shared_directions=2, steps=1)
     assert find_direction_files(library) == [earlier]
     assert tom.info.basis.shared_directions == SharedDirections.load(earlier).name
-    # Rex has the same directions under another name: by number and by column it is kept apart.
+    # Rex has the same directions under another name: index and columns are disjoint.
     assert tom.info.slices["32"] != rex.info.slices["32"]
     assert find_overlaps([rex, tom]) == []
 
@@ -118,7 +118,7 @@ def _learn(folder, name, barrier):
 
 @pytest.mark.slow
 def test_simultaneous_runs_record_one_file(tmp_path) -> None:
-    settings(tmp_path)  # makes the pictures
+    settings(tmp_path)  # creates the images
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(3)
     names = ("rex", "tom", "zig")

@@ -1,4 +1,4 @@
-"""Training in half precision by the defaults, and from inside a caller's own settings of torch."""
+"""Training in half precision by default, and within a caller's settings of torch."""
 
 import math
 from pathlib import Path
@@ -28,19 +28,19 @@ from tests.training.test_presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 ALL = TINY_FAMILIES | {"flux3": tiny_flux3}
-#: What each preset's model is called in FAMILIES.
+#: Model of a preset -> name in FAMILIES.
 MODELS = {"sd15": "sd", "sd35-large": "sd3", "qwen-image": "qwen_image", "z-image": "z_image"}
 
 
 @pytest.fixture
 def fp16_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused on a CPU, as it is slow there; but autocast and scaler are a GPU's."""
+    """Allow float16 on a CPU, with the autocast and loss scaler of a GPU."""
     monkeypatch.setattr(recipe, "training_device", lambda config, accelerator: torch.device("cpu"))
 
 
 @pytest.fixture
 def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For shared directions 4 instead of 64, and for the record 2 instead of 24."""
+    """Use 4 prompts instead of 64 for shared directions, and 2 instead of 24 for recordings."""
     monkeypatch.setattr(library_directions, "generic_prompts", lambda: generic_prompts(4))
     monkeypatch.setattr(
         layer_input_recording, "fill_prompts", lambda words: fill_prompts(words, PROMPTS[:1])
@@ -51,7 +51,7 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def defaults(folder: Path, **changes: Any) -> TrainConfig:
-    """What is shipped, with a class word and two steps."""
+    """Return the default settings with a class word and two steps."""
     arguments = {"name": "rex", "class_word": "dog", "output": folder / "out", "steps": 2}
     return TrainConfig(**arguments | {"images": make_pictures(folder / "images")} | changes)
 
@@ -67,7 +67,7 @@ def check(config: TrainConfig, losses: list[float]) -> None:
         for rows in factors.values()
     ]
     assert layers
-    for rows in layers:  # of trace 1 at most: what it is over the whole energy
+    for rows in layers:  # at most trace 1, because it is relative to the whole energy
         assert 0 < float(rows.square().sum()) <= 1.001
 
 
@@ -97,7 +97,7 @@ def test_the_defaults_learn_on_the_bundled_base(precision, tmp_path, request):
     ],
 )
 def test_the_defaults_learn_in_every_family(name, precision, tmp_path, fp16_on_cpu, few_prompts):
-    ALL[name]().save_pretrained(str(tmp_path / "base"))  # modular ones take no Path
+    ALL[name]().save_pretrained(str(tmp_path / "base"))  # modular pipelines do not accept a Path
     losses: list[float] = []
     config = defaults(
         tmp_path, base=str(tmp_path / "base"), mixed_precision=precision, resolution=32, rank=4
@@ -120,7 +120,7 @@ def test_every_preset_trains(name, tmp_path, few_prompts):
         "class_word": "dog",
         "steps": 2,
         "resolution": 32,
-        "rank": 4,  # tiny layers are narrower than the preset's
+        "rank": 4,  # tiny layers are narrower than the preset's rank
     }
     config = load_config(PRESETS[name], **values)
     if config.quantize != "none":
@@ -151,7 +151,7 @@ def test_the_callers_torch_settings_do_not_change_the_result(context, outside, t
     assert actual.keys() == outside.keys()
     for key, values in actual.items():
         assert values.dtype == torch.float32 and not values.is_inference()
-        # On CPUs with bfloat16 products, TF32's setting is the model's as well.
+        # On CPUs with bfloat16 products, the setting of TF32 also affects the model.
         allowed = 1e-2 if context == "tf32" else 0.0
         torch.testing.assert_close(values, outside[key], atol=allowed, rtol=0)
 

@@ -38,7 +38,7 @@ PRESETS = {
     path.stem: path
     for path in sorted((Path(__file__).parents[2] / "scripts/presets").glob("*.yaml"))
 }
-#: What a preset's file is called, and its model in tests/true_sizes.
+#: Name in the file of a preset -> model in tests/true_sizes.
 MODELS = {
     "sd15": "sd15",
     "sdxl": "sdxl",
@@ -49,7 +49,7 @@ MODELS = {
     "krea2": "krea2",
     "qwen-image": "qwen_image",
 }
-#: How many pictures CALLS has in a call, and how many numbers there are to a prompt.
+#: Number of images in a call of CALLS, and number of values of an encoded prompt.
 IN_A_CALL = {"sd15": 2, "sdxl": 2, "sd35_large": 2, "z_image": 2}
 PROMPTS = {
     "sd15": 77 * 768,
@@ -61,7 +61,7 @@ PROMPTS = {
     "krea2": 512 * 12 * 2560,
     "qwen_image": 512 * 3584,
 }
-#: So many pictures, each with a caption of its own, are kept encoded on the device.
+#: Number of encoded images on the device, with different captions.
 PICTURES = 20
 NEEDED: dict[str, Any] = {
     "base": "base",
@@ -73,7 +73,7 @@ NEEDED: dict[str, Any] = {
 
 
 def configured(name: str) -> tuple[str, int, TrainConfig]:
-    """The model, the card's bytes and the settings of a preset."""
+    """Return the model, the card's memory in bytes and the settings of a preset."""
     model, _, card = name.rpartition("-")
     return MODELS[model], parse_memory_size(card.upper()), load_config(PRESETS[name], **NEEDED)
 
@@ -87,8 +87,10 @@ def model(name: str) -> Family:
 
 @cache
 def activations(name: str, rank: int, checkpointing: bool) -> int:
-    """What one call holds at most until its gradients are there, for IN_A_CALL pictures of the
-    default resolution. Under autocast the adapter computes in the model's precision."""
+    """Return the peak bytes of a forward and backward pass of IN_A_CALL images.
+
+    Under autocast, the adapter computes in the model's precision.
+    """
     family = model(name)
     denoiser = family.denoiser
     adapter = attach_new_adapter(
@@ -110,7 +112,7 @@ def activations(name: str, rank: int, checkpointing: bool) -> int:
 
 
 def stored_bytes(part: ComponentSize, kind: str) -> int:
-    """The bytes of a denoiser's weights; in fewer bits, with one layer as it is computed with."""
+    """Return the bytes of a denoiser's weights; if quantized, with one dequantized layer."""
     if kind == "none":
         return part.weights
     linear = (part.weights - part.nf4_weights) / (1 - NF4_BITS / 16)
@@ -119,14 +121,14 @@ def stored_bytes(part: ComponentSize, kind: str) -> int:
 
 
 def needed(name: str, config: TrainConfig) -> dict[str, int]:
-    """The bytes of each part of a run, which comes after the one before."""
+    """Return the bytes of each consecutive part of a run."""
     family = model(name)
     parts = measure_components(family).components
     assert config.mixed_precision == "bf16" and config.resolution in (None, 512, 1024)
     assert (config.resolution or family.default_resolution) == family.default_resolution
     assert config.cache_latents and config.prior_weight == 0
 
-    # Factors in float32; with what trains go its gradient and AdamW's two means.
+    # Factors in float32; trained ones have a gradient and AdamW's two moments.
     adapted = [family.denoiser_key, *(family.text_encoders if config.train_text_encoder else ())]
     shapes = [shape for key in adapted for shape in family.adapter_targets(key).values()]
     ups = sum(4 * config.rank * out for out, _ in shapes)
@@ -141,7 +143,7 @@ def needed(name: str, config: TrainConfig) -> dict[str, int]:
     calls = -(-config.batch_size // IN_A_CALL.get(name, 1))
     step = calls * activations(name, config.rank, config.gradient_checkpointing)
     return {
-        # The autoencoder in float32, which holds no more to encode than to decode.
+        # The autoencoder in float32; encoding needs no more memory than decoding.
         "pictures": 2 * parts["vae"].weights + 4 * family.decoder_activations() + latents,
         "prompts": sum(encoder.weights for encoder in encoders.values())
         + max(encoder.activations for encoder in encoders.values())
@@ -194,4 +196,4 @@ def test_a_preset_fits_its_card_by_the_documented_margin(name):
     comment = re.search(r"^# Counted: ([\d.]+) GB,", PRESETS[name].read_text(), re.MULTILINE)
     assert comment is not None
     assert float(comment[1]) == math.ceil(peak / GIB * 10) / 10
-    assert peak > 0.6 * card  # else more would fit
+    assert peak > 0.6 * card  # otherwise more would fit

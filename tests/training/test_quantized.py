@@ -1,4 +1,4 @@
-"""Training on a frozen denoiser in fewer bits."""
+"""Training on a quantized denoiser."""
 
 import json
 
@@ -29,7 +29,7 @@ def base(tmp_path_factory):
     return str(folder)
 
 
-#: The others do the same and are slower.
+#: Other kinds use the same code and are slower.
 once = pytest.mark.parametrize(
     "kind", [of(kind, *[pytest.mark.slow] * (kind != "nf4")) for kind in LIBRARIES]
 )
@@ -50,7 +50,7 @@ def test_a_concept_learned_on_a_quantized_base_fits_the_full_base(kind, base, tm
     a, b = tensors(concept), tensors(plain)
     assert a.keys() == b.keys() and not same(a, b)
     assert all(a[key].shape == b[key].shape and a[key].dtype == torch.float32 for key in a)
-    # The same direction: rounding changes what is learned by little.
+    # The same direction, because rounding changes the concept little.
     ups = [torch.cat([x[key].flatten() for key in a if key.endswith(".up")]) for x in (a, b)]
     assert float(torch.cosine_similarity(*ups, dim=0)) > 0.7
 

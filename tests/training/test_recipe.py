@@ -67,10 +67,10 @@ def test_concepts_with_the_same_seed_start_apart(tmp_path):
 def test_the_loss_falls_and_the_model_is_restored(pipe, method, tmp_path):
     before = snapshot(pipe.components, pipe.config)
     losses = []
-    # Without tokens that train, all must come from the denoiser.
+    # Without trained tokens, only the denoiser can learn.
     family = family_of(pipe.components, pipe.config)
     rate = 1e-2 if family.token_dictionaries() else 1e-1
-    # Where 32 pixels are 2 latents, the loss of so few numbers is mostly chance.
+    # The loss of 2 x 2 latents, for 32 pixels, is mostly noise.
     side = 128 if family.latent_multiple > 16 else 32
     config = settings(tmp_path, method=method, steps=40, learning_rate=rate, resolution=side)
     concept = train(
@@ -250,7 +250,7 @@ def test_gradient_checkpointing_and_uncached_latents_give_the_same(tmp_path):
 
 
 def test_accumulated_batches_make_one_step(tmp_path):
-    """At the first step the noise differs but pictures do not, so losses are near, not sums."""
+    """At the first step only the noise differs, so losses are close, and not sums."""
     losses = {}
     for name, batch, accumulate in (("a", 12, 1), ("b", 3, 4)):
         step_losses = losses.setdefault(name, [])
@@ -267,7 +267,7 @@ def test_accumulated_batches_make_one_step(tmp_path):
 
 
 def calls_of(module, count=lambda args, kwargs: 1):
-    """How much a module was called, by a hook."""
+    """Count the calls of a module by a hook."""
     seen = []
     module.register_forward_hook(
         lambda m, args, kwargs, out: seen.append(count(args, kwargs)), with_kwargs=True
@@ -280,7 +280,7 @@ def test_frozen_encoders_run_once(pipe, tmp_path):
     pictures = calls_of(pipe.vae.encoder)
     config = settings(tmp_path, train_text_encoder=False, train_tokens=False, caption_dropout=0.5)
     concept = train(config, pipe.components, progress=False, pipeline_config=pipe.config)
-    assert len(texts) == 2  # the caption and the empty one
+    assert len(texts) == 2  # the caption and the empty caption
     assert len(pictures) == 3
     assert concept.info.num_tokens == 0 and not concept.embeddings
     assert list(concept.updates) == list(family_of(pipe.components).denoisers)
@@ -307,9 +307,9 @@ def test_class_images_are_drawn_by_the_base_without_adapters(pipe, tmp_path):
     prompts.clear()
     concept = train(config, pipe.components, progress=False, pipeline_config=pipe.config)
     if family_of(pipe.components, pipe.config).token_dictionaries():
-        assert prompts[-3:] == [2, 2, 2]  # the concept's caption and the class's
+        assert prompts[-3:] == [2, 2, 2]  # the captions of concept and class
     else:
-        # Nothing trains in it: the class prompt and "" to draw with; both captions and "" to learn.
+        # Frozen: class prompt and "" for generation; both captions and "" for training.
         assert prompts == [1] * 5
     assert_unchanged(before, pipe.components, pipe.config)
     (folder,) = (config.output / ".class_pictures").iterdir()
@@ -417,7 +417,7 @@ def test_mixed_precision_keeps_the_adapter_in_float32(pipe, tmp_path):
     assert_unchanged(before, pipe.components, pipe.config)
     learned = tensors(concept)
     assert {value.dtype for value in learned.values()} == {torch.float32}
-    # Numbers that bfloat16 could not hold.
+    # Values that bfloat16 cannot represent.
     ups = [value for key, value in learned.items() if key.endswith(".up")]
     assert any(not torch.equal(up, up.bfloat16().float()) for up in ups)
 

@@ -1,4 +1,4 @@
-"""Samples of a concept while it is learned, and what is measured at the end."""
+"""Samples of a concept during training, and the loss on fixed noise."""
 
 import io
 import json
@@ -38,7 +38,7 @@ def pixels(data):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Names of the samples that are drawn, in order."""
+    """Collect the names of generated samples in order."""
     names = []
     draw = samples.SampleImages._draw
 
@@ -74,10 +74,10 @@ def test_samples_are_in_the_output_folder_and_the_card(tmp_path, counted):
     assert (
         "the base's own a photo of a dog; a photo of &#60;rex&#62; after 0, 3, 6, 9, 12 st" in card
     )
-    # What was learned shows: the last differs from the first, and the base's own is neither.
+    # The last sample differs from the first, and the base's from both.
     first, last = (pixels(drawn(tmp_path / "out")[name]) for name in (NAMES[1], NAMES[-1]))
     assert np.abs(first - last).max() > 0
-    # The base's is what the base draws, with nothing attached.
+    # The base's sample equals an image of the base without adapters.
     other = train(
         settings(tmp_path, "other", samples=True, steps=1, seed=0), pipe.components, progress=False
     )
@@ -108,14 +108,14 @@ def test_a_resumed_run_repeats_no_sample(tmp_path, counted):
     config = settings(tmp_path, samples=True, checkpoint_every=4)
     with pytest.raises(Stop):
         train(config, pipe.components, progress=False, on_step=crash_at(7))
-    assert counted == NAMES[:4]  # goes on from step 4, before that of step 6
+    assert counted == NAMES[:4]  # resumes from step 4, before the sample of step 6
     concept = train(config, pipe.components, progress=False)
     assert counted == NAMES
     whole = train(settings(tmp_path, "whole", samples=True), pipe.components, progress=False)
     assert drawn(tmp_path / "out") == drawn(tmp_path / "whole")
     facts = [c.info.training["fixed_loss"] for c in (concept, whole)]
     assert facts[0] == facts[1]
-    # A run that begins anew draws all of them, and samples may be switched on and off between.
+    # A new run generates all samples; samples may be enabled and disabled between runs.
     counted.clear()
     train(config.model_copy(update={"resume": False}), pipe.components, progress=False)
     assert counted == NAMES
@@ -161,7 +161,7 @@ def test_every_family_has_samples_and_a_fixed_loss(make, tmp_path):
 
 @pytest.mark.slow
 def test_samples_run_without_compilation(tmp_path, monkeypatch):
-    """Else each shape of theirs would be compiled, for a few calls."""
+    """Compilation of the shapes of samples would be for a few calls only."""
     from customize.training import compile_blocks
 
     monkeypatch.setattr(compile_blocks, "_BACKEND", "aot_eager")
@@ -191,7 +191,7 @@ def test_concepts_of_one_run_have_separate_samples(tmp_path):
 
 
 def test_nothing_but_defaults(tmp_path, capsys):
-    """All that ships on is on: samples, shared directions, preservation, the record."""
+    """Samples, shared directions, preservation and recording are enabled by default."""
     make_pictures(tmp_path / "photos")
     needed = {"base": "tiny", "name": "rex", "class_word": "dog", "images": tmp_path / "photos"}
     config = TrainConfig(**needed, output=tmp_path / "out", steps=3)

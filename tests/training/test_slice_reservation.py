@@ -22,7 +22,7 @@ def pipe():
 
 
 def in_library(folder, name, **changes):
-    """A run of one concept in a library."""
+    """Return settings of one concept in a library."""
     library = folder / "library"
     return settings(folder, name=name, library=library, output=library / name, **changes)
 
@@ -55,7 +55,7 @@ def test_a_slice_taken_by_another_concept_is_refused(pipe, tmp_path):
 
 
 def test_sharing_columns_in_a_full_library_is_warned_of(pipe, tmp_path):
-    for number in range(4):  # width 16 holds four
+    for number in range(4):  # width 16 has four slices
         train(in_library(tmp_path, f"c{number}", steps=1), pipe.components, progress=False)
     late = in_library(tmp_path, "late", checkpoint_every=4)
     with pytest.raises(Stop), pytest.warns(UserWarning, match="late share 4 of 4 columns"):
@@ -98,7 +98,7 @@ def test_simultaneous_processes_get_different_slices(pipe, tmp_path):
     ready = context.Barrier(2)
 
     def choose(names):
-        # Many claims each, so that without a lock some would meet.
+        # Many reservations each, so that some would collide without a lock.
         configs = [in_library(tmp_path, name, rank=1) for name in names]
         ready.wait()
         reservations = [
@@ -106,9 +106,9 @@ def test_simultaneous_processes_get_different_slices(pipe, tmp_path):
         ]
         for reservation in reservations:
             reservation.__enter__()
-        os._exit(0)  # as if killed: the claims stay
+        os._exit(0)  # as if killed: the reservations remain
 
-    in_library(tmp_path, "first")  # makes the pictures
+    in_library(tmp_path, "first")  # creates the images
     groups = [[f"{letter}{number}" for number in range(8)] for letter in "ab"]
     processes = [context.Process(target=choose, args=(names,)) for names in groups]
     for process in processes:

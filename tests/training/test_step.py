@@ -1,4 +1,4 @@
-"""What reaches the optimizer at a step: sums of gradients, their norm, the rates."""
+"""Gradients, their norm and learning rates of an optimizer step."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ STILL = {"learning_rate": 1e-12, "text_learning_rate": 1e-12, "token_learning_ra
 
 @pytest.fixture
 def taken(monkeypatch):
-    """[(gradients, rates by name), ...], one a step."""
+    """Collect (gradients, learning rates by name) of each step."""
     steps = []
     step = torch.optim.AdamW.step
 
@@ -44,7 +44,7 @@ def run(folder, name, **changes):
 
 
 def test_an_accumulated_gradient_is_the_mean_of_its_batches(taken, tmp_path):
-    """Two batches in one step are those of two steps, in which the weights hardly move."""
+    """Two batches of one step equal those of two steps with tiny learning rates."""
     apart = run(tmp_path, "apart", steps=2, max_grad_norm=0, **STILL)
     together = run(tmp_path, "together", steps=1, gradient_accumulation=2, max_grad_norm=0, **STILL)
     assert together[0] == pytest.approx(sum(apart) / 2, rel=1e-5)

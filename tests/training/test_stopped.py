@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment is made whole by the next one with the same settings."""
+"""A run stopped at any moment is completed by the next run with the same settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import same, settings, tensors
 
-#: What a process does to files, as Python's audit hooks name it.
+#: Events of Python's audit hooks for files.
 WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 
 Moment = Callable[[int, str, str], bool]
@@ -47,7 +47,7 @@ def config_in(folder: Path, **changes):
 
 
 def _run(folder: Path, number: int, moment: Moment, changes) -> None:
-    """In a process of its own: train, and send itself a signal at a moment."""
+    """Train in a separate process that sends itself a signal."""
     config = config_in(folder, **changes)
     count = 0
 
@@ -73,19 +73,19 @@ def _run(folder: Path, number: int, moment: Moment, changes) -> None:
 
 
 def stopped(folder: Path, number: int, moment: Moment, **changes) -> int | None:
-    """The exit code of a run that was sent a signal."""
-    config_in(folder)  # makes the pictures
+    """Return the exit code of a run that got a signal."""
+    config_in(folder)  # creates the images
     context = multiprocessing.get_context("fork")
     process = context.Process(target=_run, args=(folder, number, moment, changes))
     process.start()
     process.join(timeout=300)
-    for path in folder.rglob("*.partial"):  # as the next run comes later than this one does here
+    for path in folder.rglob("*.partial"):  # as if the next run were later
         os.utime(path, (0, 0))
     return process.exitcode
 
 
 def names(folder: Path) -> set[str]:
-    """All that is in a concept's folder but for what a run keeps to go on from."""
+    """Return the files of a concept's folder except those for resuming."""
     return {path.name for path in folder.iterdir()} - {".checkpoints"}
 
 
@@ -98,7 +98,7 @@ def whole(tmp_path_factory):
 
 
 def begin(folder: Path, whole: Path) -> Path:
-    """A folder whose library has its shared directions, which take most of a small run's time."""
+    """A library with shared directions, which take most of a small run's time."""
     (folder / "library").mkdir(parents=True)
     for path in find_direction_files(whole.parent):
         shutil.copy(path, folder / "library")
@@ -106,7 +106,7 @@ def begin(folder: Path, whole: Path) -> Path:
 
 
 def assert_whole(folder: Path, whole: Path, **changes) -> None:
-    """The next run with the same settings ends with all that an uninterrupted one makes."""
+    """Assert that the next run with the same settings completes all files."""
     config = config_in(folder, **changes)
     train(config, tiny_sd().components, progress=False)
     made = config.output
@@ -116,7 +116,7 @@ def assert_whole(folder: Path, whole: Path, **changes) -> None:
         assert (made / name).read_bytes() == (whole / name).read_bytes(), name
     check = check_library(config.library)
     assert check.errors == [] and read_reservations(config.library) == []
-    # What is left of files half written is swept by whoever writes there later.
+    # Later writers delete partial files.
     assert all(is_partial(path.name) for path in config.library.rglob("*.partial"))
 
 
@@ -139,11 +139,11 @@ def test_missing_outputs_of_a_finished_run_are_made_by_the_next(
     rex = tmp_path / "library" / "rex"
     learned = load_concept(rex)
     assert (rex / RESERVATION_FILE).is_file()
-    # Nobody takes it for another's slice meanwhile.
+    # The slice stays reserved meanwhile.
     assert read_reservations(tmp_path / "library") == []
     assert not [fault for fault in check_library(rex.parent).errors if "share" in fault]
     assert_whole(tmp_path, whole, **changes)
-    assert load_concept(rex).info == learned.info  # it was not learned or saved again
+    assert load_concept(rex).info == learned.info  # it was not trained or saved again
 
 
 def test_a_damaged_or_deleted_recording_is_repeated(whole, tmp_path):

@@ -34,8 +34,8 @@ SHAPES = {"flux2": (16, 8, 8), "qwen_image_21": (4, 2, 2)}
 
 
 def arguments(family, conditions):
-    """Conditions of one prompt as the pipelines take them."""
-    if family.name == "z_image" and conditions:  # takes a list
+    """Return conditions of one prompt as arguments of the pipeline."""
+    if family.name == "z_image" and conditions:  # its pipeline takes a list
         return {"prompt_embeds": list(conditions["prompt_embeds"])}
     return {key: value for key, value in conditions.items() if key != "prompt_lengths"}
 
@@ -48,9 +48,11 @@ def test_images_equal_the_pipelines(make, guidance):
     shape = SHAPES.get(family.name, (4, 16, 16))
     with torch.no_grad():
         conditions, empty = family.encode_prompts(["a dog"]), family.encode_prompts([""])
-    if family.name == "ltx2":  # the pipeline's stream of pictures would follow that of sound
+    if (
+        family.name == "ltx2"
+    ):  # otherwise the pipeline draws the noise of images after that of sound
         isolate(pipe)
-    # A scheduler that draws noise of its own draws it for all pictures together.
+    # A scheduler with random noise draws it for all images together.
     multistep = type(pipe.scheduler).__name__ == "CogVideoXDPMScheduler"
     seeds = [3] if multistep else [3, 4]
     torch.manual_seed(5)
@@ -67,13 +69,13 @@ def test_images_equal_the_pipelines(make, guidance):
     assert torch.equal(torch.get_rng_state(), state)
     for seed, image in zip(seeds, images, strict=True):
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
-        # What has the guidance as an input needs no second prompt.
+        # Models with guidance as an input need no negative prompt.
         negative_conditions = {} if family.has_guidance_input else empty
         negative_arguments = {
             f"negative_{k}": v for k, v in arguments(family, negative_conditions).items()
         }
         inputs = arguments(family, conditions) | negative_arguments
-        if family.name == "ltx2":  # whose call condenses prompts itself
+        if family.name == "ltx2":  # its pipeline applies the connectors itself
             inputs = {"prompt": "a dog"}
         scale = "true_cfg_scale" if family.name.startswith("qwen_image") else "guidance_scale"
         expected = drawn(
@@ -87,7 +89,7 @@ def test_images_equal_the_pipelines(make, guidance):
             width=32,
             output_type="pil",
         )[0]
-        expected = expected.convert("RGB")  # one of them also draws transparency
+        expected = expected.convert("RGB")  # one family also generates transparency
         difference = np.asarray(expected).astype(int) - np.asarray(image).astype(int)
         assert abs(difference).max() <= 1
 

@@ -20,7 +20,7 @@ def test_every_image_is_used_once_before_any_is_repeated():
 
 
 def test_two_small_batches_equal_one_large_batch():
-    """So accumulation and more processes see the same pictures as one large batch."""
+    """Accumulation and several processes use the same images as one large batch."""
     whole = pick(3, size=4).pictures
     assert pick(6, size=2).pictures + pick(7, size=2).pictures == whole
 

@@ -30,7 +30,7 @@ from tests.training.runs import (
 
 
 def shapes_of(pipe):
-    """The (height, width) of the latents that a UNet is called with."""
+    """Collect the (height, width) of the latents in each call of a UNet."""
     seen = []
     pipe.unet.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[-2:])))
     return seen
@@ -61,7 +61,7 @@ def test_an_image_gets_the_nearest_aspect_ratio(width, height):
     bucket = nearest_bucket((width, height), sizes)
     gaps = [abs(np.log(w / h) - np.log(width / height)) for w, h in sizes]
     assert abs(np.log(bucket[0] / bucket[1]) - np.log(width / height)) == pytest.approx(min(gaps))
-    if 1 / 4 <= width / height <= 4:  # at most half the way between two ratios is cropped
+    if 1 / 4 <= width / height <= 4:  # cropped by at most half the difference of two ratios
         assert min(gaps) < 0.13
     assert nearest_bucket((height, width), sizes) == bucket[::-1]
 
@@ -142,7 +142,7 @@ def test_class_images_have_separate_buckets_and_weight(keep, tmp_path):
         progress=False,
         on_step=lambda _, loss: losses.append(float(loss)),
     )
-    # A step is one call where both halves are of one size, else one for each.
+    # A step has one call if both halves have one size, otherwise two.
     both = seen.count((16, 16)) + seen.count((12, 20)) + seen.count((32, 8))
     assert both == len(seen) and seen.count((12, 20)) == 4 and seen.count((32, 8)) == 4
     assert 8 <= len(seen) <= 16 and len(losses) == 8
@@ -185,7 +185,7 @@ def test_time_ids_of_stable_diffusion_xl_have_the_size_of_each_batch(tmp_path):
 
 
 def test_masks_that_are_black_in_the_trained_area_are_refused(tmp_path):
-    """White at the left end of a wide picture, outside of its centre square."""
+    """The mask is white at the left end of a wide image, outside of its centre square."""
     make_various(tmp_path, ((64, 32),))
     mask = Image.new("L", (64, 32), 0)
     mask.paste(255, (0, 0, 12, 32))
@@ -195,7 +195,7 @@ def test_masks_that_are_black_in_the_trained_area_are_refused(tmp_path):
         train(settings(tmp_path, **changes), tiny_sd().components, progress=False)
     train(settings(tmp_path, buckets=True, **changes), tiny_sd().components, progress=False)
 
-    # A ribbon of 1:10, of which 1:4 is left.
+    # An image of 1:10, which is cropped to 1:4.
     make_various(tmp_path / "ribbon", ((20, 200),))
     mask = Image.new("L", (20, 200), 0)
     mask.paste(255, (0, 0, 20, 40))
@@ -224,11 +224,13 @@ def test_only_one_image_is_in_memory_at_full_size(tmp_path):
     config = settings(tmp_path, buckets=True)
     family = family_of(tiny_sd().components)
     cpu = torch.device("cpu")
-    read_image(tmp_path / "images" / "0.png")  # what the libraries take at the first picture
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    read_image(
+        tmp_path / "images" / "0.png"
+    )  # memory that the libraries allocate at the first image
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak_memory(cpu)
     samples = read_images(config)
     pictures = cache_images(family, samples, 32, cpu, flip=False, keep_latents=True, buckets=True)
     assert len(pictures.latents) == number and len(set(pictures.sizes)) == 1
-    # Decoding takes a few copies of one picture.
+    # Decoding needs a few copies of one image.
     assert peak_memory(cpu) - before < number * one / 2

@@ -1,4 +1,4 @@
-"""A changed data set is told by the pictures that differ."""
+"""Changes of a data set are reported by the names of the images."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from customize.training.data.dataset import (
 
 
 def gradient(width=40, height=30, seed=0):
-    """Three smooth ramps with a hue of the seed's: every corner differs."""
+    """Three smooth ramps with a hue by seed; all corners differ."""
     x = np.linspace(0, 255, width)[None, :].repeat(height, 0)
     y = np.linspace(0, 255, height)[:, None].repeat(width, 1)
     blue = np.full((height, width), (37 * seed) % 256)
@@ -56,7 +56,7 @@ def close(image, expected, tolerance):
     return difference.max() <= tolerance
 
 
-# Which files, in which order
+# Files and their order
 
 
 def test_all_image_suffixes_in_any_case_sorted_by_name(tmp_path):
@@ -483,7 +483,7 @@ def test_first_image_of_a_multi_picture_jpeg_is_used(tmp_path):
     assert close(read_image(path), gradient(), 16)
 
 
-# What is refused
+# Refused images
 
 
 @pytest.mark.parametrize("name", ["a.webp", "a.png"])
@@ -536,7 +536,7 @@ def test_decompression_bomb_is_never_decoded(tmp_path, side):
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    # The data is garbage: had it been decoded, the message would speak of that.
+    # The data is invalid, and decoding it would give another message.
     path = tmp_path / "a.png"
     content = chunk(b"IHDR", header) + chunk(b"IDAT", b"garbage") + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)

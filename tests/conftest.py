@@ -1,7 +1,7 @@
-"""One thread for every test and what it starts.
+"""One thread for all tests and their child processes.
 
-Sums over threads round differently, so results are the same to the bit only for the same number of
-threads; and tiny models are no faster on more.
+Sums over threads round differently, so results are equal bit for bit only for the same number of
+threads; tiny models are not faster on more threads.
 """
 
 import os

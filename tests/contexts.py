@@ -1,4 +1,4 @@
-"""What a caller may have set of torch around a call of ours."""
+"""Settings of torch that may be active around a call of this package."""
 
 from __future__ import annotations
 

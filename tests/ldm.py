@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline's weights under the names of CompVis' checkpoints, in one file."""
+"""Stable Diffusion in one file, with the names of the original checkpoints."""
 
 from __future__ import annotations
 
@@ -56,28 +56,28 @@ def _unet(key: str, layers: int, unet: Any) -> str:
         if key.startswith(ours):
             return theirs + key.removeprefix(ours)
     if match := re.match(r"mid_block\.(attentions|resnets)\.(\d)\.(.*)", key):
-        kind, number, rest = match.groups()
-        place = 1 if kind == "attentions" else 2 * int(number)
-        return f"middle_block.{place}.{_part(kind, rest)}"
+        kind, number, suffix = match.groups()
+        number_in_block = 1 if kind == "attentions" else 2 * int(number)
+        return f"middle_block.{number_in_block}.{_part(kind, suffix)}"
     match = re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)\.(.*)", key)
     assert match is not None, key
-    side, block, kind, number, rest = match.groups()
+    side, block, kind, number, suffix = match.groups()
     if side == "down":
         if kind == "downsamplers":
-            return f"input_blocks.{layers * (int(block) + 1)}.0.{rest.replace('conv', 'op')}"
-        place = layers * int(block) + int(number) + 1
-        return f"input_blocks.{place}.{int(kind == 'attentions')}.{_part(kind, rest)}"
+            return f"input_blocks.{layers * (int(block) + 1)}.0.{suffix.replace('conv', 'op')}"
+        number_in_block = layers * int(block) + int(number) + 1
+        return f"input_blocks.{number_in_block}.{int(kind == 'attentions')}.{_part(kind, suffix)}"
     if kind == "upsamplers":
         second = 2 if hasattr(unet.up_blocks[int(block)], "attentions") else 1
-        return f"output_blocks.{layers * (int(block) + 1) - 1}.{second}.{rest}"
-    place = layers * int(block) + int(number)
-    return f"output_blocks.{place}.{int(kind == 'attentions')}.{_part(kind, rest)}"
+        return f"output_blocks.{layers * (int(block) + 1) - 1}.{second}.{suffix}"
+    number_in_block = layers * int(block) + int(number)
+    return f"output_blocks.{number_in_block}.{int(kind == 'attentions')}.{_part(kind, suffix)}"
 
 
-def _part(kind: str, rest: str) -> str:
+def _part(kind: str, suffix: str) -> str:
     if kind == "attentions":
-        return rest
-    name, _, leaf = rest.rpartition(".")
+        return suffix
+    name, _, leaf = suffix.rpartition(".")
     return f"{_RESNET[name]}.{leaf}"
 
 

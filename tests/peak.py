@@ -1,4 +1,4 @@
-"""How many bytes a call allocates at most, on the meta device, where nothing is computed."""
+"""Peak memory of a call, measured on the meta device, where nothing is computed."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_bytes(model: nn.Module, call: Callable[[], Any], backward: bool = False) -> int:
-    """The most that is alive at a time beside the model's own weights.
+    """The peak of allocated bytes, besides the model's weights.
 
     Args:
-        call: answers one tensor if it is to be followed by its backward pass.
+        model: The model, on the meta device.
+        call: Calls the model; must return one tensor for a backward pass.
+        backward: Whether a backward pass follows the call.
     """
-    own = {each.untyped_storage()._cdata for each in (*model.parameters(), *model.buffers())}
+    weights = {
+        tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())
+    }
     # Not by a TorchFunctionMode, which checkpoints do not recompute in.
     fused = patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused)
-    with fused, torch.set_grad_enabled(backward), _Alive(own) as alive:
-        answer = call()
+    with fused, torch.set_grad_enabled(backward), _Alive(weights) as alive:
+        output = call()
         if backward:
-            answer.float().square().mean().backward()
+            output.float().square().mean().backward()
     return alive.peak
 
 
 class _Attention(torch.autograd.Function):
-    """What a fused kernel allocates: its answer, and gradients; it saves what it was given."""
+    """The allocations of a fused kernel: output and gradients; it saves its inputs."""
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        answer = torch.empty_like(query)
-        context.save_for_backward(query, key, value, answer)
-        return answer
+        output = torch.empty_like(query)
+        context.save_for_backward(query, key, value, output)
+        return output
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +49,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """On meta torch has no fused kernels for attention."""
+    """Attention without fused kernels, which torch lacks on the meta device."""
     return _Attention.apply(query, key, value)
 
 
@@ -55,12 +59,12 @@ class _Alive(TorchDispatchMode):
         self.known, self.now, self.peak = set(known), 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        answer = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(answer):
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
         self.peak = max(self.peak, self.now)
-        return answer
+        return output
 
     def _note(self, storage: Any) -> None:
         key, count = storage._cdata, storage.nbytes()

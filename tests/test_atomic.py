@@ -56,7 +56,7 @@ def test_leftovers_are_deleted_only_after_their_writer_has_ended(tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["tom"]
 
 
-def test_own_partial_files_are_not_deleted(tmp_path: Path) -> None:
+def test_partial_files_of_this_process_are_not_deleted(tmp_path: Path) -> None:
     with partial_folder(tmp_path / "a") as folder, atomic_file(tmp_path / "b") as file:
         delete_leftovers(tmp_path)
         write_atomic(tmp_path / "c", b"c")

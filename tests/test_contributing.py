@@ -1,7 +1,7 @@
-"""The recipes of CONTRIBUTING.md work as written: one new file, one new line, and it is in use.
+"""The recipes of CONTRIBUTING.md work as written: one new file and one new line.
 
 Each recipe has a block with the new file (``python file=...``), one with the line of the registry
-and its import, each behind a line that is there (``diff file=...``), and one that uses it (``python
+and its import, each after an existing line (``diff file=...``), and one that uses it (``python
 check``). They are applied to a copy of the package.
 """
 
@@ -28,7 +28,7 @@ RECIPES = (
 
 
 def read_recipes() -> dict[str, list[Block]]:
-    """Title of a recipe -> its blocks."""
+    """Read the blocks of each recipe by its title."""
     path = ROOT / "CONTRIBUTING.md"
     lines = path.read_text().splitlines()
     recipes: dict[str, list[Block]] = {}
@@ -55,7 +55,7 @@ def apply_recipe(blocks: list[Block], folder: Path) -> str:
     return check.text
 
 
-def test_all_recipes_are_there() -> None:
+def test_recipes_cover_every_extension_point() -> None:
     recipes = read_recipes()
     assert tuple(recipes) == RECIPES
     for title, blocks in recipes.items():
@@ -83,7 +83,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_recipes_work(package: Path) -> None:
-    """All in one copy and one process, since importing takes seconds."""
+    """All recipes share one copy and one process, because importing takes seconds."""
     code = []
     for title, blocks in read_recipes().items():
         check = apply_recipe(blocks, package)

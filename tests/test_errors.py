@@ -1,3 +1,5 @@
+"""Messages of the exception classes."""
+
 from __future__ import annotations
 
 import copy

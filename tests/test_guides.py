@@ -1,16 +1,16 @@
 """README.md and the guides: their code runs as written, their links and figures are right.
 
-The words of a fence after its language say how a block is treated:
+The words of a fence after its language say how the block is tested:
 
 - ``file=NAME``: the block is the content of that file.
 - ``check``: the use of a recipe in CONTRIBUTING.md; run by test_contributing.py.
 - ``make``: commands of make, whose targets must exist; they are not run.
 - ``hub``: needs models of the Hugging Face hub. Its commands are parsed, not run.
-- ``slow``: takes minutes; run by ``make test-slow`` alone.
+- ``slow``: takes minutes; run only by ``make test-slow``.
 
 All other blocks run in the order of their file, Python blocks in one namespace, in a folder where
-tiny models stand for those of the hub. ``make test`` draws and trains two steps where the text has
-more, without samples and shared directions; ``make test-slow`` runs the text as it is.
+tiny models replace those of the hub. ``make test`` limits drawing and training to two steps,
+without samples and shared directions; ``make test-slow`` runs the text unchanged.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 def shorten(text: str) -> str:
-    """The text of a shell block in which training is fast."""
+    """Shorten training in the text of a shell block."""
     fast = f" --steps {STEPS} --no-samples --num-shared-directions 0"
     lines = text.replace("\\\n", " ").splitlines()
     return "\n".join(line + fast * line.startswith("customize train") for line in lines)
@@ -78,7 +78,7 @@ def shorten(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like that of the demo, whose concepts are learned in one step."""
+    """A folder like the demo's, with concepts trained for one step."""
     import customize
     from customize.demo.experiment import NAMES, TRAINING
     from customize.storybook.example_concepts import BUNDLED
@@ -102,7 +102,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw_few_steps(patch: pytest.MonkeyPatch) -> None:
-    """Let every scheduler set two steps, however many are requested."""
+    """Limit all schedulers to two steps."""
     import diffusers
 
     for name in ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"):
@@ -149,7 +149,7 @@ def storybook_lora() -> dict[str, torch.Tensor]:
 
 
 def run_command(words: list[str], folder: Path) -> None:
-    """Run one line of a shell block; customize's own in this process, which is faster."""
+    """Run one line of a shell block; commands of customize run in this process, which is faster."""
     if words[0] == "customize":
         from customize.cli import main
 
@@ -246,7 +246,7 @@ def test_blocks_are_marked(guide: str) -> None:
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_options_of_commands_exist(guide: str) -> None:
-    """Options are parsed in blocks that are not run, and exist where the text names them."""
+    """Options in blocks that are not run and in the text exist."""
     import typer
 
     from customize.cli.app import app
@@ -261,7 +261,7 @@ def test_options_of_commands_exist(guide: str) -> None:
 
 
 @pytest.mark.parametrize("guide", [*GUIDES, "scripts/bench/README.md", "assets/README.md"])
-def test_links_lead_somewhere(guide: str) -> None:
+def test_link_targets_exist(guide: str) -> None:
     path = ROOT / guide
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if target.startswith("https://"):
@@ -288,7 +288,7 @@ def test_readme_is_short() -> None:
 
 
 def test_presets_table() -> None:
-    """Each cell names a preset's precision and the memory that the preset's file counts."""
+    """Cells contain the precision and memory of the preset files."""
     text = (ROOT / "customize/training/README.md").read_text()
     cells = {}
     for name, *row in re.findall(r"^\| `([\w-]+)` \|" + r"([^|]*)\|" * 4 + "$", text, re.MULTILINE):

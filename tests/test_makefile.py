@@ -1,4 +1,4 @@
-"""How make keeps its environment, with interpreters that only note what they are asked."""
+"""The environment that make creates, with interpreters that only log their arguments."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Stands for an interpreter; what it puts into an environment stands for that one's.
+# Replaces an interpreter; it also creates the interpreter of an environment.
 INTERPRETER = """#!/bin/sh
 echo "$(basename $0) $*" >> {log}
 case "$*" in
@@ -33,7 +33,7 @@ def interpreter(folder, name, version, too_old=0):
 
 
 def make(folder, *arguments):
-    """Bring the environment up to date; the code, what was said, and what interpreters ran."""
+    """Update the environment; returns the exit code, stderr and the log of the interpreters."""
     environment = {key: text for key, text in os.environ.items() if key != "PYTHON"}
     environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
     (folder / "log").write_text("")
@@ -58,7 +58,7 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def test_an_environment_is_made_once(checkout):
+def test_environment_is_created_once(checkout):
     code, _, log = make(checkout)
     assert code == 0 and "python3 -m venv --clear .venv" in log and "pip install" in log
     assert make(checkout) == (0, "", "")
@@ -67,7 +67,7 @@ def test_an_environment_is_made_once(checkout):
     assert "venv" not in (log := make(checkout)[2]) and "pip install" in log
 
 
-def test_one_that_was_cut_off_is_made_anew(checkout):
+def test_incomplete_environment_is_recreated(checkout):
     (checkout / "cut-off").touch()
     assert make(checkout)[0] != 0
     assert (checkout / ".venv" / "bin" / "python").exists()
@@ -76,19 +76,23 @@ def test_one_that_was_cut_off_is_made_anew(checkout):
     assert code == 0 and "venv --clear" in log and "pip install" in log
 
 
-def test_another_interpreter_is_taken_when_it_is_named(checkout):
+def test_named_interpreter_is_used(checkout):
     make(checkout)
     code, _, log = make(checkout, "PYTHON=python3.99")
     assert code == 0 and "python3.99 -m venv --clear .venv" in log and "pip install" in log
     assert "venv" not in make(checkout, "PYTHON=python3.99")[2]
-    assert make(checkout) == (0, "", "")  # what is there will do where none is named
+    assert make(checkout) == (
+        0,
+        "",
+        "",
+    )  # without PYTHON, any environment is used
     for name in ("python2", "python3.98"):
         code, err, _ = make(checkout, f"PYTHON={name}")
         assert code == 2 and f"Python 3.11 or newer, and '{name}' is not" in err
     assert (checkout / ".venv" / ".installed").exists()
 
 
-def test_one_from_before_there_were_notes_is_kept(checkout):
+def test_environment_without_a_marker_file_is_reused(checkout):
     make(checkout)
     (checkout / ".venv" / ".made").unlink()
     code, _, log = make(checkout)

@@ -1,4 +1,4 @@
-"""Near names are suggested wherever a name is not known, and each that is suggested is accepted."""
+"""Errors about unknown names suggest similar ones, which are accepted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.tiny import tiny_sd
 
 SETTINGS = list(TrainConfig.model_fields)
 
-#: What people write -> what they mean.
+#: Synonym or typo -> setting.
 MEANT = {
     "lr": "learning_rate",
     "LR": "learning_rate",
@@ -48,11 +48,11 @@ MEANT = {
 }
 
 
-@pytest.mark.parametrize("given_", MEANT)
-def test_synonyms_and_typos_of_settings(given_: str) -> None:
-    assert find_near_names(given_, SETTINGS)[0] == MEANT[given_]
-    with pytest.raises(ConfigError, match=rf"not a setting; did you mean {MEANT[given_]}"):
-        TrainConfig(**{given_: 1, "base": "b"})
+@pytest.mark.parametrize("name", MEANT)
+def test_synonyms_and_typos_of_settings(name: str) -> None:
+    assert find_near_names(name, SETTINGS)[0] == MEANT[name]
+    with pytest.raises(ConfigError, match=rf"not a setting; did you mean {MEANT[name]}"):
+        TrainConfig(**{name: 1, "base": "b"})
 
 
 @given(st.sampled_from(SETTINGS), st.data())
@@ -64,9 +64,9 @@ def test_name_with_a_missing_letter(name: str, data: Any) -> None:
 
 
 @given(st.one_of(st.text(), st.none(), st.integers(), st.binary()))
-def test_only_known_names_are_suggested(given_: object) -> None:
-    assert set(find_near_names(given_, SETTINGS)) <= set(SETTINGS)
-    assert len(suggest_names(given_, SETTINGS)) < 1500
+def test_only_known_names_are_suggested(name: object) -> None:
+    assert set(find_near_names(name, SETTINGS)) <= set(SETTINGS)
+    assert len(suggest_names(name, SETTINGS)) < 1500
 
 
 def test_dissimilar_name_lists_all_names() -> None:

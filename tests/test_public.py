@@ -1,4 +1,4 @@
-"""The package's own functions: imported when they are used, and short when they are printed."""
+"""The public functions: they are imported lazily, and their results have short reprs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def two(pipe: Any, folder: Path) -> list[Path]:
     ]
 
 
-def test_nothing_heavy_is_imported_with_the_names() -> None:
+def test_importing_customize_imports_no_heavy_modules() -> None:
     code = (
         "import sys, customize; assert 'torch' not in sys.modules; "
         "dir(customize); assert 'torch' not in sys.modules; "
@@ -44,13 +44,13 @@ def test_nothing_heavy_is_imported_with_the_names() -> None:
 
 
 @pytest.mark.parametrize("name", customize.__all__)
-def test_every_public_name_is_there_and_documented(name: str) -> None:
-    found = getattr(customize, name)
+def test_every_public_name_exists_and_is_documented(name: str) -> None:
+    value = getattr(customize, name)
     if name != "__version__":
-        assert found.__doc__ and len(found.__doc__) > 60
+        assert value.__doc__ and len(value.__doc__) > 60
 
 
-def test_a_name_that_is_not_there_names_the_near_one() -> None:
+def test_unknown_name_suggests_a_similar_one() -> None:
     with pytest.raises(
         AttributeError, match=r"'load_costum'; did you mean load_custom or unload_custom"
     ):
@@ -59,7 +59,7 @@ def test_a_name_that_is_not_there_names_the_near_one() -> None:
         _ = customize.__wrapped__
 
 
-def test_train_gives_the_concept_and_saves_it(tmp_path: Path) -> None:
+def test_train_returns_and_saves_the_concept(tmp_path: Path) -> None:
     pipe = tiny_sd()
     images = make_pictures(tmp_path / "images")
     settings = {**SMALL, "images": images, "output": tmp_path / "rex", "steps": 1}
@@ -71,8 +71,8 @@ def test_train_gives_the_concept_and_saves_it(tmp_path: Path) -> None:
         config, output=tmp_path / "b", components=pipe.components, progress=False
     )
     assert other.info.name == "rex" and (tmp_path / "b" / "concept.json").is_file()
-    given = {"name": "tom", "output": tmp_path / "tom", "components": pipe.components}
-    assert customize.train(config, **given, progress=False).info.trigger == "<tom>"
+    arguments = {"name": "tom", "output": tmp_path / "tom", "components": pipe.components}
+    assert customize.train(config, **arguments, progress=False).info.trigger == "<tom>"
     (tmp_path / "run.yaml").write_text("class_word: dog\n")
     with pytest.raises(ConfigError, match="base is missing"):
         customize.train(tmp_path / "run.yaml")
@@ -82,17 +82,17 @@ def test_train_gives_the_concept_and_saves_it(tmp_path: Path) -> None:
         customize.train(settings)  # type: ignore[arg-type]
 
 
-def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
+def test_load_custom_reads_a_written_merge(tmp_path: Path) -> None:
     pipe = tiny_sd()
     rex, tom = two(pipe, tmp_path)
     merged = customize.merge(
         rex, customize.load_concept(tom), output=tmp_path / "duo", weights={"tom": 0.5}
     )
     assert merged.method == "sum" and merged.rank == {"text_encoder": 4, "unet": 4}
-    found = draw(pipe.load_custom(merged.folder), PROMPT)
+    actual = draw(pipe.load_custom(merged.folder), PROMPT)
     pipe.unload_custom()
     expected = draw(pipe.load_custom(rex, tom, weights=[1.0, 0.5], merge="sum"), PROMPT)
-    assert np.abs(found - expected).max() <= 1e-5
+    assert np.abs(actual - expected).max() <= 1e-5
     with pytest.raises(ConceptError, match=r"is a merge.*load_custom"):
         customize.load_concept(merged.folder)
     kohya = customize.merge(rex, tom, output=tmp_path / "k", format="kohya", rank=2)
@@ -120,14 +120,14 @@ def test_merge_writes_what_load_custom_reads(tmp_path: Path) -> None:
         ({"weights": [1]}, "1 weights were given for 2"),
     ],
 )
-def test_what_merge_refuses(arguments: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_invalid_merges_are_refused(arguments: dict[str, Any], says: str, tmp_path: Path) -> None:
     sources = two(tiny_sd(), tmp_path)
     with pytest.raises(ConfigError, match=f"(?s){says}"):
         customize.merge(*sources, output=tmp_path / "m", **arguments)
     assert not (tmp_path / "m").exists()
 
 
-def test_lists_are_to_be_unpacked(tmp_path: Path) -> None:
+def test_lists_must_be_unpacked(tmp_path: Path) -> None:
     pipe = tiny_sd()
     sources = two(pipe, tmp_path)
     with pytest.raises(ConfigError, match=r"list of 2 is not a concept.*load_custom\(\*concepts\)"):
@@ -140,35 +140,33 @@ def test_lists_are_to_be_unpacked(tmp_path: Path) -> None:
         pipe.load_custom({"rex": 1.0})
 
 
-def test_inspect_tells_what_concepts_hold(tmp_path: Path) -> None:
+def test_inspect_reports_facts_and_overlap(tmp_path: Path) -> None:
     pipe = tiny_sd()
     rex, tom = two(pipe, tmp_path)
-    found = customize.inspect(rex)
-    assert found.facts[0]["trigger"] == "<rex>, 2 tokens" and found.overlap is None
+    report = customize.inspect(rex)
+    assert report.facts[0]["trigger"] == "<rex>, 2 tokens" and report.overlap is None
     both = customize.inspect(rex, tom)
     assert both.overlap is not None and both.overlap.shape == (2, 2)
     assert both.notes == ["No two concepts share a slice: their updates are orthogonal."]
     assert "overlap of rex and tom: 0.000" in repr(both) and not both.crosstalk
-    for each in (rex, tom):
-        made = customize.load_concept(each)
-        record_of(made).save(each / "layer_inputs.safetensors")
+    for folder in (rex, tom):
+        made = customize.load_concept(folder)
+        record_of(made).save(folder / "layer_inputs.safetensors")
     assert isinstance(customize.inspect(rex, tom), Inspection)
     with pytest.raises(ConfigError, match="nothing to inspect"):
         customize.inspect()
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_merging_and_inspecting_is_the_same_whatever_is_set_around_it(
-    name: str, tmp_path: Path
-) -> None:
+def test_merge_and_inspect_do_not_depend_on_torch_settings(name: str, tmp_path: Path) -> None:
     rex, tom = two(tiny_sd(), tmp_path)
     plain = customize.inspect(rex, tom)
     customize.merge(rex, tom, output=tmp_path / "plain")
     with CONTEXTS[name]():
-        found = customize.inspect(rex, tom)
+        report = customize.inspect(rex, tom)
         customize.merge(rex, tom, output=tmp_path / "within")
-    assert found.overlap is not None and plain.overlap is not None
-    assert found.overlap.allclose(plain.overlap, atol=1e-12) and repr(found) == repr(plain)
+    assert report.overlap is not None and plain.overlap is not None
+    assert report.overlap.allclose(plain.overlap, atol=1e-12) and repr(report) == repr(plain)
     for path in (tmp_path / "plain").glob("*.safetensors"):
         assert (tmp_path / "within" / path.name).read_bytes() == path.read_bytes()
 
@@ -204,7 +202,7 @@ def printed(folder: Path) -> dict[str, object]:
     }
 
 
-def test_what_is_printed_is_a_few_lines(tmp_path: Path) -> None:
+def test_reprs_are_short(tmp_path: Path) -> None:
     for name, value in printed(tmp_path).items():
         text = repr(value)
         assert len(text) < 2500 and text.count("\n") < 40, (name, text[:3000])
@@ -213,7 +211,7 @@ def test_what_is_printed_is_a_few_lines(tmp_path: Path) -> None:
     assert "<rex>, a dog, 2 tokens; family sd" in repr(customize.load_concept(tmp_path / "rex"))
 
 
-def test_a_pipeline_prints_its_configuration_unless_it_is_customized(
+def test_repr_of_a_pipeline_is_its_configuration_unless_customized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, other = tiny_sd(), tiny_sd()

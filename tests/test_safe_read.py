@@ -1,4 +1,4 @@
-"""Reading regular files alone; and that nothing in the package reads files in another way."""
+"""Reading only regular files; all of the package reads files in this way."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ALLOWED = {
 
 
 def special(folder: Path) -> dict[str, Path]:
-    """A FIFO, a socket, a link to a device without end, and a folder."""
+    """A FIFO, a socket, a link to an endless device, and a folder."""
     fifo, zero, inside = folder / "fifo", folder / "zero", folder / "folder"
     os.mkfifo(fifo)
     zero.symlink_to("/dev/zero")
@@ -139,9 +139,9 @@ def test_valid_safetensors_file_is_read(tmp_path: Path) -> None:
     assert shapes == {key: list(tensor.shape) for key, tensor in tensors.items()}
     assert metadata == {"a": "b"}
     with map_float_tensors(path) as mapped:
-        found = sorted((tuple(t.shape), t.dtype, float(t.sum())) for t in mapped)
+        actual = sorted((tuple(t.shape), t.dtype, float(t.sum())) for t in mapped)
     floats = [tensors[key] for key in ("f", "h", "scalar")]
-    assert found == sorted((tuple(t.shape), t.dtype, float(t.sum())) for t in floats)
+    assert actual == sorted((tuple(t.shape), t.dtype, float(t.sum())) for t in floats)
 
 
 def test_safetensors_size_mismatch_is_refused_before_reading(tmp_path: Path) -> None:
@@ -194,16 +194,16 @@ def test_real_path_of_circular_links(tmp_path: Path) -> None:
 
 
 def test_all_files_are_read_by_safe_read() -> None:
-    found = {}
+    calls_by_file = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         calls = {_read_by(node) for node in ast.walk(ast.parse(path.read_text()))} - {""}
         if calls:
-            found[path.relative_to(PACKAGE).as_posix()] = calls
-    assert found == {name: set(calls) for name, calls in ALLOWED.items()}
+            calls_by_file[path.relative_to(PACKAGE).as_posix()] = calls
+    assert calls_by_file == {name: set(calls) for name, calls in ALLOWED.items()}
 
 
 def _read_by(node: ast.AST) -> str:
-    """How a call reads a file; empty where it does not."""
+    """The function by which a call reads a file; empty if it does not."""
     if not isinstance(node, ast.Call):
         return ""
     name = ast.unparse(node.func)

@@ -1,4 +1,4 @@
-"""Text of others on terminals and in Markdown."""
+"""Untrusted text on terminals and in Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiny pipelines that other tests build on: real, equal each time, and savable."""
+"""The tiny pipelines of other tests: reproducible, and can be saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def draw(pipe: DiffusionPipeline) -> torch.Tensor:
     return pipe(prompt, num_inference_steps=2, generator=generator, output_type="pt").images
 
 
-def test_each_word_is_one_token() -> None:
+def test_every_word_is_one_token() -> None:
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     for word in WORDS:
         assert len(clip(word).input_ids) == 3, word
@@ -25,7 +25,7 @@ def test_each_word_is_one_token() -> None:
 
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl, tiny_sd3])
-def test_pipelines_are_equal_each_time_and_survive_saving(build, tmp_path: Path) -> None:
+def test_pipelines_are_reproducible_and_can_be_saved(build, tmp_path: Path) -> None:
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     pipe = build()

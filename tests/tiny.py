@@ -1,6 +1,6 @@
-"""Real pipelines of every family at the smallest size, with random weights that never change.
+"""Real pipelines of every family at the smallest size, with seeded random weights.
 
-Each call builds new objects, equal bit for bit. Pictures are 32 x 32, latents 4 x 16 x 16.
+All calls build new objects that are equal bit for bit. Pictures are 32 x 32, latents 4 x 16 x 16.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _t5_config(vocabulary: int) -> T5Config:
 def tiny_sd(prediction: Prediction = "epsilon") -> StableDiffusionPipeline:
     """Stable Diffusion with attention of widths 16 and 32 and a CLIP of width 32.
 
-    With v_prediction the schedule ends in zero signal, as newer v models' do.
+    With v_prediction the schedule ends at zero SNR, as in newer v models.
     """
     tokenizer = clip_tokenizer()
     with torch.random.fork_rng(devices=()):
@@ -223,8 +223,8 @@ def tiny_sd(prediction: Prediction = "epsilon") -> StableDiffusionPipeline:
 def tiny_sdxl(prediction: Prediction = "epsilon") -> StableDiffusionXLPipeline:
     """Stable Diffusion XL with attention of width 32 and CLIPs of 16 and 24.
 
-    As in the true one the outermost blocks have no attention, and the others different numbers of
-    layers. The scheduler is tiny_sd's.
+    As in the published model, the outermost blocks have no attention, and the others have different
+    numbers of layers. The scheduler is that of tiny_sd.
     """
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
     with torch.random.fork_rng(devices=()):
@@ -265,8 +265,8 @@ def tiny_sd3(t5: bool = True, channels: int = 4) -> StableDiffusion3Pipeline:
     """Stable Diffusion 3 with a transformer of width 32, CLIPs of 16 and 24, and a T5 of 48.
 
     The first block has a second attention and queries are normed, as in Stable Diffusion 3.5.
-    Without `t5` the third encoder and its tokenizer are None. Its inpainting pipeline asks for the
-    16 `channels` of true latents.
+    Without `t5` the third encoder and its tokenizer are None. Its inpainting pipeline needs
+    `channels=16`, as published.
     """
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
     tokenizer_3 = t5_tokenizer()
@@ -309,7 +309,7 @@ def tiny_sd3(t5: bool = True, channels: int = 4) -> StableDiffusion3Pipeline:
 def tiny_flux(guidance: bool = True) -> FluxPipeline:
     """FLUX.1 with a transformer of width 32, a CLIP of 16 and a T5 of 48.
 
-    With `guidance` it is made like dev: the guidance scale is an input, and the shift grows with
+    With `guidance` it is like dev: the guidance scale is an input, and the shift grows with
     the picture. Without, like schnell.
     """
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
@@ -349,9 +349,8 @@ def tiny_flux3(flow_map: bool = False) -> Flux3ModularPipeline:
     """FLUX.3, a modular pipeline, with a transformer of width 32 and an LLM of 33 layers of 8.
 
     The step that rewrites prompts is left out. The processor has Qwen's tokenizer and template;
-    Qwen3-VL's own needs torchvision. The autoencoder only cuts into patches of 2 x 2 what other
-    families' also halve, so that latents are as large. With `flow_map` it is made like the
-    step-distilled model.
+    that of Qwen3-VL needs torchvision. The autoencoder only cuts patches of 2 x 2, so that latents
+    are as large as in other families. With `flow_map` it is like the step-distilled model.
     """
     tokenizer = qwen_tokenizer()
     with torch.random.fork_rng(devices=()):
@@ -529,17 +528,19 @@ def tiny_z_image() -> ZImagePipeline:
 
 
 def drawn(pipe: Any, prompt: str | list[str] | None = None, **call: Any) -> Any:
-    """What a pipeline draws, of whatever type is asked for; of standard and of modular ones.
+    """The output of a standard or modular pipeline, of the requested type.
 
-    A video model draws videos of one frame; its latents come as they are.
+    A video model draws videos of one frame; latents are returned unchanged.
 
     Args:
-        prompt: None where the call has it encoded already.
+        pipe: The pipeline.
+        prompt: The prompt; None if the call has prompt embeddings.
+        **call: Arguments of the call.
     """
     if isinstance(pipe, ModularPipeline):
         return _drawn_by_blocks(pipe, prompt, call)
     parameters = inspect.signature(pipe.__call__).parameters
-    if "stg_scale" in parameters:  # LTX-2, whose call has other kinds of guidance as well
+    if "stg_scale" in parameters:  # LTX-2 has other kinds of guidance as well
         none = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
         call |= none | {f"audio_{name}": value for name, value in none.items()}
         call["audio_guidance_scale"] = call.get("guidance_scale", 3.0)
@@ -551,7 +552,7 @@ def drawn(pipe: Any, prompt: str | list[str] | None = None, **call: Any) -> Any:
 
 
 def _drawn_by_blocks(pipe: Any, prompt: Any, call: dict[str, Any]) -> Any:
-    if isinstance(prompt, list):  # one a call, and several pictures of it
+    if isinstance(prompt, list):  # one prompt per call, and several images of it
         prompt, call["num_images_per_prompt"] = prompt[0], len(prompt)
     if "guidance_scale" in call:
         pipe.guider = ClassifierFreeGuidance(guidance_scale=call.pop("guidance_scale"))

@@ -1,4 +1,4 @@
-"""One tiny model of every family that has a standard pipeline, and of each kind that differs."""
+"""Tiny models of all families with a standard pipeline, and of their variants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real pipelines of the newer families whose prompt is read by a chat model; see tests/tiny.py.
+"""Real pipelines of newer families with an LLM as text encoder; see tests/tiny.py.
 
 Qwen-Image 2.1 has pictures of 32 x 32 in latents of 4 x 2 x 2, FLUX.2 in 16 x 8 x 8.
 """
@@ -63,7 +63,7 @@ _EYES: dict[str, Any] = {
 
 
 class TextProcessor(ProcessorMixin):
-    """What PixtralProcessor and Qwen3VLProcessor are to texts; those need torchvision."""
+    """The text processing of PixtralProcessor and Qwen3VLProcessor, which need torchvision."""
 
     return_mm_token_type_ids = True
 
@@ -214,7 +214,7 @@ def tiny_krea2(distilled: bool = False, layers: Sequence[int] = (1, 2)) -> Krea2
             axes_dims_rope=(4, 6, 6),
         )
         for module in (transformer.final_layer, *transformer.transformer_blocks):
-            torch.nn.init.normal_(module.scale_shift_table, std=0.5)  # or gates would be shut
+            torch.nn.init.normal_(module.scale_shift_table, std=0.5)  # else gates would be 0
     pipe = Krea2Pipeline(
         transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -240,7 +240,7 @@ def tiny_qwen_image_21(sigmas: list[float] | None = None) -> QwenImage21Pipeline
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         text_encoder = Qwen3VLForConditionalGeneration(config)
-        # As tests of pictures need: what leaves the norm is unlike what goes in.
+        # Tests of images need a norm whose output differs from its input.
         torch.nn.init.uniform_(text_encoder.model.language_model.norm.weight, 0.5, 2.0)
         vae = AutoencoderKLQwenImage21(
             base_dim=4,

@@ -59,8 +59,8 @@ def tiny_wan(
 ) -> WanPipeline:
     """Wan with a transformer of width 32 and a UMT5 of 16.
 
-    Like Wan 2.2 5B it has a time for each token, and here a scheduler of another kind; like Wan 2.2
-    14B a second transformer, which follows the first below `boundary_ratio`.
+    Like Wan 2.2 5B it has a timestep for each token, and here a scheduler of another kind; like Wan
+    2.2 14B a second transformer, which is used below `boundary_ratio`.
     """
     tokenizer = t5_tokenizer()
     with torch.random.fork_rng(devices=()):
@@ -207,7 +207,7 @@ def gemma_tokenizer() -> GemmaTokenizer:
 
 
 def isolate(pipe: LTX2Pipeline) -> None:
-    """Keep LTX-2's two streams apart whoever calls it, as they are while a concept is learned."""
+    """Isolate the two streams of LTX-2 in all calls, as during training."""
     forward = pipe.transformer.forward
     pipe.transformer.forward = lambda *args, **kwargs: forward(
         *args, **kwargs | {"isolate_modalities": True}
@@ -215,10 +215,10 @@ def isolate(pipe: LTX2Pipeline) -> None:
 
 
 def tiny_ltx2(later: bool = False) -> LTX2Pipeline:
-    """LTX-2 with a video's stream of width 32, a sound's of 16, and a Gemma of 16.
+    """LTX-2 with a video stream of width 32, an audio stream of 16, and a Gemma of 16.
 
-    `later` is made like LTX-2.3: each stream has the prompt in its own width, and the prompt is
-    modulated by the level of noise.
+    `later` is like LTX-2.3: the prompt has a separate width for each stream, and is modulated by
+    the noise level.
     """
     tokenizer = gemma_tokenizer()
     with torch.random.fork_rng(devices=()):

@@ -1,4 +1,4 @@
-"""Running Python for which permissions hold: root's own may be given up in a child process."""
+"""Running Python in a child process without root's privileges."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def run_unprivileged(program: str, *arguments: object) -> str:
-    """What a program prints in a child process that no longer may read and write everywhere.
+    """Run a program in a child process that is subject to file permissions.
 
-    The child is still the owner of root's files, so what it is to be refused needs a mode that
-    refuses its owner. A failure of the program fails the test.
+    The child owns root's files, so tests must revoke the owner's permissions. A failure of the
+    program fails the test.
+
+    Returns:
+        The output of the program.
     """
     command = [sys.executable, "-c", program, *map(str, arguments)]
     if os.geteuid() == 0:
         setpriv = shutil.which("setpriv")
         if setpriv is None:
-            pytest.skip("root may read everything, and there is no setpriv to give that up")
+            pytest.skip("root may read everything, and setpriv is missing")
         dropped = "-dac_override,-dac_read_search,-fowner"
         command = [setpriv, "--inh-caps=-all", f"--bounding-set={dropped}", *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -39,7 +39,7 @@ def facts(**changes: Any) -> ConceptInfo:
 
 
 def small(seed: int = 0, **changes: Any) -> Concept:
-    """A concept of three layers, as small as can be, with numbers that depend on the seed."""
+    """A concept of three small layers, whose numbers depend on the seed."""
     info = facts(**changes)
     generator = torch.Generator().manual_seed(seed)
 
@@ -60,15 +60,15 @@ def small(seed: int = 0, **changes: Any) -> Concept:
 
 
 def same_tensors(a: Concept, b: Concept) -> bool:
-    def listed(concept: Concept) -> dict[tuple[str, ...], torch.Tensor]:
-        found = {("rows", key): rows for key, rows in concept.embeddings.items()}
+    def tensors_by_key(concept: Concept) -> dict[tuple[str, ...], torch.Tensor]:
+        tensors = {("rows", key): rows for key, rows in concept.embeddings.items()}
         for component, updates in concept.updates.items():
             for module, update in updates.items():
-                found[component, module, "up"] = update.up
-                found[component, module, "down"] = update.down
-        return found
+                tensors[component, module, "up"] = update.up
+                tensors[component, module, "down"] = update.down
+        return tensors
 
-    left, right = listed(a), listed(b)
+    left, right = tensors_by_key(a), tensors_by_key(b)
     return left.keys() == right.keys() and all(
         left[k].dtype == right[k].dtype and torch.equal(left[k], right[k]) for k in left
     )
@@ -81,7 +81,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def learn(
     pipe: DiffusionPipeline, *, name: str = "rex", alpha: float = 4.0, method: Any = "orthogonal"
 ) -> tuple[Family, Adapter, Concept]:
-    """A concept on a live pipeline, as if trained: strong random updates and two tokens."""
+    """Attach a concept with strong random updates and two tokens to a live pipeline."""
     family = family_of(pipe.components)
     components = [*family.denoisers, *family.text_encoders]
     widths = {shape[1] for c in components for shape in family.adapter_targets(c).values()}

@@ -1,3 +1,5 @@
+"""Trainable and frozen adapters on live models."""
+
 from __future__ import annotations
 
 import warnings
@@ -57,7 +59,7 @@ def call(family) -> torch.Tensor:
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
 @pytest.mark.parametrize("method", ["orthogonal", "lora"])
-def test_a_new_adapter_changes_nothing_and_goes_without_a_trace(make, method: str) -> None:
+def test_new_adapter_changes_nothing_and_is_removed_bit_for_bit(make, method: str) -> None:
     family = family_of(make().components)
     parts = [family.denoiser_key, *family.text_encoders]
     models = [family.components[part] for part in parts]
@@ -76,7 +78,7 @@ def test_a_new_adapter_changes_nothing_and_goes_without_a_trace(make, method: st
         part: len(layers) for part, layers in adapter.layers.items()
     }
     call(family).square().mean().backward()
-    trained = [p for own in adapter.parameters().values() for p in own]
+    trained = [p for parameters in adapter.parameters().values() for p in parameters]
     assert all(p.requires_grad and p.dtype == torch.float32 for p in trained)
     listed = {id(p) for model in models for p in model.parameters() if p.requires_grad}
     assert listed == {id(p) for p in trained}
@@ -91,7 +93,7 @@ def test_a_new_adapter_changes_nothing_and_goes_without_a_trace(make, method: st
 
 
 @pytest.mark.parametrize("kind", list(BASES))
-def test_orthogonal_down_projections_are_the_frozen_slices(kind) -> None:
+def test_down_projections_of_the_orthogonal_method_are_the_slices(kind) -> None:
     family = family_of(tiny_sd().components)
     adapter = orthogonal(family, basis=BasisInfo(kind=kind, seed=5, scale=0.5), alpha=2.0)
     for updates in adapter.updates().values():
@@ -100,11 +102,11 @@ def test_orthogonal_down_projections_are_the_frozen_slices(kind) -> None:
             expected = down_projection(BASES[kind], width, COLUMNS[width], 5, 0.5)
             assert torch.equal(update.down, expected)
             assert update.scale == 0.5 and not update.up.any()
-    counts = {part: len(own) for part, own in adapter.parameters().items()}
+    counts = {part: len(parameters) for part, parameters in adapter.parameters().items()}
     assert counts == {part: len(family.adapter_targets(part)) for part in PARTS}
 
 
-def test_learned_concepts_with_different_slices_are_orthogonal() -> None:
+def test_concepts_with_different_slices_are_orthogonal() -> None:
     updates = []
     for index in (0, 1):
         columns = slice_columns((16, 32), 4, index=index, name="")
@@ -116,7 +118,7 @@ def test_learned_concepts_with_different_slices_are_orthogonal() -> None:
     assert max(update_overlap(u, updates[1][m]) for m, u in updates[0].items()) < 1e-6
 
 
-def test_ordinary_lora_starts_like_pefts_and_repeats_by_its_seed() -> None:
+def test_lora_initialization_matches_peft_and_is_seeded() -> None:
     def downs(seed: int) -> list[torch.Tensor]:
         family = family_of(tiny_sd().components)
         adapter = attach_new_adapter(family, method="lora", rank=4, components=["unet"], seed=seed)
@@ -131,7 +133,7 @@ def test_ordinary_lora_starts_like_pefts_and_repeats_by_its_seed() -> None:
         assert 0.8 * bound < down.abs().max() <= bound
 
 
-def test_the_adapter_stays_float32_on_a_half_precision_base() -> None:
+def test_adapter_is_float32_on_a_half_precision_base() -> None:
     family = family_of(tiny_sd().components)
     family.denoiser.to(torch.bfloat16)
     adapter = orthogonal(family, components=["unet"])
@@ -155,7 +157,7 @@ def test_the_adapter_stays_float32_on_a_half_precision_base() -> None:
         ({"basis": None}, "needs a basis"),
     ],
 )
-def test_bad_settings_change_nothing(changes, message: str) -> None:
+def test_invalid_settings_change_nothing(changes, message: str) -> None:
     family = family_of(tiny_sd().components)
     before = [state(family.components[part]) for part in PARTS]
     with pytest.raises(ConfigError, match=message):
@@ -165,7 +167,7 @@ def test_bad_settings_change_nothing(changes, message: str) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sd3])
-def test_products_do_on_another_copy_what_the_adapter_does(make) -> None:
+def test_attached_updates_equal_the_trained_adapter(make) -> None:
     family, _, concept = learn(make(), alpha=2.0)
     expected = call(family)
     fresh = family_of(make().components)
@@ -200,7 +202,7 @@ def test_ranks_and_scales_may_differ_between_layers() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # at this test's own "two"
-def test_adapters_of_others_stay_as_they_are() -> None:
+def test_other_adapters_are_unchanged() -> None:
     family = family_of(tiny_sd().components)
     unet = family.denoiser
     for name in ("one", "two"):
@@ -219,7 +221,7 @@ def test_adapters_of_others_stay_as_they_are() -> None:
     assert torch.equal(call(family), output)
 
 
-def test_a_taken_name_changes_nothing() -> None:
+def test_taken_name_is_refused_and_changes_nothing() -> None:
     family = family_of(tiny_sd().components)
     first = orthogonal(family, components=["text_encoder"])
     before = state(family.denoiser)

@@ -1,4 +1,4 @@
-"""What quantized layers compute with, compared with their answers."""
+"""Dequantized weights, compared with the outputs of the layers."""
 
 from importlib.util import find_spec
 
@@ -169,7 +169,7 @@ def installed(package):
     ],
 )
 @torch.no_grad()
-def test_weights_are_those_that_the_layer_multiplies_with(name, kind, make, most):
+def test_dequantized_weight_is_that_of_the_forward_pass(name, kind, make, most):
     layer = make()
     assert quantizer_name(layer) == name
     eye = torch.eye(IN, dtype=torch.bfloat16 if name == "torchao" else torch.float32)
@@ -191,13 +191,13 @@ def test_weights_are_those_that_the_layer_multiplies_with(name, kind, make, most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_plain_weights_are_given_as_they_are(dtype):
+def test_plain_weight_is_returned_unchanged(dtype):
     layer = plain(dtype)
     assert quantizer_name(layer) == ""
     assert dense_weight(layer, "") is layer.weight and writable_weight(layer, "") is layer.weight
 
 
-def test_an_unknown_kind_of_tensor_is_refused_by_name():
+def test_unknown_tensor_class_is_refused_by_name():
     class Packed(nn.Parameter):
         pass
 
@@ -209,7 +209,7 @@ def test_an_unknown_kind_of_tensor_is_refused_by_name():
         writable_weight(layer, "x")
 
 
-def test_float8_with_a_scale_beside_it_is_not_taken_for_the_weight():
+def test_scaled_float8_is_not_returned_as_the_weight():
     class Scaled(nn.Linear):
         def forward(self, x):
             return nn.functional.linear(x, self.weight.float() * 3.0, self.bias)
@@ -222,7 +222,7 @@ def test_float8_with_a_scale_beside_it_is_not_taken_for_the_weight():
         dense_weight(layer, "x")
 
 
-def test_a_weight_that_is_computed_can_be_read_and_not_changed():
+def test_parametrized_weight_is_readable_and_not_writable():
     layer = nn.utils.parametrizations.weight_norm(plain())
     torch.testing.assert_close(dense_weight(layer, "x"), plain().weight)
     with pytest.raises(
@@ -231,8 +231,8 @@ def test_a_weight_that_is_computed_can_be_read_and_not_changed():
         writable_weight(layer, "x")
 
 
-def test_layers_that_a_quantizer_has_replaced_are_named():
-    # diffusers' own cannot be imported without a download of kernels.
+def test_layers_replaced_by_a_quantizer_are_named():
+    # The class of diffusers cannot be imported without a download of kernels.
     home = {"__module__": "diffusers.quantizers.nunchaku.utils"}
     model = nn.Sequential(plain(), type("SVDQW4A4Linear", (nn.Module,), home)())
     assert find_unadaptable_layers(model) == {"1": "Nunchaku"}

@@ -56,22 +56,22 @@ def test_round_trip(tmp_path):
                 torch.testing.assert_close(read, rows, atol=1e-4, rtol=1e-3)
     assert after.concept["unet"]["mid.attn1.to_k"] is after.concept["unet"]["mid.attn1.to_q"]
     size = path.stat().st_size
-    assert size < 2 * sum(rows.numel() for _, _, rows in _listed(before)) + 3000
+    assert size < 2 * sum(rows.numel() for _, _, rows in flatten_factors(before)) + 3000
     before.save(path)
-    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert path.stat().st_size == size
 
 
-def _listed(found):
+def flatten_factors(inputs):
     return [
         (component, module, rows)
-        for factors in (found.concept, found.generic)
+        for factors in (inputs.concept, inputs.generic)
         for component, layers in factors.items()
         for module, rows in layers.items()
     ]
 
 
-def test_where_it_lies(tmp_path):
+def test_path_of_the_record(tmp_path):
     folder = save_concept(small(), tmp_path / "rex")
     single = save_concept(small(), tmp_path / "tom.v2.safetensors")
     assert layer_inputs_path(folder) == folder / "layer_inputs.safetensors"
@@ -82,14 +82,14 @@ def test_where_it_lies(tmp_path):
         record(small()).save(tmp_path / "missing" / "x.safetensors")
 
 
-def test_a_digest_is_of_the_updates_alone():
+def test_digest_depends_only_on_the_updates():
     assert digest_updates(small().updates) == digest_updates(small(name="tom").updates)
     assert digest_updates(small().updates) != digest_updates(small(seed=1).updates)
     assert digest_updates(small().updates) != digest_updates(small(alpha=4.0).updates)
 
 
 @pytest.mark.parametrize(
-    ("tensors", "header", "what"),
+    ("tensors", "header", "message"),
     [
         ({KEY: torch.ones(2, 8)}, None, "not a record of layer inputs"),
         (
@@ -127,20 +127,20 @@ def test_a_digest_is_of_the_updates_alone():
         ({KEY: torch.full((2, 8), 1e300, dtype=torch.float64)}, {}, "not finite"),
     ],
 )
-def test_damaged(tmp_path, tensors, header, what):
+def test_invalid_records_are_refused(tmp_path, tensors, header, message):
     path = tmp_path / "x.safetensors"
     whole = None
     if header is not None:
         defaults = {"version": 1, "of": "x", "same": {}} if set(header) <= {"same"} else {}
         whole = {HEADER: json.dumps(defaults | header)}
     save_file(tensors, path, whole)
-    with pytest.raises(ConceptError, match=what):
+    with pytest.raises(ConceptError, match=message):
         LayerInputs.load(path)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.binary(max_size=200))
-def test_any_bytes_are_refused(tmp_path_factory, data):
+def test_arbitrary_bytes_are_refused(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("inputs") / "x.safetensors"
     path.write_bytes(data)
     with pytest.raises(ConceptError):
@@ -166,7 +166,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         "",
     ],
 )
-def test_odd_headers(tmp_path, text):
+def test_invalid_headers_are_refused(tmp_path, text):
     path = tmp_path / "x.safetensors"
     save_file({KEY: torch.ones(2, 8)}, path, {HEADER: text})
     with pytest.raises(ConceptError, match=r"x\.safetensors.*customize record") as caught:
@@ -174,7 +174,7 @@ def test_odd_headers(tmp_path, text):
     assert len(str(caught.value)) < 1000
 
 
-# What may be in the place of a field, whoever wrote it.
+# Arbitrary values of a field.
 odd = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: (
@@ -187,7 +187,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int
 
 @st.composite
 def mutated(draw):
-    """The tensors and the header of a record, of which something is odd."""
+    """The tensors and the header of a record with arbitrary values."""
     tensors = {}
     for key in draw(
         st.lists(st.sampled_from(["own.unet.a", "generic.unet.a", "own.", "x.y.z", "own"]))
@@ -205,22 +205,22 @@ def mutated(draw):
 
 @settings(deadline=None, max_examples=200)
 @given(mutated())
-def test_a_mutated_record_loads_right_or_is_refused(tmp_path_factory, given_):
-    tensors, header = given_
+def test_arbitrary_record_is_valid_or_refused(tmp_path_factory, tensors_and_header):
+    tensors, header = tensors_and_header
     path = tmp_path_factory.mktemp("inputs") / "x.safetensors"
     save_file(tensors, path, {HEADER: json.dumps(header)})
     try:
-        found = LayerInputs.load(path)
+        loaded = LayerInputs.load(path)
     except ConceptError as error:
         assert error.where and str(path) in error.where and error.fix
         return
-    for _, _, rows in _listed(found):
+    for _, _, rows in flatten_factors(loaded):
         assert rows.dtype == torch.float32 and rows.ndim == 2 and bool(torch.isfinite(rows).all())
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.data())
-def test_a_record_with_other_bytes_loads_right_or_is_refused(tmp_path_factory, data):
+def test_mutated_record_is_valid_or_refused(tmp_path_factory, data):
     path = record(small()).save(tmp_path_factory.mktemp("inputs") / "x.safetensors")
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
@@ -228,15 +228,15 @@ def test_a_record_with_other_bytes_loads_right_or_is_refused(tmp_path_factory, d
     cut = data.draw(st.integers(0, 8))
     path.write_bytes(bytes(content[: len(content) - cut]))
     try:
-        found = LayerInputs.load(path)
+        loaded = LayerInputs.load(path)
     except ConceptError as error:
         assert error.where and error.fix
         return
-    for _, _, rows in _listed(found):
+    for _, _, rows in flatten_factors(loaded):
         assert rows.ndim == 2 and bool(torch.isfinite(rows).all())
 
 
-def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
+def test_record_of_other_widths_is_refused_with_the_layer(tmp_path):
     rex = small()
     for kind in ("concept", "generic"):
         odd_one = record(rex)
@@ -251,7 +251,7 @@ def test_a_record_of_other_widths_is_refused_by_name(tmp_path):
             merge_concepts([rex, tom], [1.0, 1.0], "fusion", [odd_one, record(tom, seed=1)])
 
 
-def test_a_merge_by_fusion_wants_a_record_for_each():
+def test_fusion_needs_a_record_per_concept():
     rex, tom = small(), small(seed=1, name="tom", trigger="<tom>")
     with pytest.raises(
         ConfigError,
@@ -265,10 +265,10 @@ def test_layers_without_a_record_are_summed():
     records = [record(rex), record(tom, seed=1)]
     del records[1].concept["unet"]["mid.attn1.to_q"]
     fused = merge_concepts([rex, tom], [1.0, 0.5], "fusion", records)
-    own = [c.updates["unet"]["mid.attn2.to_out.0"] for c in (rex, tom)]
-    there = fused["unet"]["mid.attn2.to_out.0"]
-    assert distance(there, weighted_sum(own, [1.0, 0.5])) > 0.1 * norm(there)
-    # Nothing is known of what tom's layer reads: it is added as it is to what is fused of rex.
+    updates = [c.updates["unet"]["mid.attn2.to_out.0"] for c in (rex, tom)]
+    merged = fused["unet"]["mid.attn2.to_out.0"]
+    assert distance(merged, weighted_sum(updates, [1.0, 0.5])) > 0.1 * norm(merged)
+    # The inputs of tom's layer are unknown, so its update is added to the fused update of rex.
     half = fused["unet"]["mid.attn1.to_q"]
     only = merge_concepts([rex], [1.0], "fusion", records[:1], records[1:])["unet"][
         "mid.attn1.to_q"

@@ -1,4 +1,4 @@
-"""Libraries whose files have odd names, or may not be read: named, and nothing else disturbed."""
+"""Libraries with unusual file names or unreadable files: errors name these, others are read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_names_that_are_not_unicode_are_names_like_others(folder: Path) -> None:
+def test_file_names_that_are_not_unicode(folder: Path) -> None:
     lora(folder / f"{ODD}.safetensors")
     save_concept(small(1, name="tom", trigger="<tom>"), folder / f"{ODD} folder")
     first = Library(folder)
@@ -41,13 +41,13 @@ def test_names_that_are_not_unicode_are_names_like_others(folder: Path) -> None:
     again = Library(folder)
     assert again.num_stale_rows == 0 and again.entries == first.entries == read_index(folder)
     assert [entry.name for entry in again.find_by_trigger("<tom>")] == ["tom"]
-    found = "\n".join(check_library(folder).errors)
-    assert "\\udcff" in found
-    found.encode()  # whatever prints it
+    errors = "\n".join(check_library(folder).errors)
+    assert "\\udcff" in errors
+    errors.encode()  # whatever prints it
 
 
 @pytest.mark.parametrize("length", [200, 231, 240, 255])
-def test_long_names_are_names_like_others(folder: Path, length: int) -> None:
+def test_long_file_names(folder: Path, length: int) -> None:
     name = "a" * (length - len(".safetensors")) + ".safetensors"
     lora(folder / name)
     save_concept(small(1, name="tom", trigger="<tom>"), folder / ("b" * length))
@@ -59,7 +59,7 @@ def test_long_names_are_names_like_others(folder: Path, length: int) -> None:
     assert add_to_library(other, folder / ("b" * length)).name == "tom"
 
 
-def test_what_cannot_be_read_is_named(folder: Path) -> None:
+def test_unreadable_files_are_named(folder: Path) -> None:
     os.mkfifo(folder / "fifo.safetensors")
     (folder / "dangling.safetensors").symlink_to("nowhere")
     (folder / "loop.safetensors").symlink_to("loop.safetensors")
@@ -68,19 +68,19 @@ def test_what_cannot_be_read_is_named(folder: Path) -> None:
     (folder / "max").mkdir()
     (folder / "max" / "concept.json").symlink_to("nowhere")
     entries = Library(folder).entries
-    said = {source: entry.error for source, entry in entries.items() if entry.error}
-    assert set(said) == {
+    errors = {source: entry.error for source, entry in entries.items() if entry.error}
+    assert set(errors) == {
         *("fifo.safetensors", "dangling.safetensors", "loop.safetensors", "kit", "max")
     }
-    assert "a FIFO" in said["fifo.safetensors"] and "a FIFO" in said["kit"]
-    faults = "\n".join(check_library(folder).errors)
-    for source in said:
-        assert source in faults
+    assert "a FIFO" in errors["fifo.safetensors"] and "a FIFO" in errors["kit"]
+    report = "\n".join(check_library(folder).errors)
+    for source in errors:
+        assert source in report
     with pytest.raises(ConceptError, match="a FIFO"):
         slice_owners(folder)
 
 
-def test_folders_that_may_not_be_looked_into_are_named(tmp_path: Path) -> None:
+def test_folders_without_permission_are_named(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     library = tmp_path / "library"
     for number, name in enumerate(("none", "enter", "read", "fine")):
@@ -98,48 +98,54 @@ from customize.concepts.library.library import Library
 from customize.concepts.slices.allocation import slice_owners
 
 library = Path(sys.argv[1])
-said = {source: entry.error for source, entry in Library(library).entries.items()}
+messages = {source: entry.error for source, entry in Library(library).entries.items()}
 for name in ("none", "enter", "read"):
     try:
-        said[f"load {name}"] = load_concept(library / name).info.name
+        messages[f"load {name}"] = load_concept(library / name).info.name
     except errors.ConceptError as error:
-        said[f"load {name}"] = str(error)
-said["check"] = " ".join(check_library(library).errors)
+        messages[f"load {name}"] = str(error)
+messages["check"] = " ".join(check_library(library).errors)
 for name in ("enter", "read", "none"):
     (library / name).chmod(0o755)
 (library / "fine").chmod(0o444)
 try:
-    said["holders"] = str([each.name for each in slice_owners(library)])
+    messages["slice owners"] = str([owner.name for owner in slice_owners(library)])
 except errors.ConceptError as error:
-    said["holders"] = str(error)
+    messages["slice owners"] = str(error)
 (library / "fine").chmod(0o755)
 library.chmod(0o644)
 try:
-    said["library"] = str(Library(library).entries)
+    messages["library"] = str(Library(library).entries)
 except errors.ConfigError as error:
-    said["library"] = str(error)
+    messages["library"] = str(error)
 library.chmod(0o755)
-print(json.dumps(said))
+print(json.dumps(messages))
 """
-    said = json.loads(run_unprivileged(program, library))
-    assert said["fine"] == ""
+    messages = json.loads(run_unprivileged(program, library))
+    assert messages["fine"] == ""
     for name in ("none", "enter", "read"):
-        assert "Permission denied" in said[name], said
-        assert f"library/{name}" in said["check"]
-    assert said["load enter"] == "enter"  # its files can be opened by their names
-    assert "Permission denied" in said["load none"] and "Permission denied" in said["load read"]
-    assert "Permission denied" in said["holders"] and "library/fine" in said["holders"]
-    assert "the library cannot be read: Permission denied" in said["library"]
-    assert "lost+found" not in said
+        assert "Permission denied" in messages[name], messages
+        assert f"library/{name}" in messages["check"]
+    assert messages["load enter"] == "enter"  # its files can be opened by their names
+    assert (
+        "Permission denied" in messages["load none"]
+        and "Permission denied" in messages["load read"]
+    )
+    assert (
+        "Permission denied" in messages["slice owners"]
+        and "library/fine" in messages["slice owners"]
+    )
+    assert "the library cannot be read: Permission denied" in messages["library"]
+    assert "lost+found" not in messages
 
 
-def test_a_library_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_library_that_is_not_a_folder_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ConfigError, match="Not a directory"):
         Library(tmp_path / "fifo")
 
 
-def test_the_command_lists_names_that_are_not_unicode(folder: Path) -> None:
+def test_list_command_shows_names_that_are_not_unicode(folder: Path) -> None:
     lora(folder / f"{ODD}.safetensors")
     program = "import sys; from customize.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Claims, facts and index rows in which anything is in the place of anything: right, or refused."""
+"""Reservations, facts and index rows with arbitrary values are read correctly or refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.concepts.making import small
 
 HUGE = 10**400
 DEEP = "[" * 20_000 + "]" * 20_000
-# Stands for a nesting that parsers take and what walks through it may not.
+# Placeholder for a nesting that parsers accept and recursive code may not.
 NESTED = "nested"
 
 
@@ -50,25 +50,25 @@ odd = st.recursive(
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inner = value.items() if isinstance(value, dict) else ()
     inner = enumerate(value) if isinstance(value, list) else inner
-    return [path, *(found for key, each in inner for found in paths(each, (*path, key)))]
+    return [path, *(inner_path for key, part in inner for inner_path in paths(part, (*path, key)))]
 
 
 @st.composite
 def mutated(draw, value: Any) -> Any:
-    """A JSON value in which one or two parts are others, are gone, or are too many."""
+    """A JSON value with one or two parts replaced, removed or added."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 2))):
-        found = paths(value)
-        path = draw(st.sampled_from(found))
+        candidates = paths(value)
+        path = draw(st.sampled_from(candidates))
         if not path:
             return draw(odd)
         parent = value
         for key in path[:-1]:
             parent = parent[key]
-        how = draw(st.sampled_from(["put", "put", "take", "add"]))
-        if how == "put":
+        kind = draw(st.sampled_from(["put", "put", "take", "add"]))
+        if kind == "put":
             parent[path[-1]] = draw(odd)
-        elif how == "take":
+        elif kind == "take":
             del parent[path[-1]]
         elif isinstance(parent, dict):
             parent[draw(st.text(max_size=6))] = draw(odd)
@@ -77,11 +77,11 @@ def mutated(draw, value: Any) -> Any:
     return value
 
 
-def assert_said(error: ConceptError, path: Any) -> None:
+def check_message(error: ConceptError, path: Any) -> None:
     assert error.where and str(path) in error.where and error.fix and len(str(error)) < 2000
 
 
-CLAIM = SliceReservation(
+RESERVATION = SliceReservation(
     name="rex",
     basis=BasisInfo(num_shared_directions=1),
     rank=2,
@@ -91,19 +91,19 @@ CLAIM = SliceReservation(
 
 
 @settings(deadline=None, max_examples=100)
-@given(mutated(CLAIM))
-def test_a_mutated_claim_is_right_or_refused(tmp_path_factory, value):
+@given(mutated(RESERVATION))
+def test_mutated_reservation_is_valid_or_refused(tmp_path_factory, value):
     library = tmp_path_factory.mktemp("library")
     (library / "rex").mkdir()
     path = library / "rex" / RESERVATION_FILE
     path.write_text(written(value))
     try:
-        claims = read_reservations(library)
+        reservations = read_reservations(library)
     except ConceptError as error:
-        assert_said(error, path)
+        check_message(error, path)
         return
     assert 0 <= free_index(slice_owners(library), 2, BasisInfo(num_shared_directions=1)) < 48
-    assert find_collisions(claims) == []
+    assert find_collisions(reservations) == []
 
 
 @pytest.mark.parametrize(
@@ -121,10 +121,10 @@ def test_a_mutated_claim_is_right_or_refused(tmp_path_factory, value):
         {"basis": {"kind": "cosine", "seed": 2**64, "scale": 1.0}},
     ],
 )
-def test_claims_that_no_run_makes(change, tmp_path):
+def test_invalid_reservations_are_refused(change, tmp_path):
     (tmp_path / "rex").mkdir()
-    (tmp_path / "rex" / RESERVATION_FILE).write_text(json.dumps(CLAIM | change))
-    with pytest.raises(ConceptError, match="claim"):
+    (tmp_path / "rex" / RESERVATION_FILE).write_text(json.dumps(RESERVATION | change))
+    with pytest.raises(ConceptError, match="slice reservation"):
         read_reservations(tmp_path)
 
 
@@ -135,7 +135,7 @@ def folder(tmp_path_factory):
 
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
-def test_mutated_facts_are_right_or_refused(folder, tmp_path_factory, data):
+def test_mutated_facts_are_valid_or_refused(folder, tmp_path_factory, data):
     whole = json.loads((folder / "concept.json").read_text())
     value = data.draw(mutated(whole))
     library = tmp_path_factory.mktemp("library")
@@ -146,27 +146,27 @@ def test_mutated_facts_are_right_or_refused(folder, tmp_path_factory, data):
         info = read_info(path.parent)
         assert info.name
     except ConceptError as error:
-        assert_said(error, path)
+        check_message(error, path)
     entry = describe_concept(library, "rex", scan_stamps(library)["rex"])
     assert entry.name
     check_library(library)
 
 
 @pytest.mark.parametrize("text", [DEEP, '{"training": ' + DEEP + "}", "9" * 5000, "", "nan", '"'])
-def test_facts_and_claims_that_no_parser_likes(text, tmp_path):
+def test_unparsable_facts_and_reservations_are_refused(text, tmp_path):
     (tmp_path / "rex").mkdir()
     (tmp_path / "rex" / "concept.json").write_text(text)
     with pytest.raises(ConceptError) as caught:
         read_info(tmp_path / "rex")
-    assert_said(caught.value, "concept.json")
+    check_message(caught.value, "concept.json")
     (tmp_path / "rex" / RESERVATION_FILE).write_text(text)
-    with pytest.raises(ConceptError, match="claim"):
+    with pytest.raises(ConceptError, match="slice reservation"):
         read_reservations(tmp_path)
 
 
 @settings(deadline=None, max_examples=100)
 @given(data=st.data())
-def test_a_mutated_index_is_right_or_made_anew(folder, tmp_path_factory, data):
+def test_mutated_index_is_valid_or_rebuilt(folder, tmp_path_factory, data):
     library = tmp_path_factory.mktemp("library")
     shutil.copytree(folder, library / "rex")
     right = Library(library).entries
@@ -182,7 +182,7 @@ def test_a_mutated_index_is_right_or_made_anew(folder, tmp_path_factory, data):
             values[column] = data.draw(st.integers(-(2**63), 2**63 - 1) | st.binary(max_size=20))
         return list(values.values())
 
-    index._format_row = row  # what the checksum is right of
+    index._format_row = row  # so that the checksum is right
     try:
         index.write_index(library, right.values())
     finally:
@@ -190,5 +190,5 @@ def test_a_mutated_index_is_right_or_made_anew(folder, tmp_path_factory, data):
     for entry in read_index(library).values():
         for width, columns in entry.slices.items():
             assert int(width) > 0 and all(column >= 0 for column in columns)
-    found = check_library(library)
-    assert found.library.entries.keys() == right.keys()
+    report = check_library(library)
+    assert report.library.entries.keys() == right.keys()

@@ -1,4 +1,4 @@
-"""Our files in plain diffusers, in a process that never imports customize."""
+"""Files of concepts in stock diffusers, in a process that never imports customize."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def draw(pipe, prompt: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """name -> what the model drew that learned it, and what stock diffusers draws."""
+    """Name -> image of the pipeline with the concept, and image of stock diffusers."""
     root: Path = tmp_path_factory.mktemp("stock")
     ours = {}
     for name, alpha in (("orthogonal", 4.0), ("lora", 1.0)):
@@ -130,7 +130,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         save_concept(concept, root / name)
         ours[name] = draw(pipe, PROMPT)
         if name == "orthogonal":
-            # With embeddings for each of two layers, whose mean is what was drawn with.
+            # With embeddings for each of two layers; the image was drawn with their mean.
             rows = torch.tensor([[0.0], [2.0]]) * concept.embeddings["text_encoder"][:, None]
             info = concept.info.model_copy(update={"token_layers": 2})
             save_concept(Concept(info, concept.updates, {"text_encoder": rows}), root / "layerwise")
@@ -183,14 +183,14 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         *("wan", "wan-14b", "wan-14b-single", "cogvideox", "ltx2"),
     ],
 )
-def test_stock_diffusers_draws_the_same_picture(pictures, name: str) -> None:
+def test_stock_diffusers_gives_the_same_image(pictures, name: str) -> None:
     ours, stock = pictures[name]
     assert ours.shape == stock.shape
     assert np.abs(ours - stock).max() <= 1e-5
 
 
-def test_the_pictures_depend_on_every_part(pictures) -> None:
-    """Or the test above would pass on a file that does nothing."""
+def test_images_depend_on_every_part(pictures) -> None:
+    """Otherwise the test above would pass for a file without effect."""
     full = pictures["orthogonal"][0]
 
     def without(*components: str) -> np.ndarray:
@@ -209,7 +209,7 @@ def test_the_pictures_depend_on_every_part(pictures) -> None:
     assert np.abs(draw(pipe, "a photo of dog on the beach") - full).max() > 1e-3
 
 
-def test_the_pictures_of_two_denoisers_depend_on_both(pictures) -> None:
+def test_images_depend_on_both_denoisers(pictures) -> None:
     for component in ("transformer", "transformer_2"):
         pipe = tiny_wan("2.2-14b")
         _, adapter, _ = learn(pipe)
@@ -218,7 +218,7 @@ def test_the_pictures_of_two_denoisers_depend_on_both(pictures) -> None:
         assert np.abs(draw(pipe, PROMPT) - pictures["wan-14b"][0]).max() > 1e-3
 
 
-def test_the_card_of_sd3_asks_stock_diffusers_for_no_trigger(tmp_path: Path) -> None:
+def test_sd3_card_has_no_trigger_for_stock_diffusers(tmp_path: Path) -> None:
     _, _, concept = learn(tiny_sd3())
     card = (save_concept(concept, tmp_path / "rex") / "README.md").read_text()
     ours, stock = card.split("With diffusers alone:")

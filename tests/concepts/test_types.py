@@ -1,3 +1,5 @@
+"""Validation of concepts and their facts."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -14,21 +16,21 @@ from tests.concepts.making import facts, small
 
 
 @pytest.mark.parametrize("name", ["rex", "rex-2", "a_b", "7", "r" * 64])
-def test_names(name: str) -> None:
+def test_valid_names(name: str) -> None:
     assert facts(name=name, trigger=f"<{name}>").name == name
 
 
 @pytest.mark.parametrize(
     "name", ["", "Rex", "../rex", "a/b", "a\\b", ".", "-a", "r" * 65, "rex\n", "a b", "é", "a.b"]
 )
-def test_names_that_are_refused(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         facts(name=name)
     with pytest.raises(ValidationError):
         facts(trigger=f"<{name}>")
 
 
-def test_facts_are_frozen_and_closed() -> None:
+def test_facts_are_frozen_and_refuse_unknown_fields() -> None:
     with pytest.raises(ValidationError):
         facts().name = "tom"
     with pytest.raises(ValidationError, match="colour"):
@@ -43,7 +45,7 @@ def test_facts_are_frozen_and_closed() -> None:
 
 
 @pytest.mark.parametrize("values", [{"seed": -1}, {"seed": 2**64}, {"scale": 0.0}, {"kind": "x"}])
-def test_bases_that_are_refused(values) -> None:
+def test_invalid_bases_are_refused(values) -> None:
     with pytest.raises(ValidationError):
         BasisInfo(**values)
 
@@ -58,7 +60,7 @@ def with_update(concept: Concept, component: str, module: str, update: LowRank) 
     return replace(concept, updates=products)
 
 
-def test_updates_that_do_not_fit_the_facts() -> None:
+def test_updates_must_match_the_facts() -> None:
     concept = small()
     q = concept.updates["unet"][Q]
     nan = q.up.clone()
@@ -78,7 +80,7 @@ def test_updates_that_do_not_fit_the_facts() -> None:
             with_update(concept, component, module, q)
 
 
-def test_concepts_without_layers_or_without_their_tokens() -> None:
+def test_missing_layers_or_tokens_are_refused() -> None:
     concept = small()
     for products in ({}, {"unet": {}}):
         with pytest.raises(ConceptError, match="has no updates"):
@@ -91,7 +93,7 @@ def test_concepts_without_layers_or_without_their_tokens() -> None:
         replace(concept, embeddings={"text_encoder": torch.ones(3, 6)})
 
 
-def test_a_basis_is_stored_by_its_original_keys() -> None:
+def test_basis_is_stored_by_its_original_keys() -> None:
     basis = BasisInfo(num_shared_directions=4, shared_directions="0123456789abcdef")
     stored = {"kind": "cosine", "seed": 0, "scale": 1.0, "avoid": 4, "shared": "0123456789abcdef"}
     assert basis.model_dump() == stored and list(basis.model_dump()) == list(stored)

@@ -1,4 +1,4 @@
-"""Writing concepts: whole or not at all."""
+"""Writing concepts atomically."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(small(), tmp_path / "rex")
 
 
-def test_the_same_concept_may_be_replaced(folder: Path) -> None:
+def test_concept_of_the_same_name_is_replaced(folder: Path) -> None:
     (folder / "notes.txt").write_text("mine")
     save_concept(small(seed=1), folder, [Image.new("RGB", (2, 2))] * 2)
     assert same_tensors(load_concept(folder), small(seed=1))
@@ -36,7 +36,7 @@ def test_the_same_concept_may_be_replaced(folder: Path) -> None:
         assert same_tensors(load_concept(single), small(seed=seed))
 
 
-def test_a_folder_may_already_hold_the_training_that_led_to_it(tmp_path: Path) -> None:
+def test_folder_with_training_files_is_accepted(tmp_path: Path) -> None:
     for name in file_layout.TRAINING_FILES:
         (tmp_path / "rex" / name).mkdir(parents=True)
     assert same_tensors(load_concept(save_concept(small(), tmp_path / "rex")), small())
@@ -58,7 +58,7 @@ def damaged(path: Path) -> None:
 
 
 @pytest.mark.parametrize("prepare", [other_concept, other_files, damaged, Path.touch])
-def test_what_is_there_is_not_overwritten(tmp_path: Path, prepare) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path, prepare) -> None:
     prepare(tmp_path / "out")
     before = contents(tmp_path)
     with pytest.raises(StorageError) as caught:
@@ -67,7 +67,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, prepare) -> None:
     assert contents(tmp_path) == before
 
 
-def test_single_files_are_not_overwritten_either(tmp_path: Path) -> None:
+def test_single_files_are_not_overwritten(tmp_path: Path) -> None:
     write_single_file(small(name="tom"), tmp_path / "a.safetensors")
     (tmp_path / "b.safetensors").write_bytes(b"x")
     before = contents(tmp_path)
@@ -80,7 +80,7 @@ def test_single_files_are_not_overwritten_either(tmp_path: Path) -> None:
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("step", range(6))
 @pytest.mark.parametrize("single", [False, True])
-def test_a_full_disk_leaves_everything_as_it_was(
+def test_full_disk_changes_nothing(
     tmp_path: Path, monkeypatch, existing: bool, step: int, single: bool
 ) -> None:
     out = tmp_path / ("rex.safetensors" if single else "rex")
@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_everything_as_it_was(
     assert same_tensors(load_concept(out), small(seed=1))
 
 
-def test_an_interrupt_leaves_everything_as_it_was(folder: Path, monkeypatch) -> None:
+def test_interrupt_changes_nothing(folder: Path, monkeypatch) -> None:
     before = contents(folder.parent)
 
     def interrupt(*_: object) -> None:
@@ -120,7 +120,7 @@ def test_an_interrupt_leaves_everything_as_it_was(folder: Path, monkeypatch) -> 
     assert contents(folder.parent) == before
 
 
-def test_a_machine_that_stops_between_two_renames_is_noticed(folder: Path, monkeypatch) -> None:
+def test_crash_between_two_renames_is_detected(folder: Path, monkeypatch) -> None:
     replace, done = os.replace, []
 
     def once(source: Path, target: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_machine_that_stops_between_two_renames_is_noticed(folder: Path, monke
         load_concept(folder)
 
 
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_paths_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for save, name in ((write_folder, "rex"), (write_single_file, "rex.safetensors")):
         with pytest.raises(StorageError, match=r"cannot be written|folder is a file"):

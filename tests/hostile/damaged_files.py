@@ -1,4 +1,4 @@
-"""Files of every kind that the pack reads, ways to damage them, and what reading must give."""
+"""All kinds of files that the package reads, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Kind:
     """A kind of file.
 
     Attributes:
-        make: writes an intact one into a folder; its path.
-        read: reads it from that folder.
-        same: whether what was read is what was written; None where nothing can tell a change.
+        make: Writes an intact file into a folder and returns its path.
+        read: Reads the file from that folder.
+        same: Whether two results of reading are equal; None if changes cannot be detected.
     """
 
     make: Callable[[Path], Path]
@@ -149,7 +149,7 @@ KINDS = {
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """The bytes with something cut off, flipped, overwritten, put in, taken out or repeated."""
+    """The bytes with a part truncated, flipped, overwritten, inserted, deleted or repeated."""
     at, length = rng.randrange(len(data) + 1), rng.choice((1, 2, 8, 64, 1000))
     head, tail = data[:at], data[at:]
     junk = rng.choice((rng.randbytes(length), b"\0" * length, b"\xff" * length, b"[" * length))
@@ -167,7 +167,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def with_absurd(values: Any, rng: random.Random) -> Any:
-    """Parsed JSON with one value somewhere in it replaced, taken out or put in."""
+    """Parsed JSON with one value replaced, removed or added."""
     if isinstance(values, dict) and values and rng.random() < 0.8:
         key = rng.choice(sorted(values))
         changed = dict(values)
@@ -188,9 +188,9 @@ def with_absurd(values: Any, rng: random.Random) -> Any:
 def with_json_changed(data: bytes, rng: random.Random) -> bytes:
     """A JSON file, or a safetensors file's header, with a value changed."""
     start = 8 + int.from_bytes(data[:8], "little")
-    text, rest = (data[8:start], data[start:]) if start <= len(data) else (data, b"")
+    text, tensor_bytes = (data[8:start], data[start:]) if start <= len(data) else (data, b"")
     values = json.loads(text)
-    header = values.get("__metadata__") if rest else None
+    header = values.get("__metadata__") if tensor_bytes else None
     inner = [key for key in header or {} if header[key].startswith("{")]
     if inner and rng.random() < 0.5:  # JSON within the header's JSON
         key = rng.choice(inner)
@@ -198,11 +198,11 @@ def with_json_changed(data: bytes, rng: random.Random) -> bytes:
     else:
         values = with_absurd(values, rng)
     new = json.dumps(values).encode()
-    return len(new).to_bytes(8, "little") + new + rest if rest else new
+    return len(new).to_bytes(8, "little") + new + tensor_bytes if tensor_bytes else new
 
 
 def replaced(path: Path, rng: random.Random) -> None:
-    """What is no regular file, or too large, in the place of one."""
+    """Replace a file by one that is not regular, or is too large."""
     path.unlink()
     choices: tuple[Callable[[], Any], ...] = (
         lambda: os.mkfifo(path),
@@ -217,12 +217,12 @@ def replaced(path: Path, rng: random.Random) -> None:
 
 
 def damage(path: Path, seed: int) -> None:
-    """Damage a file in a way that depends on the seed alone."""
+    """Damage a file in a way that depends only on the seed."""
     rng = random.Random(seed)
-    how = rng.random()
-    if how < 0.1:
+    choice = rng.random()
+    if choice < 0.1:
         replaced(path, rng)
-    elif how < 0.5 and path.suffix in (".json", ".safetensors"):
+    elif choice < 0.5 and path.suffix in (".json", ".safetensors"):
         path.write_bytes(with_json_changed(path.read_bytes(), rng))
     else:
         data = path.read_bytes()
@@ -235,8 +235,8 @@ def attempt(kind: Kind, folder: Path, seed: int) -> str:
     """Damage a file of a kind and read it: "refused" or "read".
 
     Raises:
-        AssertionError: what was read is another thing than what was written.
-        Exception: an error outside of the pack's family.
+        AssertionError: If the file is read as different content.
+        Exception: If an error is not of the package's classes.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Every command that writes, on disks that fill up at some byte or may only be read."""
+"""All commands that write, on disks that fill up or are read-only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from customize.cli import main
 
 disk, mount, jobs = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys.argv[3])
 subprocess.run([*mount, str(disk)], check=True)
-told = []
+results = []
 for arguments, left in jobs:
     for path in disk.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -41,8 +41,8 @@ for arguments, left in jobs:
         code = main()
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     files = [str(p.relative_to(disk)) for p in disk.rglob("*") if p.is_file()]
-    told.append([code, err.getvalue(), sorted(files)])
-print(json.dumps(told))
+    results.append([code, err.getvalue(), sorted(files)])
+print(json.dumps(results))
 """
 
 # On a busy machine it takes longer than other tests may.

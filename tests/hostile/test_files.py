@@ -1,4 +1,4 @@
-"""Damaged files: read as they were, or refused within the pack's error family, in little time."""
+"""Damaged files are read unchanged or refused by the package's errors, in limited time."""
 
 from __future__ import annotations
 
@@ -64,4 +64,4 @@ def test_many_damaged_concepts_leave_a_pipeline_unchanged(tmp_path: Path) -> Non
         except CustomizeError:
             counts["refused"] += 1
         assert_same(before, everything(pipe))
-    print(f"\npipelines: {counts['refused']} refused, {counts['loaded']} loaded and taken away")
+    print(f"\npipelines: {counts['refused']} refused, {counts['loaded']} loaded and unloaded")

@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment: the next one goes on or begins anew, and nothing is left."""
+"""Runs that are killed at any time: the next run resumes or restarts, and no files are left."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 pytestmark = [pytest.mark.hostile, pytest.mark.timeout(3600)]
 
 
-def started(command: list[str]) -> int:
-    """A command in a process of its own, forked, as importing everything takes longer than it."""
-    import customize.cli.app  # noqa: F401  what the command needs, before the fork
+def start_command(command: list[str]) -> int:
+    """Start a command in a forked process, which saves the time of the imports."""
+    import customize.cli.app  # noqa: F401  imported before the fork
 
     child = os.fork()
     if child:
@@ -48,7 +48,7 @@ def started(command: list[str]) -> int:
         os._exit(code)
 
 
-def ended(child: int) -> int:
+def wait_for_exit(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -77,7 +77,7 @@ def test_killed_training_resumes_to_the_same_result(tmp_path: Path) -> None:
         return [*train, "--library", str(library), "--output", str(library / "max")]
 
     begun = time.monotonic()
-    assert ended(started(command(tmp_path / "whole"))) == 0
+    assert wait_for_exit(start_command(command(tmp_path / "whole"))) == 0
     lasts = time.monotonic() - begun
     expected = tensors_of(tmp_path / "whole" / "max")
     rng, counts = random.Random(0), Counter[str]()
@@ -86,15 +86,15 @@ def test_killed_training_resumes_to_the_same_result(tmp_path: Path) -> None:
         chain += 1
         library = tmp_path / f"chain-{chain}"
         for _ in range(rng.randrange(1, 6)):
-            child = started(command(library))
+            child = start_command(command(library))
             time.sleep(rng.random() * lasts)
             os.kill(child, rng.choice(SIGNALS))
-            code = ended(child)
+            code = wait_for_exit(child)
             counts["killed" if code else "ended before"] += 1
             if (library / "max" / INFO_FILE).is_file():
                 counts["had a concept"] += 1
-        time.sleep(2.5)  # what is fresher is not swept
-        assert ended(started(command(library))) == 0
+        time.sleep(2.5)  # newer leftovers are not deleted
+        assert wait_for_exit(start_command(command(library))) == 0
         actual = tensors_of(library / "max")
         assert actual.keys() == expected.keys()
         assert all(torch.equal(actual[key], expected[key]) for key in actual)
@@ -122,7 +122,7 @@ def test_killed_save_leaves_a_complete_concept_or_none(tmp_path: Path) -> None:
                 os._exit(1)
         time.sleep(0.02 + rng.random() * 0.1)
         os.kill(child, signal.SIGKILL)
-        ended(child)
+        wait_for_exit(child)
         if (tmp_path / "rex.safetensors").exists():  # one file is replaced at once
             read = load_concept(tmp_path / "rex.safetensors")
             assert same_tensors(read, first) or same_tensors(read, second)

@@ -1,7 +1,6 @@
-"""LoRA files as other programs write them, made by the formats' formulas for a tiny pipeline.
+"""Adapter files in the formats of other programs, for tiny pipelines.
 
-Each function gives the tensors of a file and, computed apart in float64 from the same numbers, what
-every layer of the model should change by.
+The functions return the tensors of a file and the expected updates, computed in float64.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Deltas = dict[tuple[str, str], Tensor]
 
 
 def select_layers(family: Family, component: str, every: int = 1) -> dict[str, tuple[int, ...]]:
-    """Every so many-th layer with its weight's shape, always with attention and, if any, a conv."""
+    """Every n-th layer with the shape of its weight; attention and convolutions are included."""
     shapes = family.weight_shapes(component)
     return {name: shape for n, (name, shape) in enumerate(shapes.items()) if n % every == 0}
 
@@ -33,7 +32,7 @@ def select_layers(family: Family, component: str, every: int = 1) -> dict[str, t
 def random_factors(
     shape: tuple[int, ...], rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """(up, down) in the shapes that trainers give them."""
+    """Random factors (up, down) in the shapes that trainers write."""
     out, channels, *kernel = shape
     up = 0.3 * torch.randn(out, rank, *[1] * len(kernel), generator=generator)
     return up, 0.3 * torch.randn(rank, channels, *kernel, generator=generator)
@@ -56,9 +55,13 @@ def lora_tensors(
     """A LoRA of ranks 1 to 3 on many layers.
 
     Args:
-        name: (component, module) -> how the file calls it.
-        alphas: given with some layers, each another one; with none; or the same with each.
-        ends: of the keys of down- and up-projections; "" in front of none.
+        family: The model.
+        name: (component, module) -> layer name in the file.
+        ends: Suffixes of the keys of down- and up-projections.
+        every: Interval of the selected layers.
+        alphas: Different alphas for some layers, no alphas, or one alpha for all layers.
+        components: Components to change; None for the denoiser and all text encoders.
+        seed: Seed of the factors.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
@@ -81,7 +84,7 @@ def lora_tensors(
 
 
 def kohya_names(family: Family) -> Callable[[str, str], str]:
-    """kohya's names of layers, where they are the module's own with underscores for dots."""
+    """The kohya names of layers that are module names with underscores for dots."""
 
     def name(component: str, module: str) -> str:
         clips = list(family.clip_encoders)
@@ -112,7 +115,7 @@ def dense_updates(lora: Lora | Any) -> Deltas:
 
 
 def assert_close(actual: Deltas, expected: Deltas, tolerance: float = 1e-6) -> None:
-    """Assert that the layers are the same, and their updates equal but for float32 rounding."""
+    """Assert that the layers are the same, and their updates equal up to float32 rounding."""
     assert actual.keys() == expected.keys()
     for key, delta in expected.items():
         matrix = delta.flatten(1)

@@ -1,4 +1,4 @@
-"""Wan 2.2's pairs of files: which transformer takes which layers."""
+"""Pairs of files for Wan 2.2, and the transformers that they belong to."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def wan() -> Family:
 
 
 def layer(prefix: str, value: float = 1.0, flat: bool = False) -> dict[str, Tensor]:
-    """One layer by Wan's own name."""
+    """One layer by its name in Wan's original code."""
     name = "blocks_0_self_attn_q" if flat else "blocks.0.self_attn.q"
     ends = ("lora_down", "lora_up") if flat else ("lora_A", "lora_B")
     return {
@@ -45,13 +45,15 @@ def layer(prefix: str, value: float = 1.0, flat: bool = False) -> dict[str, Tens
 
 
 def where(family: Family, source: Any) -> dict[str, float]:
-    """Component -> the number in the layer's factor, without a warning on the way."""
+    """Component -> the number in the layer's factor; asserts that nothing warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         actual = source if hasattr(source, "groups") else open_adaptation(source)
         products = actual.to_lora(family).updates
-    assert all(set(own) == {"blocks.0.attn1.to_q"} for own in products.values())
-    return {key: float(own["blocks.0.attn1.to_q"].down[0, 0]) for key, own in products.items()}
+    assert all(set(updates) == {"blocks.0.attn1.to_q"} for updates in products.values())
+    return {
+        key: float(updates["blocks.0.attn1.to_q"].down[0, 0]) for key, updates in products.items()
+    }
 
 
 NAMINGS = [
@@ -150,10 +152,10 @@ def test_names_without_a_noise_level(name: str, wan: Family, tmp_path: Path) -> 
 
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_pair_is_recognized_in_either_order(first: str, second: str) -> None:
-    there, back = parse_noise_levels(first, second), parse_noise_levels(second, first)
-    assert (there is None) == (back is None)
-    if there and back:
-        assert there == back[::-1] and set(there) == {"high", "low"}
+    levels, reversed_levels = parse_noise_levels(first, second), parse_noise_levels(second, first)
+    assert (levels is None) == (reversed_levels is None)
+    if levels and reversed_levels:
+        assert levels == reversed_levels[::-1] and set(levels) == {"high", "low"}
 
 
 def test_file_name_selects_the_denoiser(wan: Family, tmp_path: Path) -> None:
@@ -167,7 +169,7 @@ def test_file_name_selects_the_denoiser(wan: Family, tmp_path: Path) -> None:
 
 
 def carriers(pipe: Any) -> list[str]:
-    """The components that carry an adapter."""
+    """The components with an adapter."""
     return [
         key
         for key in (FIRST, SECOND)
@@ -206,7 +208,7 @@ def test_into_with_one_entry_per_file(tmp_path: Path) -> None:
 
 
 def test_two_files_are_loaded_as_a_pair(tmp_path: Path) -> None:
-    """Also by letters that alone would say nothing."""
+    """Letters that are ambiguous in a single name identify a pair."""
     for names in (("x_high_noise", "x_low_noise"), ("y_h", "y_l"), ("high-z", "low-z")):
         files = [
             write_file(tmp_path / f"{n}.safetensors", layer("diffusion_model.")) for n in names
@@ -273,8 +275,12 @@ def test_merge_for_two_denoisers_is_parsed_again(tmp_path: Path) -> None:
     assert [list(concept.updates) for concept in concepts] == [[FIRST], [SECOND]]
     folder = write_merged(concepts, [1.0, 3.0], tmp_path / "both").folder
     again = open_without_pipeline(folder)
-    numbers = {key: own["blocks.0.attn1.to_q"].down[0, 0] for key, own in again.updates.items()}
-    scales = {key: own["blocks.0.attn1.to_q"].up[0, 0] for key, own in again.updates.items()}
+    numbers = {
+        key: updates["blocks.0.attn1.to_q"].down[0, 0] for key, updates in again.updates.items()
+    }
+    scales = {
+        key: updates["blocks.0.attn1.to_q"].up[0, 0] for key, updates in again.updates.items()
+    }
     assert {key: float(numbers[key] * scales[key]) for key in numbers} == {FIRST: 1.0, SECOND: 6.0}
 
 

@@ -1,4 +1,4 @@
-"""Folders that a merge wrote, read again; files that only published sizes can place."""
+"""Folders of merges for two denoisers, and base detection by published sizes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_merge_for_two_denoisers_equals_its_concepts(tmp_path: Path) -> None:
 
 
 def test_files_of_a_pair_keep_their_scales(tmp_path: Path) -> None:
-    """The header of a concept's files says alpha / rank, which is 2 there."""
+    """The scale alpha / rank in the header of these files is 2."""
     pipe = tiny_wan("2.2-14b")
     rex = concept(pipe)
     save_concept(rex, tmp_path / "rex")
@@ -62,7 +62,7 @@ def test_foreign_second_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_old_merge_without_tokens_is_refused(layout: str, tmp_path: Path) -> None:
-    """As merges of earlier versions, whose headers do not have them."""
+    """Merges of earlier versions have no tokens in their headers."""
     pipe = tiny_sd()
     family = family_of(pipe.components)
     write_merged([concept(pipe)], [1.0], tmp_path / "duo", layout=layout, family=family)
@@ -103,14 +103,18 @@ def test_base_is_detected_from_layers_or_refused_as_ambiguous(name: str, tmp_pat
         return
     actual = open_without_pipeline(file)
     assert actual.info.family == family
-    (update,) = (update for own in actual.updates.values() for update in own.values())
+    (update,) = (
+        update
+        for component_updates in actual.updates.values()
+        for update in component_updates.values()
+    )
     assert to_dense(update).shape[1] == width
 
 
 def test_inspect_opens_a_pair(tmp_path: Path) -> None:
-    own = layer("transformer.blocks.0.attn1.to_q", 5120, 5120)
-    write_file(tmp_path / "pytorch_lora_weights.safetensors", own)
-    write_file(tmp_path / "pytorch_lora_weights_2.safetensors", own)
+    tensors = layer("transformer.blocks.0.attn1.to_q", 5120, 5120)
+    write_file(tmp_path / "pytorch_lora_weights.safetensors", tensors)
+    write_file(tmp_path / "pytorch_lora_weights_2.safetensors", tensors)
     actual = open_without_pipeline(tmp_path)
     assert actual.info.family == "wan"
     assert set(actual.updates) == {"transformer", "transformer_2"}

@@ -1,3 +1,5 @@
+"""The alpha in the header of an adapter file, and files whose header and tensors disagree."""
+
 from __future__ import annotations
 
 import json

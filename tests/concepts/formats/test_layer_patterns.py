@@ -1,3 +1,5 @@
+"""Patterns of layer names in peft configurations."""
+
 from __future__ import annotations
 
 import time

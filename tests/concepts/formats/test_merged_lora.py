@@ -1,4 +1,4 @@
-"""What a merge writes is read again, whole: its updates, and the triggers of all its concepts."""
+"""Parsing merged LoRAs: their updates, and the triggers of all their concepts."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def two(pipe: Any) -> list[Any]:
 
 
 def layered(pipe: Any) -> list[Any]:
-    """The first one with embeddings for each cross-attention layer."""
+    """Two concepts, the first with embeddings for each cross-attention layer."""
     rex, tom = two(pipe)
     layers = len(family_of(pipe.components).cross_attention_layers())
-    rows = {key: torch.randn(2, layers, own.shape[1]) for key, own in rex.embeddings.items()}
+    embeddings = {key: torch.randn(2, layers, r.shape[1]) for key, r in rex.embeddings.items()}
     info = rex.info.model_copy(update={"token_layers": layers})
-    return [replace(rex, info=info, embeddings=rows), tom]
+    return [replace(rex, info=info, embeddings=embeddings), tom]
 
 
 def by_file_names(made: Any) -> dict[tuple[str, str], torch.Tensor]:
@@ -68,7 +68,7 @@ def folder(path: Path) -> Path:
 
 
 def single(path: Path) -> Path:
-    """The LoRA's file alone, away from all that is beside it."""
+    """A copy of the LoRA file, without the files beside it."""
     away = path.parent / "away"
     away.mkdir()
     return shutil.copy(lora_of(path), away / f"{path.name}.safetensors")
@@ -144,7 +144,7 @@ def test_layerwise_embeddings_are_restored(tmp_path: Path) -> None:
 
 
 def test_joined_kohya_layers_are_split_again(tmp_path: Path) -> None:
-    """Also where some of them are left alone."""
+    """Also if only some of them change."""
     pipe = tiny_flux()
     rex = concept(pipe)
     part = {m: u for n, (m, u) in enumerate(rex.updates["transformer"].items()) if n % 2}
@@ -169,7 +169,7 @@ def test_merged_lora_can_be_merged_again(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_library_finds_a_merge_by_each_trigger(layout: str, tmp_path: Path) -> None:
+def test_library_finds_a_merge_by_all_triggers(layout: str, tmp_path: Path) -> None:
     pipe = tiny_sd()
     concepts = two(pipe)
     write_merged(concepts, WEIGHTS, tmp_path / "duo", layout=layout)
@@ -289,5 +289,5 @@ def test_subjects_round_trip_through_the_header(
     assert (actual.name, actual.trigger, actual.class_word) == ("rex", "<rex>", word)
     assert actual.num_tokens == shape[0]
     assert actual.token_layers == (shape[1] if len(shape) == 3 else 0)
-    for key, own in subject.embeddings.items():
-        assert actual.embeddings[key].dtype == dtype and torch.equal(actual.embeddings[key], own)
+    for key, rows in subject.embeddings.items():
+        assert actual.embeddings[key].dtype == dtype and torch.equal(actual.embeddings[key], rows)

@@ -1,4 +1,4 @@
-"""peft's configuration, by the numbers of peft's own layers."""
+"""The peft configuration of adapters, compared with the outputs of peft's layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BLOCK = "down_blocks.1.attentions.0.transformer_blocks.0"
     "kind", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "BOFTConfig"]
 )
 def test_every_peft_field_is_in_one_table(kind: str) -> None:
-    """A field that a new peft adds fails here until someone has decided what it means."""
+    """New fields of peft fail here until they are added to a table."""
     fields = {field.name for field in dataclasses.fields(getattr(peft, kind))}
     for field in fields:
         assert sum(field in table for table in KNOWN) == 1, field
@@ -52,13 +52,13 @@ def test_every_initialization_is_in_one_table() -> None:
 
 
 def change(module: nn.Module, base: nn.Module) -> Tensor:
-    """What a linear layer answers beyond another: (out, in), float64."""
+    """The difference of two linear layers, from their outputs: (out, in), float64."""
     eye = torch.eye(base.in_features)  # type: ignore[arg-type]
     return (module(eye) - base(eye)).detach().double().T
 
 
 def trained(config: Any, seed: int = 1) -> Any:
-    """An adapter on a tiny UNet whose factors have moved from where they began."""
+    """An adapter on a tiny UNet with changed factors."""
     torch.manual_seed(0)
     model: Any = get_peft_model(tiny_sd().unet, config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -69,7 +69,7 @@ def trained(config: Any, seed: int = 1) -> Any:
 
 
 def changes(model: Any) -> Deltas:
-    """The change of each layer that carries an adapter, by what it answers."""
+    """The change of every layer with an adapter, measured from its outputs."""
     base = tiny_sd().unet
     return {
         ("unet", name): change(module, base.get_submodule(name))
@@ -128,7 +128,7 @@ def test_configuration_beside_the_file(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefixed", [True, False])
 @pytest.mark.parametrize("kind", ["alpha", "rslora", "dora", "expressions", "olora"])
 def test_configuration_in_the_header(kind: str, prefixed: bool, tmp_path: Path) -> None:
-    """As diffusers writes it, of one model or of a pipeline."""
+    """As diffusers writes it, for one model or for a pipeline."""
     from diffusers import StableDiffusionPipeline
     from peft.utils import get_peft_model_state_dict
 
@@ -149,7 +149,7 @@ def test_configuration_in_the_header(kind: str, prefixed: bool, tmp_path: Path) 
     assert_close(dense_updates(read(file)), changes(model), 1e-4)
 
 
-def test_each_component_has_its_configuration(tmp_path: Path) -> None:
+def test_configurations_differ_between_components(tmp_path: Path) -> None:
     family = family_of(tiny_sd().components)
     tensors = {}
     for layer in (
@@ -173,7 +173,7 @@ def test_each_component_has_its_configuration(tmp_path: Path) -> None:
     }
     file = write_file(tmp_path / "a.safetensors", tensors, lora_adapter_metadata=json.dumps(header))
     actual = open_adaptation(file).to_lora(family)  # type: ignore[union-attr]
-    scales = {key: next(iter(own.values())).scale for key, own in actual.updates.items()}
+    scales = {key: next(iter(layers.values())).scale for key, layers in actual.updates.items()}
     assert scales == {"unet": 4.0, "text_encoder": pytest.approx(3 / 2**0.5)}
 
 
@@ -199,7 +199,7 @@ def test_configuration_applies_to_the_only_file_of_a_folder(name: str, tmp_path:
 
 
 def test_pissa_on_half_precision_keeps_the_change(tmp_path: Path) -> None:
-    """Its two parts cancel nearly: rounded apart they would leave noise."""
+    """The two parts nearly cancel, so separate rounding would leave noise."""
     model = trained(LoraConfig(r=4, init_lora_weights="pissa", target_modules=["to_q"]))
     model.save_pretrained(tmp_path)
     name = f"{BLOCK}.attn1.to_q"
@@ -210,7 +210,7 @@ def test_pissa_on_half_precision_keeps_the_change(tmp_path: Path) -> None:
 
 
 def test_converted_pissa_is_a_plain_lora(tmp_path: Path) -> None:
-    """What the refusals advise."""
+    """The conversion that error messages recommend."""
     torch.manual_seed(0)
     model: Any = get_peft_model(
         tiny_sd().unet, LoraConfig(r=2, init_lora_weights="pissa_niter_4", target_modules=["to_q"])
@@ -329,7 +329,7 @@ def test_unknown_field_gives_a_warning(tmp_path: Path) -> None:
 
 
 def test_default_alpha_of_peft(tmp_path: Path) -> None:
-    """As diffusers' LoraConfig(**header) has it."""
+    """The default of LoraConfig(**header), which diffusers uses."""
     actual = open_adaptation(with_header(tmp_path, lora_alpha=None))
     update = actual.to_lora(family_of(tiny_flux().components)).updates["transformer"]  # type: ignore[union-attr]
     assert next(iter(update.values())).scale == LoraConfig().lora_alpha / 2
@@ -347,7 +347,7 @@ def first_update(file: Path) -> Any:
 
 
 def test_scales_agree_with_peft(tmp_path: Path) -> None:
-    """That peft takes the start out of the base again is what the computation rests on."""
+    """The decoder relies on peft subtracting the initial factors from the base."""
     model = trained(LoraConfig(r=2, init_lora_weights="pissa", target_modules=["to_q"]))
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny_sd().unet, str(tmp_path)).eval()

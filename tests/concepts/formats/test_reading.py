@@ -1,4 +1,4 @@
-"""Files by every spelling of layers and factors, against dense float64 products."""
+"""Files with all spellings of layers and factors, compared with dense float64 products."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_old_diffusers_names_with_the_attention_processor(tmp_path: Path) -> Non
     targets = {key: family.adapter_targets(key) for key in ("unet", "text_encoder")}
     generator = torch.Generator().manual_seed(1)
     tensors, deltas = {}, {}
-    for component, own in targets.items():
-        for module, shape in own.items():
+    for component, layers in targets.items():
+        for module, shape in layers.items():
             named = f"text_model.{module}" if component == "text_encoder" else module
             up, down = random_factors(shape, 2, generator)
             path = old(component, named)
@@ -152,20 +152,20 @@ def test_original_names_are_split_exactly(name: str, prefix: str, tmp_path: Path
         if "processor" in original:
             continue
         rank = 1 + number % 3
-        out = sum(each.stop - each.start for each in rows)
+        out = sum(row_range.stop - row_range.start for row_range in rows)
         up, down = random_factors((out, *shapes[rows[0].module][1:]), rank, generator)
         flat = original.replace(".", "_") if prefix.endswith("_") else original
         tensors[f"{prefix}{flat}.lora_up.weight"] = up
         tensors[f"{prefix}{flat}.lora_down.weight"] = down
         tensors[f"{prefix}{flat}.alpha"] = torch.tensor(2.0)
         whole, first = dense_product(up, down, 2.0 / rank), 0
-        for each in rows:
-            target = (key, each.module)
-            count = each.stop - each.start
+        for row_range in rows:
+            target = (key, row_range.module)
+            count = row_range.stop - row_range.start
             layer = deltas.setdefault(
-                target, torch.zeros(shapes[each.module][0], whole.shape[1]).double()
+                target, torch.zeros(shapes[row_range.module][0], whole.shape[1]).double()
             )
-            layer[each.start : each.stop] = whole[first : first + count]
+            layer[row_range.start : row_range.stop] = whole[first : first + count]
             first += count
     assert_close(
         dense_updates(read(write_file(tmp_path / "a.safetensors", tensors), family)), deltas
@@ -195,7 +195,7 @@ def test_xlabs_names(tmp_path: Path) -> None:
 
 
 def test_scales_from_peft_configuration(tmp_path: Path) -> None:
-    """alpha and rank by pattern, and rank-stabilized, as peft writes them beside the tensors."""
+    """Alpha and rank by pattern, and rank-stabilized, in the configuration beside the file."""
     family = family_of(tiny_sd().components)
     tensors, _ = lora_tensors(
         family,
@@ -242,7 +242,7 @@ def test_missing_alpha_is_the_rank(tmp_path: Path) -> None:
         family, kohya_names(family), (".lora_down.weight", ".lora_up.weight"), alphas="none"
     )
     actual = read(write_file(tmp_path / "a.safetensors", tensors), family)
-    assert {u.scale for own in actual.updates.values() for u in own.values()} == {1.0}
+    assert {u.scale for layers in actual.updates.values() for u in layers.values()} == {1.0}
     assert_close(dense_updates(actual), deltas)
 
 

@@ -1,4 +1,4 @@
-"""Bad files: each is refused whole, by an error that says what is wrong."""
+"""Invalid adapter files are refused with the reason."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ KEPT = ("conv_in", "attn1.to_q", "ff.net.2", "conv2", "self_attn.k_proj", "mlp.f
 )
 @given(data=st.data())
 def test_damaged_files_are_refused_or_decoded_completely(data: st.DataObject, sd: Family) -> None:
-    """Keys dropped, renamed and added: what is read is what the keys that are left say."""
+    """Drops, renames and adds keys; decoded updates must equal those of the remaining keys."""
     tensors, deltas = lora_tensors(sd, kohya_names(sd), ENDS, seed=5)
     tensors = {
         k: t

@@ -49,7 +49,7 @@ ENDS = (".lora_A.weight", ".lora_B.weight")
 @pytest.mark.parametrize("every", [1, 2, 5])
 @pytest.mark.parametrize("name", MAKERS)
 def test_written_tensors_are_parsed_again(name: str, every: int, tmp_path: Path) -> None:
-    """Also where just some of the layers are changed that the original computes as one."""
+    """Also if only some layers of a fused layer of the original code change."""
     family = family_of(MAKERS[name]().components)
     tensors, deltas = lora_tensors(family, diffusers_name, ENDS, every=every)
     actual = open_adaptation(write_file(tmp_path / "a.safetensors", tensors)).to_lora(family)
@@ -79,8 +79,8 @@ def test_diffusers_gives_the_same_image(name: str, tmp_path: Path) -> None:
     made = concept(ours)
     if name == "flux":
         # Stock diffusers asks that FLUX's single blocks be of the published width.
-        own = made.updates["transformer"]
-        double = {m: update for m, update in own.items() if not m.startswith("single_")}
+        updates = made.updates["transformer"]
+        double = {m: update for m, update in updates.items() if not m.startswith("single_")}
         made = replace(made, updates={**made.updates, "transformer": double})
     bare = replace(made, info=made.info.model_copy(update={"num_tokens": 0}), embeddings={})
     family = family_of(ours.components)
@@ -115,7 +115,7 @@ def test_header_has_the_fields_that_user_interfaces_show(tmp_path: Path) -> None
     assert header["sshs_model_hash"] == hashlib.sha256(body).hexdigest()
     assert len(header["sshs_legacy_hash"]) == 8
     assert any(key.startswith("lora_unet_input_blocks_") for key in load_file(path))
-    # A token is called by its file's name there.
+    # User interfaces name a token after its file.
     rows = load_file(tmp_path / "duo" / "embeddings" / "tom.safetensors")
     assert set(rows) == {"clip_l", "clip_g"}
     card = (tmp_path / "duo" / "README.md").read_text()
@@ -133,8 +133,10 @@ def test_the_same_merge_gives_the_same_files(tmp_path: Path) -> None:
 
 
 def test_model_of_an_unpublished_size(tmp_path: Path) -> None:
-    """kohya calls the layers of Stable Diffusion as diffusers does, so any size can be written;
-    others only with the model at hand."""
+    """Stable Diffusion of any size can be written; other families need the model.
+
+    The kohya names of Stable Diffusion's layers are those of diffusers.
+    """
     made = small()
     write_merged([made], [1.0], tmp_path / "a", layout="kohya")
     with safe_open(tmp_path / "a" / "a.safetensors", "pt") as file:
@@ -147,7 +149,7 @@ def test_model_of_an_unpublished_size(tmp_path: Path) -> None:
 
 
 def convolutions(rank: int = 2) -> Lora:
-    """A LoRA on layers of Stable Diffusion 1.x, a convolution among them."""
+    """A LoRA on layers of Stable Diffusion 1.x, including a convolution."""
     generator = torch.Generator().manual_seed(0)
 
     def update(out: int, width: int) -> LowRank:

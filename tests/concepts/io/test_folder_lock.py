@@ -1,4 +1,4 @@
-"""Locks on folders: against threads and processes, living and dead."""
+"""Locks on folders, between threads, processes and dead processes."""
 
 import subprocess
 import sys
@@ -46,15 +46,15 @@ def test_another_process_is_refused_until_the_first_dies(tmp_path):
 
 
 def test_another_thread_is_refused(tmp_path):
-    found = []
+    results = []
     with lock_folder(tmp_path / "out"):
-        thread = threading.Thread(target=lambda: found.append(refused(tmp_path / "out")))
+        thread = threading.Thread(target=lambda: results.append(refused(tmp_path / "out")))
         thread.start()
         thread.join()
-    assert found == [None]
+    assert results == [None]
 
 
-def test_nothing_stays_of_folders_that_were_not_written(tmp_path):
+def test_unused_parent_folders_are_removed(tmp_path):
     with pytest.raises(KeyError), lock_folder(tmp_path / "a" / "b" / "out"):
         assert (tmp_path / "a" / "b").is_dir()
         raise KeyError
@@ -64,7 +64,7 @@ def test_nothing_stays_of_folders_that_were_not_written(tmp_path):
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path):
+def test_unwritable_path_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with (
         pytest.raises(StorageError, match="cannot be written"),

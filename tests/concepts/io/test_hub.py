@@ -1,4 +1,4 @@
-"""What comes from the hub, from a server here that speaks the hub's own interface."""
+"""Downloads from the hub, from a local server with the hub's interface."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def hub(folder: Path, items: list[dict[str, str]]):
 
     Yields its address and the list of files that were downloaded.
     """
-    given: list[str] = []
+    downloads: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -48,24 +48,24 @@ def hub(folder: Path, items: list[dict[str, str]]):
                 facts |= {"lastUpdated": "2026-01-01T00:00:00.000Z", "private": False}
                 self.send(facts | {"slug": SLUG, "theme": "blue", "upvotes": 0})
             elif path.startswith("api/models/"):
-                repo, what = "/".join(path.split("/")[2:4]), path.split("/")[4]
+                repo, endpoint = "/".join(path.split("/")[2:4]), path.split("/")[4]
                 if not (folder / repo).is_dir():
                     self.send_error(404)
                     return
-                files = sorted(each for each in (folder / repo).iterdir() if each.is_file())
+                files = sorted(file for file in (folder / repo).iterdir() if file.is_file())
                 tree = [
                     {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": digest(f)}
                     for f in files
                 ]
-                names = [{"rfilename": each.name} for each in files]
+                names = [{"rfilename": file.name} for file in files]
                 facts = {"id": repo, "sha": commit(repo), "siblings": names}
-                self.send(facts if what == "revision" else tree)
+                self.send(facts if endpoint == "revision" else tree)
             elif "/resolve/" in path:
-                repo, _, rest = path.partition("/resolve/")
-                file = folder / repo / rest.partition("/")[2]
+                repo, _, suffix = path.partition("/resolve/")
+                file = folder / repo / suffix.partition("/")[2]
                 head = {"ETag": f'"{digest(file)}"', "X-Repo-Commit": commit(repo)}
                 if self.command == "GET":
-                    given.append(f"{repo}/{file.name}")
+                    downloads.append(f"{repo}/{file.name}")
                 self.send(file.read_bytes(), head)
             else:
                 self.send_error(404)
@@ -84,13 +84,13 @@ def hub(folder: Path, items: list[dict[str, str]]):
         return hashlib.sha1(file.read_bytes()).hexdigest()
 
     def commit(repo: str) -> str:
-        told = "".join(digest(f) for f in sorted((folder / repo).iterdir()) if f.is_file())
-        return hashlib.sha1(told.encode()).hexdigest()
+        digests = "".join(digest(f) for f in sorted((folder / repo).iterdir()) if f.is_file())
+        return hashlib.sha1(digests.encode()).hexdigest()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", given
+        yield f"http://127.0.0.1:{server.server_port}", downloads
     finally:
         server.shutdown()
         server.server_close()
@@ -114,7 +114,7 @@ def collection(*names: str) -> list[dict[str, str]]:
 
 
 def ask(script: str, address: str, home: Path) -> list[str]:
-    """Run lines in a process of its own, as the hub's address is read once; what they print."""
+    """Run lines in another process, which reads the hub's address at its start; their output."""
     surroundings = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home)}
     surroundings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
     code = "from customize.concepts.library.library import Library\n" + script
@@ -138,33 +138,35 @@ print(float(rex.embeddings["text_encoder"][0, 0]))
 """
 
 
-def test_a_collection_is_a_library(served, tmp_path):
+def test_collection_is_a_library(served, tmp_path):
     every = collection("user/rex", "user/tom", "else/water-colour", "user/base")
     every.append({"id": "user/pictures", "type": "dataset"})
     home = tmp_path / "home"
-    with hub(served, every) as (address, given):
+    with hub(served, every) as (address, downloads):
         assert ask(LIST, address, home)[0] == "rex tom water-colour"
-        assert "user/rex/concept.json" in given and "user/base/model.safetensors" not in given
-        given.clear()
+        assert (
+            "user/rex/concept.json" in downloads and "user/base/model.safetensors" not in downloads
+        )
+        downloads.clear()
         assert ask(LIST, address, home)[0] == "rex tom water-colour"
-        assert given == []  # all is there
+        assert downloads == []  # all files are cached
         save_concept(small(2), served / "user" / "new")
         shutil.rmtree(served / "user" / "rex")
         (served / "user" / "new").rename(served / "user" / "rex")
-        told = ask(LIST + READ, address, home)
-        assert float(told[1]) == pytest.approx(float(small(2).embeddings["text_encoder"][0, 0]))
-    with hub(served, every[1:]) as (address, _):  # rex is taken out
+        lines = ask(LIST + READ, address, home)
+        assert float(lines[1]) == pytest.approx(float(small(2).embeddings["text_encoder"][0, 0]))
+    with hub(served, every[1:]) as (address, _):  # without rex
         assert ask(LIST, address, home)[0] == "tom water-colour"
-    told = ask(LIST, address, home)  # the hub is gone
-    assert told[0] == "tom water-colour" and any("its last download is used" in t for t in told)
+    lines = ask(LIST, address, home)  # the hub is offline
+    assert lines[0] == "tom water-colour" and any("its last download is used" in t for t in lines)
 
 
-def test_two_of_one_name_are_told_apart(served, tmp_path):
+def test_repositories_of_one_name_get_different_folders(served, tmp_path):
     lora(served / "user" / "water-colour" / "pytorch_lora_weights.safetensors", value=2.0)
     both = collection("user/water-colour", "else/water-colour")
     with hub(served, both) as (address, _):
-        told = ask(f"print(*Library({SLUG!r}).entries)", address, tmp_path / "home")
-    assert told[0].split() == ["else-water-colour", "user-water-colour"]
+        lines = ask(f"print(*Library({SLUG!r}).entries)", address, tmp_path / "home")
+    assert lines[0].split() == ["else-water-colour", "user-water-colour"]
 
 
 FAIL = """
@@ -176,17 +178,17 @@ except CustomizeError as error:
 """
 
 
-def test_what_the_hub_does_not_have_is_refused(served, tmp_path):
+def test_missing_repositories_and_collections_are_refused(served, tmp_path):
     home = tmp_path / "home"
     with hub(served, collection("user/rex", "user/gone")) as (address, _):
-        (told,) = ask(FAIL.format(SLUG), address, home)
-        assert told.startswith("ConceptError") and "user/gone" in told
+        (line,) = ask(FAIL.format(SLUG), address, home)
+        assert line.startswith("ConceptError") and "user/gone" in line
         other = "user/no-such-64f9a55bb3115b4f513ec027"
-        (told,) = ask(FAIL.format(other), address, home)
-        assert told.startswith("ConfigError") and "listing the collection" in told and other in told
+        (line,) = ask(FAIL.format(other), address, home)
+        assert line.startswith("ConfigError") and "listing the collection" in line and other in line
 
 
-def test_a_folder_of_that_name_is_the_folder(tmp_path, monkeypatch):
+def test_existing_folder_takes_precedence_over_a_collection(tmp_path, monkeypatch):
     from customize.concepts.library.library import Library
 
     monkeypatch.chdir(tmp_path)
@@ -195,11 +197,11 @@ def test_a_folder_of_that_name_is_the_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [SLUG, "a-b/64f9a55bb3115b4f513ec026"])
-def test_what_is_a_collection(text):
+def test_collection_slugs(text):
     assert is_collection_slug(text)
 
 
 @pytest.mark.parametrize("text", ["user/rex", "concepts", "/" + SLUG, SLUG[:-1], f"{SLUG}/x", ""])
-def test_what_is_none(text):
+def test_other_texts_are_not_collection_slugs(text):
     assert not is_collection_slug(text)
     assert is_hub_id(text) is (text.count("/") == 1 and text[0] != "/")

@@ -1,4 +1,4 @@
-"""Model cards: texts of others in them show as they are, and are no markup."""
+"""Model cards escape texts from other people, so that these are not markup."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check(text: str) -> None:
     assert text.isprintable() or set(text) - {"\n"} == set(filter(str.isprintable, text))
 
 
-def test_texts_in_a_concepts_card_are_no_markup() -> None:
+def test_texts_in_a_concept_card_are_escaped() -> None:
     concept = small(
         class_word=HOSTILE[:60],
         base=HOSTILE,
@@ -54,7 +54,7 @@ def test_texts_in_a_concepts_card_are_no_markup() -> None:
         assert json.dumps(HOSTILE) in block
 
 
-def test_texts_in_a_merges_card_are_no_markup(tmp_path: Path) -> None:
+def test_texts_in_a_merge_card_are_escaped(tmp_path: Path) -> None:
     both = [small(class_word=HOSTILE[:60], base=HOSTILE, num_tokens=0)]
     folder = write_merged(both, [1.0], tmp_path / "m").folder
     check((folder / "README.md").read_text())

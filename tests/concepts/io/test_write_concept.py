@@ -1,3 +1,5 @@
+"""Writing and reading concepts, and refusing damaged files."""
+
 from __future__ import annotations
 
 import json
@@ -60,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", list(CONCEPTS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_what_is_written_is_read_exactly(tmp_path: Path, kind: str, dtype) -> None:
+def test_round_trip_is_exact(tmp_path: Path, kind: str, dtype) -> None:
     concept = CONCEPTS[kind]()
     rows = {key: values.to(dtype) for key, values in concept.embeddings.items()}
     concept = Concept(concept.info, concept.updates, rows)
@@ -69,9 +71,9 @@ def test_what_is_written_is_read_exactly(tmp_path: Path, kind: str, dtype) -> No
         write_single_file(concept, tmp_path / "r.safetensors"),
     ):
         for source in (written, str(written)):
-            found = load_concept(source)
-            assert found.info == concept.info
-            assert same_tensors(found, concept)
+            actual = load_concept(source)
+            assert actual.info == concept.info
+            assert same_tensors(actual, concept)
 
 
 @settings(deadline=None, max_examples=25)
@@ -91,14 +93,14 @@ def test_what_is_written_is_read_exactly(tmp_path: Path, kind: str, dtype) -> No
     ),
     st.text(st.characters(codec="utf-8", min_codepoint=32, exclude_characters="\x7f"), max_size=40),
 )
-def test_any_facts_are_read_exactly(tmp_path_factory, training, base) -> None:
+def test_round_trip_of_arbitrary_facts(tmp_path_factory, training, base) -> None:
     root = tmp_path_factory.mktemp("facts")
     concept = small(training=training, base=base)
     assert read_info(write_folder(concept, root / "rex")) == concept.info
     assert load_concept(write_single_file(concept, root / "rex.safetensors")).info == concept.info
 
 
-def test_saving_to_a_name_of_a_file_writes_one(tmp_path: Path) -> None:
+def test_saving_to_a_file_name_writes_one_file(tmp_path: Path) -> None:
     path = save_concept(small(), tmp_path / "rex.safetensors")
     assert path.is_file() and same_tensors(load_concept(path), small())
     with pytest.raises(ConfigError, match="no model card"):
@@ -117,7 +119,7 @@ def test_edited_facts_in_the_header_of_a_single_file_are_refused(tmp_path: Path)
         load_concept(path)
 
 
-def test_the_names_are_those_of_stock_files(folder: Path, tmp_path: Path) -> None:
+def test_file_and_key_names_are_those_of_diffusers(folder: Path, tmp_path: Path) -> None:
     assert set(contents(folder)) == {LORA, EMBEDS, INFO, "README.md"}
     assert set(load_file(folder / LORA)) == {
         f"{module}.lora_{factor}.weight"
@@ -133,7 +135,7 @@ def test_the_names_are_those_of_stock_files(folder: Path, tmp_path: Path) -> Non
     assert set(load_file(several / EMBEDS)) == {"clip_l", "clip_g"}
 
 
-def test_a_second_denoiser_has_a_file_of_its_own_under_the_first_ones_name(tmp_path: Path) -> None:
+def test_second_denoiser_has_a_separate_file_with_the_keys_of_the_first(tmp_path: Path) -> None:
     concept = two_denoisers()
     folder = save_concept(concept, tmp_path / "rex")
     files = {name: load_file(folder / name) for name in (LORA, SECOND)}
@@ -166,7 +168,7 @@ def test_a_second_denoiser_has_a_file_of_its_own_under_the_first_ones_name(tmp_p
     assert not (folder / SECOND).exists()
 
 
-def test_the_card_shows_pictures_and_cannot_be_broken_by_names(tmp_path: Path) -> None:
+def test_card_shows_pictures_and_escapes_names(tmp_path: Path) -> None:
     concept = small(base='x"\\ <b>|', class_word="do|g", scores={"a|b": "[x](y)"})
     picture = Image.new("RGB", (4, 4), "red")
     folder = save_concept(concept, tmp_path / "rex", [picture, picture])
@@ -196,18 +198,18 @@ def originals(tmp_path_factory) -> tuple[Path, Path, Concept]:
 
 
 def read_or_refuse(source: Path, concept: Concept) -> bool:
-    """Whether it was refused; what is not refused must hold the very same tensors."""
+    """Whether the source is refused; asserts that it is unchanged otherwise."""
     try:
-        found = load_concept(source)
+        actual = load_concept(source)
     except ConceptError:
         return True
-    assert same_tensors(found, concept)
+    assert same_tensors(actual, concept)
     return False
 
 
 @settings(deadline=None, max_examples=120)
 @given(data=st.data())
-def test_any_truncation_is_refused(originals, tmp_path_factory, data) -> None:
+def test_truncated_files_are_refused(originals, tmp_path_factory, data) -> None:
     folder, single, concept = originals
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("cut") / "rex")
     name = data.draw(st.sampled_from([LORA, EMBEDS, INFO]))
@@ -222,7 +224,7 @@ def test_any_truncation_is_refused(originals, tmp_path_factory, data) -> None:
 
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
-def test_any_garbage_is_refused_or_harmless(originals, tmp_path_factory, data) -> None:
+def test_mutated_files_are_refused_or_unchanged(originals, tmp_path_factory, data) -> None:
     folder, single, concept = originals
     copy = shutil.copytree(folder, tmp_path_factory.mktemp("noise") / "rex")
     name = data.draw(st.sampled_from([LORA, EMBEDS, INFO, "single.safetensors"]))
@@ -240,18 +242,18 @@ def test_any_garbage_is_refused_or_harmless(originals, tmp_path_factory, data) -
 
 @settings(deadline=None, max_examples=100)
 @given(name=st.sampled_from([LORA, EMBEDS, INFO, "x.safetensors"]), garbage=st.binary(max_size=64))
-def test_nothing_but_garbage_is_refused(originals, tmp_path_factory, name, garbage) -> None:
+def test_arbitrary_bytes_are_refused(originals, tmp_path_factory, name, garbage) -> None:
     copy = shutil.copytree(originals[0], tmp_path_factory.mktemp("garbage") / "rex")
     (copy / name).write_bytes(garbage)
     assert read_or_refuse(copy / name if name.startswith("x") else copy, originals[2])
 
 
-def test_every_single_bit_of_a_tensor_counts(folder: Path) -> None:
+def test_flipped_bit_of_a_tensor_is_refused(folder: Path) -> None:
     for name in (LORA, EMBEDS):
         whole = (folder / name).read_bytes()
-        for place in (len(whole) - 1, len(whole) - 9):
+        for position in (len(whole) - 1, len(whole) - 9):
             changed = bytearray(whole)
-            changed[place] ^= 1
+            changed[position] ^= 1
             (folder / name).write_bytes(changed)
             with pytest.raises(ConceptError, match="not that of the facts and tensors"):
                 load_concept(folder)
@@ -357,13 +359,13 @@ def test_wrong_facts_are_named(folder: Path, change, message: str) -> None:
 @pytest.mark.parametrize(
     "text", ["[]", "null", "1", '{"scores": NaN}', "[" * 100000, "\udcff", '{"name"', ""]
 )
-def test_what_is_not_a_concepts_json(folder: Path, text: str) -> None:
+def test_invalid_json_is_refused(folder: Path, text: str) -> None:
     (folder / INFO).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConceptError, match=r"concept\.json"):
         load_concept(folder)
 
 
-def test_a_missing_field_a_missing_file_and_a_huge_one(folder: Path) -> None:
+def test_incomplete_concepts_and_huge_files_are_refused(folder: Path) -> None:
     values = json.loads((folder / INFO).read_text())
     del values["rank"]
     (folder / INFO).write_text(json.dumps(values))
@@ -383,19 +385,21 @@ def test_a_missing_field_a_missing_file_and_a_huge_one(folder: Path) -> None:
             load_concept(whole)
 
 
-def test_parts_of_two_concepts_do_not_go_together(folder: Path, tmp_path: Path) -> None:
+def test_files_of_two_concepts_are_refused(folder: Path, tmp_path: Path) -> None:
     other = write_folder(small(seed=1), tmp_path / "other")
     shutil.copy(other / LORA, folder / LORA)
     with pytest.raises(ConceptError, match="not that of the facts and tensors"):
         load_concept(folder)
 
 
-def test_an_ordinary_lora_is_no_concept(tmp_path: Path, folder: Path) -> None:
+def test_ordinary_lora_is_not_a_concept(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ConceptError, match="load an ordinary LoRA into a pipeline"):
         load_concept(folder / LORA)
 
 
 class Bomb:
+    """A pickle that creates a folder when it is opened."""
+
     def __reduce__(self):
         return (os.mkdir, (os.environ["BOMB"],))
 
@@ -419,13 +423,13 @@ def test_pickles_are_never_opened(tmp_path: Path, monkeypatch, ending: str) -> N
 @pytest.mark.parametrize(
     "source", ["", "nowhere", "no/such/concept/here", "../nowhere/x/y", "x" * 5000, "a\0b"]
 )
-def test_nothing_there(source: str, tmp_path: Path, monkeypatch) -> None:
+def test_missing_source_is_refused(source: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConceptError):
         load_concept(source)
 
 
-def test_a_hub_id_is_fetched_and_checked_like_a_folder(folder: Path, monkeypatch) -> None:
+def test_hub_id_is_downloaded_and_checked(folder: Path, monkeypatch) -> None:
     asked = []
 
     def snapshot_download(repo_id: str, **options: object) -> str:

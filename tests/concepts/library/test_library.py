@@ -1,4 +1,4 @@
-"""A folder of concepts: its index, what is added to it, and what is wrong in it."""
+"""Libraries of concepts: the index, adding concepts, and checks."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ def folder(tmp_path):
     return folder
 
 
-def called(library):
+def entries_by_name(library):
     return {entry.name: entry for entry in library.entries.values()}
 
 
-def test_it_says_what_is_known_without_the_tensors(folder):
-    found = called(Library(folder))
-    rex, tom, water = found["rex"], found["tom"], found["water-colour"]
+def test_entries_describe_concepts_without_their_tensors(folder):
+    entries = entries_by_name(Library(folder))
+    rex, tom, water = entries["rex"], entries["tom"], entries["water-colour"]
     assert (rex.trigger, rex.class_word, rex.family, rex.rank) == ("<rex>", "dog", "sd", 2)
     assert rex.slices == {"6": [2, 3], "8": [0, 1]} and rex.basis.seed == 3
     assert rex.fingerprint == small().info.fingerprint
-    own = ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
-    assert rex.size == sum((folder / "rex" / name).stat().st_size for name in own)
+    tensor_files = ("pytorch_lora_weights.safetensors", "learned_embeds.safetensors")
+    assert rex.size == sum((folder / "rex" / name).stat().st_size for name in tensor_files)
     assert tom.source == "tom.safetensors" and tom.has_token_embeddings
     assert (water.trigger, water.trigger_words, water.rank) == (
         "<water-colour>",
@@ -68,7 +68,7 @@ def test_it_says_what_is_known_without_the_tensors(folder):
     assert water.trigger_tokens == {"<water-colour>", "<wc>"} and not water.has_token_embeddings
 
 
-def test_the_index_gives_what_the_files_give(folder):
+def test_index_equals_the_files(folder):
     first = Library(folder)
     assert first.num_stale_rows == 3 and first.is_index_saved
     assert read_index(folder) == first.entries
@@ -76,7 +76,7 @@ def test_the_index_gives_what_the_files_give(folder):
     assert again.num_stale_rows == 0 and again.entries == first.entries
 
 
-def test_what_holds_is_not_read_again(folder, monkeypatch):
+def test_unchanged_files_are_not_read_again(folder, monkeypatch):
     Library(folder)
     save_concept(small(2, name="kit", trigger="<kit>"), folder / "kit")
     shutil.rmtree(folder / "rex")
@@ -85,11 +85,11 @@ def test_what_holds_is_not_read_again(folder, monkeypatch):
     monkeypatch.setattr(
         library_module, "describe_concept", lambda *args: read.append(args[1]) or real(*args)
     )
-    assert set(called(Library(folder))) == {"kit", "tom", "water-colour"}
+    assert set(entries_by_name(Library(folder))) == {"kit", "tom", "water-colour"}
     assert read == ["kit"]
 
 
-def test_a_changed_file_is_seen(folder):
+def test_changed_file_is_detected(folder):
     library = Library(folder)
     (entry,) = library.find_by_trigger("<REX>")
     assert library.is_unchanged(entry)
@@ -120,7 +120,7 @@ def test_a_changed_file_is_seen(folder):
     ],
     ids=["missing", "empty", "other", "cut", "bytes", "version", "table", "json", "type"],
 )
-def test_a_damaged_index_is_made_anew(folder, damage):
+def test_damaged_index_is_rebuilt(folder, damage):
     before = Library(folder).entries
     damage(folder / INDEX_FILE)
     assert Library(folder).entries == before
@@ -165,7 +165,7 @@ _AS_VIEW = f"CREATE VIEW concepts AS SELECT o.* FROM old o, ({_ENDLESS})"
         "wal",
     ],
 )
-def test_an_index_that_computes_or_is_vast_is_made_anew_at_once(folder, commands):
+def test_hostile_index_is_rebuilt_in_seconds(folder, commands):
     before = Library(folder).entries
     _edited(folder / INDEX_FILE, *commands)
     started = time.monotonic()
@@ -176,7 +176,7 @@ def test_an_index_that_computes_or_is_vast_is_made_anew_at_once(folder, commands
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_an_index_with_other_bytes_gives_what_the_files_give(data):
+def test_mutated_index_gives_the_same_entries(data):
     with TemporaryDirectory() as name:
         folder = Path(name)
         before = Library(_lora_folder(folder)).entries
@@ -194,7 +194,7 @@ def _lora_folder(folder):
     return folder
 
 
-def test_a_library_that_may_not_be_written_is_read(folder, monkeypatch):
+def test_read_only_library_is_read(folder, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
@@ -205,33 +205,33 @@ def test_a_library_that_may_not_be_written_is_read(folder, monkeypatch):
     assert any("cannot be written" in note for note in check_library(folder).notes)
 
 
-def test_what_is_no_concept_is_left_alone(folder):
+def test_other_files_are_ignored(folder):
     (folder / "pictures").mkdir()
     (folder / "pictures" / "a.json").write_text("{}")
     (folder / "notes.txt").write_text("x")
     (folder / ".rex.partial").mkdir()
     save_concept(small(), folder / ".rex.partial" / "rex")
-    assert set(called(Library(folder))) == {"rex", "tom", "water-colour"}
+    assert set(entries_by_name(Library(folder))) == {"rex", "tom", "water-colour"}
 
 
-def test_no_folder_is_no_library(tmp_path):
-    for place in (tmp_path / "none", tmp_path / "file"):
+def test_missing_folder_is_refused(tmp_path):
+    for path in (tmp_path / "none", tmp_path / "file"):
         (tmp_path / "file").write_text("x")
         with pytest.raises(ConfigError, match="cannot be read"):
-            Library(place)
+            Library(path)
     (tmp_path / "empty").mkdir()
     assert Library(tmp_path / "empty").entries == {}
 
 
-def test_adding_copies_a_concept_with_its_record(folder, tmp_path):
+def test_adding_copies_a_concept_with_its_layer_inputs(folder, tmp_path):
     library = tmp_path / "new"
     for record in (folder / "rex" / LAYER_INPUTS_FILE, folder / f"tom.{LAYER_INPUTS_FILE}"):
         record_of(small()).save(record)
     (folder / "rex" / ".checkpoints").mkdir()
     for source in ("rex", "tom.safetensors", "Water Colour.safetensors"):
         add_to_library(library, folder / source)
-    made = called(Library(library))
-    assert {name: each.has_layer_inputs for name, each in made.items()} == {
+    made = entries_by_name(Library(library))
+    assert {name: entry.has_layer_inputs for name, entry in made.items()} == {
         "rex": True,
         "tom": True,
         "water-colour": False,
@@ -243,7 +243,7 @@ def test_adding_copies_a_concept_with_its_record(folder, tmp_path):
         assert (library / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_adding_copies_known_files_and_follows_no_links_out(folder, tmp_path):
+def test_adding_copies_known_files_and_no_links_out_of_the_folder(folder, tmp_path):
     rex, home, library = folder / "rex", tmp_path / "home", tmp_path / "new"
     (home / ".ssh").mkdir(parents=True)
     (home / "key").write_text("KEY")
@@ -261,8 +261,8 @@ def test_adding_copies_known_files_and_follows_no_links_out(folder, tmp_path):
     with pytest.warns(UserWarning, match="5 of the files .* notes.txt, pictures, sample-1.png"):
         add_to_library(library, rex)
     copied = {path.name for path in (library / "rex").iterdir()}
-    own = {"concept.json", "learned_embeds.safetensors", weights.name}
-    assert copied == own | {"sample-2.png", "sample-3.png"}
+    concept_files = {"concept.json", "learned_embeds.safetensors", weights.name}
+    assert copied == concept_files | {"sample-2.png", "sample-3.png"}
     assert not any(path.is_symlink() for path in (library / "rex").iterdir())
     (folder / "tom.layer_inputs.safetensors").symlink_to(home / "key")
     (rex / LAYER_INPUTS_FILE).symlink_to(home / "key")
@@ -272,7 +272,7 @@ def test_adding_copies_known_files_and_follows_no_links_out(folder, tmp_path):
     assert not list((tmp_path / "other").glob("[!.]*"))
 
 
-def test_a_concept_of_the_hubs_cache_is_copied_through_its_links(folder, tmp_path):
+def test_links_in_the_hub_cache_are_followed(folder, tmp_path):
     blobs, snapshot = tmp_path / "models--a--rex" / "blobs", tmp_path / "models--a--rex"
     snapshot = snapshot / "snapshots" / "0123abc"
     blobs.mkdir(parents=True)
@@ -285,7 +285,7 @@ def test_a_concept_of_the_hubs_cache_is_copied_through_its_links(folder, tmp_pat
     assert copied == {path.name for path in snapshot.iterdir()} and "README.md" in copied
 
 
-def test_a_name_or_trigger_that_is_taken_is_refused(folder, tmp_path):
+def test_taken_name_or_trigger_is_refused(folder, tmp_path):
     before = sorted(folder.rglob("*"))
     save_concept(small(3), tmp_path / "rex")
     save_concept(small(3, name="max", trigger="<tom>"), tmp_path / "max")
@@ -304,7 +304,7 @@ def test_a_name_or_trigger_that_is_taken_is_refused(folder, tmp_path):
     assert after == before
 
 
-def test_a_copy_that_fails_leaves_nothing(folder, tmp_path, monkeypatch):
+def test_failed_copy_leaves_no_files(folder, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -323,7 +323,7 @@ def _adding(library, source, barrier, answers):
         answers.put(error)
 
 
-def test_of_processes_that_add_one_name_one_does(tmp_path):
+def test_one_of_several_processes_adds_a_name(tmp_path):
     processes = 4
     for number in range(processes):
         save_concept(small(number), tmp_path / f"{number}" / "rex")
@@ -341,27 +341,27 @@ def test_of_processes_that_add_one_name_one_does(tmp_path):
     ]
     for process in started:
         process.start()
-    found = [answers.get(timeout=120) for _ in started]
+    results = [answers.get(timeout=120) for _ in started]
     for process in started:
         process.join()
-    refused = [each for each in found if isinstance(each, Exception)]
-    assert sorted(map(str, set(found) - set(refused))) == ["c0", "c1", "c2", "c3", "rex"]
+    refused = [result for result in results if isinstance(result, Exception)]
+    assert sorted(map(str, set(results) - set(refused))) == ["c0", "c1", "c2", "c3", "rex"]
     assert len(refused) == processes - 1
     assert all("already has the concept rex" in str(error) for error in refused)
-    assert set(called(Library(library))) == {"rex", "c0", "c1", "c2", "c3"}
+    assert set(entries_by_name(Library(library))) == {"rex", "c0", "c1", "c2", "c3"}
     assert Library(library).num_stale_rows == 0
 
 
-def test_a_sound_library_has_no_faults_but_lacking_records(folder):
-    found = check_library(folder)
-    assert len(found.errors) == 3 and all("customize record" in fault for fault in found.errors)
-    assert any("rebuilt" in note for note in found.notes)
+def test_check_of_a_valid_library_reports_only_missing_records(folder):
+    report = check_library(folder)
+    assert len(report.errors) == 3 and all("customize record" in error for error in report.errors)
+    assert any("rebuilt" in note for note in report.notes)
     assert not check_library(folder).notes
 
 
-def faults(folder):
+def library_errors(folder):
     return "\n".join(
-        fault for fault in check_library(folder).errors if "customize record" not in fault
+        error for error in check_library(folder).errors if "customize record" not in error
     )
 
 
@@ -377,7 +377,7 @@ def test_check_reads_every_file(folder):
     save_concept(small(8, name="kit", trigger="<kit>"), folder / "other")
     other = (folder / "other" / "pytorch_lora_weights.safetensors").read_bytes()
     (folder / "kit" / "pytorch_lora_weights.safetensors").write_bytes(other)
-    found = faults(folder)
+    errors = library_errors(folder)
     for text in (
         "NaN",
         "rank 0",
@@ -385,32 +385,32 @@ def test_check_reads_every_file(folder):
         "not valid JSON",
         "not that of the facts and tensors",
     ):
-        assert text in found, text
+        assert text in errors, text
 
 
-def test_check_tells_triggers_that_call_two(folder):
+def test_check_reports_ambiguous_triggers(folder):
     save_concept(
         small(4, name="max", trigger="<rex>", slices={"6": [4, 5], "8": [4, 5]}), folder / "max"
     )
     lora(folder / "rex-two.safetensors", **{"modelspec.trigger_phrase": "<rex>"})
-    found = faults(folder)
-    assert "<rex> is a trigger of both max and rex" in found
-    assert "<rex> is a trigger of both rex and rex-two.safetensors" in found
+    errors = library_errors(folder)
+    assert "<rex> is a trigger of both max and rex" in errors
+    assert "<rex> is a trigger of both rex and rex-two.safetensors" in errors
     # Of another architecture it is offered to other pipelines.
     shutil.rmtree(folder / "max")
     (folder / "rex-two.safetensors").unlink()
     other = {"family": "sd", "denoiser": "other", "widths": {"unet": [6, 8]}}
     save_concept(small(4, name="max", trigger="<rex>", fingerprint=other), folder / "max")
-    assert faults(folder) == ""
+    assert library_errors(folder) == ""
 
 
-def test_check_tells_slices_that_need_not_collide_and_widths_that_are_full(folder):
-    assert faults(folder) == ""
+def test_check_reports_avoidable_collisions_and_full_widths(folder):
+    assert library_errors(folder) == ""
     save_concept(
         small(4, name="max", trigger="<max>", slices={"6": [4, 5], "8": [0, 1]}), folder / "max"
     )
-    found = check_library(folder)
-    text = "\n".join(found.errors)
+    report = check_library(folder)
+    text = "\n".join(report.errors)
     assert "max and rex share 2 of 2 columns at width 8" in text and "width 6" not in text
     shutil.rmtree(folder / "max")
     save_concept(
@@ -419,18 +419,18 @@ def test_check_tells_slices_that_need_not_collide_and_widths_that_are_full(folde
     save_concept(
         small(4, name="ann", trigger="<ann>", slices={"6": [4, 5], "8": [6, 7]}), folder / "ann"
     )
-    found = check_library(folder)
-    assert faults(folder) == ""
-    assert any("width 6 is full: 2 of 4 concepts" in note for note in found.notes)
+    report = check_library(folder)
+    assert library_errors(folder) == ""
+    assert any("width 6 is full: 2 of 4 concepts" in note for note in report.notes)
 
 
-def test_entries_compare_by_what_they_say(folder):
+def test_entries_compare_by_value(folder):
     a, b = Library(folder), Library(folder)
     assert a.entries == b.entries and all(isinstance(e, LibraryEntry) for e in a.entries.values())
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_adding_to_a_folder_that_may_not_be_written(folder, tmp_path):
+def test_adding_to_a_read_only_folder_is_refused(folder, tmp_path):
     save_concept(small(3, name="kit", trigger="<kit>"), tmp_path / "kit")
     folder.chmod(0o500)
     try:

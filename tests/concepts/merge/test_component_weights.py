@@ -1,4 +1,4 @@
-"""Which weight each layer gets, and what a merge makes of a weight of 0."""
+"""Weights by component and block, and merges with a weight of 0."""
 
 import pytest
 import torch
@@ -31,12 +31,12 @@ LAYERS = {
 }
 
 
-def of(given, component, module):
-    return layer_weight(parse_weight("rex", given, LAYERS, ["unet"]), component, module)
+def weight_of_layer(weight, component, module):
+    return layer_weight(parse_weight("rex", weight, LAYERS, ["unet"]), component, module)
 
 
 @pytest.mark.parametrize(
-    ("given", "layer", "expected"),
+    ("weight", "layer", "expected"),
     [
         (0.5, "time_embedding.linear_1", 0.5),
         ({"down": 0.5}, "time_embedding.linear_1", 1.0),
@@ -58,16 +58,19 @@ def of(given, component, module):
         ({"up_blocks.1": 0}, "up_blocks.1.attentions.0.proj_in", 0.0),
     ],
 )
-def test_weights_of_unet_layers(given, layer, expected):
-    assert of(given, "unet", layer) == expected
+def test_weights_of_unet_layers(weight, layer, expected):
+    assert weight_of_layer(weight, "unet", layer) == expected
 
 
 def test_text_encoder_layers_by_both_names():
-    given = {"text_encoder": {"layers": [0.2, 0.4]}}
+    weight = {"text_encoder": {"layers": [0.2, 0.4]}}
     for name in ("encoder.layers.1.self_attn.q_proj", "text_model.encoder.layers.1.self_attn.q"):
-        assert of(given, "text_encoder", name) == 0.4
+        assert weight_of_layer(weight, "text_encoder", name) == 0.4
     assert (
-        of({"text_encoder": {"layers": {"block_0": 0}}}, "text_encoder", "encoder.layers.0.x") == 0
+        weight_of_layer(
+            {"text_encoder": {"layers": {"block_0": 0}}}, "text_encoder", "encoder.layers.0.x"
+        )
+        == 0
     )
 
 
@@ -79,8 +82,8 @@ def test_block_1_does_not_match_block_10():
         1.0,
         1.0,
     ]
-    each = parse_weight("rex", {"blocks": [0.1 * n for n in range(12)]}, layers, ["transformer"])
-    assert each.for_layer("transformer", "blocks.10.to_q") == 1.0
+    weights = parse_weight("rex", {"blocks": [0.1 * n for n in range(12)]}, layers, ["transformer"])
+    assert weights.for_layer("transformer", "blocks.10.to_q") == 1.0
 
 
 def test_blocks_of_two_denoisers():
@@ -91,10 +94,12 @@ def test_blocks_of_two_denoisers():
     assert other.for_layer("transformer", "blocks.0.to_q") == 1.0
 
 
-@pytest.mark.parametrize("given", [{"unet": {"time_embedding": [1, 2]}}, {"mid": [1, 2]}, {"x": 1}])
-def test_invalid_weights_are_refused(given):
+@pytest.mark.parametrize(
+    "weight", [{"unet": {"time_embedding": [1, 2]}}, {"mid": [1, 2]}, {"x": 1}]
+)
+def test_invalid_weights_are_refused(weight):
     with pytest.raises(ConfigError):
-        parse_weight("rex", given, LAYERS, ["unet"])
+        parse_weight("rex", weight, LAYERS, ["unet"])
 
 
 def lora(name, seed, layers=("a", "b")):
@@ -113,10 +118,10 @@ def test_layer_of_weight_0_counts_as_unchanged(method):
     g = torch.Generator().manual_seed(5)
     rows = [{"unet": {m: torch.randn(9, 5, generator=g) for m in "ab"}} for _ in range(4)]
     inputs = [LayerInputs("", rows[0], rows[1]), LayerInputs("", rows[2], rows[3])]
-    given = {"inputs": inputs} if method == "fusion" else {}
+    arguments = {"inputs": inputs} if method == "fusion" else {}
     tom, weight = lora("tom", 2), BlockWeights((("unet.b", 0.0), ("unet", 0.7)), "")
-    actual = merge_concepts([lora("rex", 1), tom], [weight, 0.6], method, **given)
-    expected = merge_concepts([lora("rex", 1, "a"), tom], [0.7, 0.6], method, **given)
+    actual = merge_concepts([lora("rex", 1), tom], [weight, 0.6], method, **arguments)
+    expected = merge_concepts([lora("rex", 1, "a"), tom], [0.7, 0.6], method, **arguments)
     for module in "ab":
         torch.testing.assert_close(
             to_dense(actual["unet"][module]), to_dense(expected["unet"][module])

@@ -1,3 +1,5 @@
+"""Merging concepts by every method."""
+
 from __future__ import annotations
 
 import json
@@ -87,14 +89,16 @@ def test_updates_of_different_shape_are_refused_with_the_layer(concepts: list[Co
 
 
 @pytest.mark.parametrize("method", ["magnitude", "dare", "ties"])
-def test_pruning_merges_each_layer_with_its_settings(concepts, method) -> None:
+def test_pruning_applies_the_settings_to_every_layer(concepts, method) -> None:
     weights = [1.0, -0.6]
     merged = merge_concepts(concepts, weights, method, density=0.4)
     if method != "dare":
         updates = [concept.updates["unet"]["mid.attn1.to_q"] for concept in concepts]
         expected = MERGES[method].merge(updates, weights, density=0.4)
         assert torch.equal(to_dense(merged["unet"]["mid.attn1.to_q"]), to_dense(expected))
-    zeros = [to_dense(u).eq(0).double().mean() for own in merged.values() for u in own.values()]
+    zeros = [
+        to_dense(u).eq(0).double().mean() for layers in merged.values() for u in layers.values()
+    ]
     assert 0.2 < float(sum(zeros)) / len(zeros) < 0.9
     assert merged["text_encoder"].keys() == concepts[0].updates["text_encoder"].keys()
 
@@ -125,8 +129,8 @@ def test_single_concept_is_unchanged_or_refused(concepts: list[Concept], method:
             merge_concepts(concepts[:1], [0.5], method)
         return
     merged = merge_concepts(concepts[:1], [0.5], method)
-    for component, own in merged.items():
-        for module, update in own.items():
+    for component, layers in merged.items():
+        for module, update in layers.items():
             expected = 0.5 * to_dense(concepts[0].updates[component][module])
             torch.testing.assert_close(to_dense(update), expected)
 
@@ -144,7 +148,7 @@ def test_only_updates_of_higher_rank_are_truncated(concepts) -> None:
 
 
 def random_record(concept: Concept, seed: int) -> LayerInputs:
-    """Inputs of the UNet's layers of a concept, and generic ones, of rank 2 each."""
+    """A record of a concept's UNet layers with random inputs of rank 2."""
     generator = torch.Generator().manual_seed(seed)
 
     def factors() -> dict[str, dict[str, torch.Tensor]]:

@@ -1,3 +1,5 @@
+"""Allocation of slices in a library, and collisions."""
+
 from __future__ import annotations
 
 from itertools import combinations
@@ -22,13 +24,13 @@ from tests.concepts.making import facts, small
 
 def sliced(name: str, index: int | None, rank: int = 2, **changes) -> ConceptInfo:
     columns = slice_columns((6, 8), rank, index=index, name=name)
-    slices = {str(width): list(own) for width, own in columns.items()}
+    slices = {str(width): list(numbers) for width, numbers in columns.items()}
     return facts(name=name, rank=rank, alpha=float(rank), slices=slices, **changes)
 
 
-def test_columns_by_number_and_by_name() -> None:
+def test_columns_by_index_and_by_name() -> None:
     assert slice_columns([8, 6, 8], 2, index=1, name="rex") == {6: (2, 3), 8: (2, 3)}
-    # Width 6 holds three concepts: the fourth begins again there, but not at width 8.
+    # Width 6 has room for three concepts: the fourth wraps around, but not at width 8.
     assert slice_columns([6, 8], 2, index=3, name="rex") == {6: (0, 1), 8: (6, 7)}
     assert slice_columns([8], 2, index=None, name="rex") == {8: hashed_block("rex", 8, 2)}
     for index in (0, None):
@@ -38,7 +40,7 @@ def test_columns_by_number_and_by_name() -> None:
         slice_columns([8], 2, index=-1, name="rex")
 
 
-def test_a_library_gives_out_disjoint_slices_until_it_is_full(tmp_path: Path) -> None:
+def test_slices_are_disjoint_until_the_library_is_full(tmp_path: Path) -> None:
     basis = BasisInfo(seed=3)
     infos = []
     for number in range(4):
@@ -51,12 +53,12 @@ def test_a_library_gives_out_disjoint_slices_until_it_is_full(tmp_path: Path) ->
     (collision,) = find_collisions(infos)
     assert (collision.first, collision.second, collision.columns) == ("c0", "c3", {6: (0, 1)})
     assert "2 of 2 columns at width 6" in str(collision)
-    # A concept that is learned again keeps its number, and one that is gone frees its own.
+    # A retrained concept gets its number again; a deleted concept frees its number.
     assert free_index(slice_owners(tmp_path, exclude=["c1"]), 2, basis) == 1
     assert free_index(slice_owners(tmp_path), 2, BasisInfo(seed=4)) == 0
 
 
-def test_disjoint_slices_mean_orthogonal_updates() -> None:
+def test_updates_of_disjoint_slices_are_orthogonal() -> None:
     concepts = [
         small(n, name=f"c{n}", slices=sliced(f"c{n}", n).slices, trigger=f"<c{n}>")
         for n in range(3)
@@ -78,7 +80,7 @@ def test_other_ranks_and_hashed_slices_are_avoided(tmp_path: Path) -> None:
     assert [c.columns for c in find_collisions([odd, sliced("c", 2)])] == [{8: (4, 5)}]
 
 
-def test_libraries_that_are_empty_or_damaged(tmp_path: Path) -> None:
+def test_empty_and_damaged_libraries(tmp_path: Path) -> None:
     assert free_index(slice_owners(tmp_path / "none"), 2, BasisInfo()) == 0
     (tmp_path / ".rex.0a1b2c3d.partial").mkdir()  # of a process that was killed
     (tmp_path / ".rex.0a1b2c3d.partial" / "concept.json").write_text("{")
@@ -89,30 +91,30 @@ def test_libraries_that_are_empty_or_damaged(tmp_path: Path) -> None:
         free_index(slice_owners(tmp_path), 2, BasisInfo())
 
 
-def test_collisions_between_bases_and_without_slices() -> None:
+def test_collisions_of_different_bases() -> None:
     plain = facts(name="plain", method="lora", basis=None, slices={})
     other = sliced("other", 0, basis=BasisInfo(seed=9))
     scaled = sliced("scaled", 1, basis=BasisInfo(seed=3, scale=0.5))
-    found = find_collisions([sliced("rex", 0), plain, other, scaled])
-    assert {(c.first, c.second) for c in found} == {("rex", "other"), ("other", "scaled")}
-    assert all("different orthogonal matrices" in str(c) and not c.columns for c in found)
+    collisions = find_collisions([sliced("rex", 0), plain, other, scaled])
+    assert {(c.first, c.second) for c in collisions} == {("rex", "other"), ("other", "scaled")}
+    assert all("different orthogonal matrices" in str(c) and not c.columns for c in collisions)
 
 
-def test_concepts_of_other_recordings_are_avoided_while_there_is_room(tmp_path: Path) -> None:
-    mine, theirs = (
+def test_columns_of_other_recordings_are_avoided_while_some_are_free(tmp_path: Path) -> None:
+    basis, other_basis = (
         BasisInfo(num_shared_directions=1, shared_directions=letter * 16) for letter in "ab"
     )
-    there = [sliced("rex", 0, basis=theirs)]
-    assert free_index(there, 2, mine) == 1
-    # Where all are taken, those who avoid the same directions count first.
-    there += [sliced(name, index, basis=mine) for name, index in (("c", 1), ("d", 2))]
-    assert free_index(there, 2, mine, widths=[6]) == 0
-    (found,) = find_collisions([there[0], sliced("zig", 0, basis=mine)])
-    assert found.columns == {6: (0, 1), 8: (0, 1)}
-    assert find_collisions([there[0], sliced("zig", 1, basis=mine)]) == []
+    owners = [sliced("rex", 0, basis=other_basis)]
+    assert free_index(owners, 2, basis) == 1
+    # If all columns are taken, owners with the same recording count first.
+    owners += [sliced(name, index, basis=basis) for name, index in (("c", 1), ("d", 2))]
+    assert free_index(owners, 2, basis, widths=[6]) == 0
+    (collision,) = find_collisions([owners[0], sliced("zig", 0, basis=basis)])
+    assert collision.columns == {6: (0, 1), 8: (0, 1)}
+    assert find_collisions([owners[0], sliced("zig", 1, basis=basis)]) == []
 
 
-def test_a_concept_that_is_learned_anew_does_not_collide_with_itself() -> None:
+def test_retrained_concept_does_not_collide_with_itself() -> None:
     rex = sliced("rex", 0)
     claim = SliceReservation(name="rex", basis=rex.basis, rank=2, index=0, slices=dict(rex.slices))
     assert find_collisions([rex, claim]) == []

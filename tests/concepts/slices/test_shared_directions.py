@@ -1,4 +1,4 @@
-"""Files of shared directions: one for a folder, whoever comes first."""
+"""Files of shared directions: a folder has one, the first recording."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def factors(seed: int = 0, width: int = 16) -> dict[str, dict[str, torch.Tensor]
     return {"unet": {"to_q": rows, "to_k": rows}}
 
 
-def test_what_is_written_is_read_under_its_name(tmp_path) -> None:
+def test_round_trip(tmp_path) -> None:
     saved = SharedDirections(NAME, factors()).save(directions_path(tmp_path, NAME))
-    found = SharedDirections.load(directions_path(tmp_path, NAME))
-    assert found.name == saved.name == NAME and find_direction_files(tmp_path) == [
+    loaded = SharedDirections.load(directions_path(tmp_path, NAME))
+    assert loaded.name == saved.name == NAME and find_direction_files(tmp_path) == [
         directions_path(tmp_path, NAME)
     ]
     for module, rows in factors()["unet"].items():
-        torch.testing.assert_close(found.factors["unet"][module], rows, atol=1e-3, rtol=0)
+        torch.testing.assert_close(loaded.factors["unet"][module], rows, atol=1e-3, rtol=0)
     assert not list(tmp_path.glob(".*.partial"))
 
 
-def test_the_first_one_stays(tmp_path) -> None:
+def test_first_recording_is_not_overwritten(tmp_path) -> None:
     path = directions_path(tmp_path, NAME)
     first = SharedDirections(NAME, factors()).save(path)
     before = path.read_bytes()
@@ -57,7 +57,7 @@ def _save(path, seed, barrier, answers):
     answers.put(float(recorded.save(path).factors["unet"]["to_q"].sum()))
 
 
-def test_of_many_that_record_at_once_all_use_one(tmp_path) -> None:
+def test_concurrent_recordings_all_use_one(tmp_path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(6), context.Queue()
     started = [
@@ -68,56 +68,56 @@ def test_of_many_that_record_at_once_all_use_one(tmp_path) -> None:
     ]
     for process in started:
         process.start()
-    found = [answers.get(timeout=120) for _ in started]
+    results = [answers.get(timeout=120) for _ in started]
     for process in started:
         process.join()
-    assert len(set(found)) == 1
+    assert len(set(results)) == 1
     assert [path.name for path in tmp_path.iterdir()] == [directions_path(tmp_path, NAME).name]
 
 
-def test_files_of_earlier_versions_have_the_name_of_their_content(tmp_path) -> None:
+def test_name_of_earlier_files_is_a_hash_of_the_content(tmp_path) -> None:
     # As version 0.1 wrote and named it.
     path = directions_path(tmp_path, "01234567")
     LayerInputs("generic prompts", {}, factors()).save(path)
-    found = SharedDirections.load(path)
-    assert found.name != NAME and len(found.name) == 16
-    assert SharedDirections.load(path).name == found.name
+    loaded = SharedDirections.load(path)
+    assert loaded.name != NAME and len(loaded.name) == 16
+    assert SharedDirections.load(path).name == loaded.name
     LayerInputs("generic prompts", {}, factors(1)).save(path)
-    assert SharedDirections.load(path).name != found.name
-    # Taken over for another recording, it keeps its name.
-    assert found.save(directions_path(tmp_path, NAME)).name == found.name
+    assert SharedDirections.load(path).name != loaded.name
+    # A copy under another file name keeps the name of its content.
+    assert loaded.save(directions_path(tmp_path, NAME)).name == loaded.name
 
 
-def test_a_damaged_file_is_told_with_what_to_do(tmp_path) -> None:
+def test_damaged_file_is_refused_with_a_fix(tmp_path) -> None:
     path = directions_path(tmp_path, NAME)
     path.write_bytes(b"damaged")
     with pytest.raises(ConceptError, match=r"shared directions cannot be read.*delete it"):
         SharedDirections.load(path)
 
 
-def test_what_serves_does_not_depend_on_signs_order_or_turns() -> None:
+def test_covers_ignores_signs_order_and_rotations() -> None:
     rows = factors()["unet"]["to_q"]
     known = SharedDirections(NAME, {"unet": {"to_q": rows}})
 
-    def serves(other: torch.Tensor, avoid: int = 4) -> bool:
+    def covers(other: torch.Tensor, avoid: int = 4) -> bool:
         return known.covers({"unet": {"to_q": other}}, avoid)
 
     turn, _ = torch.linalg.qr(torch.randn(2, 2, generator=torch.Generator().manual_seed(1)))
     lead = rows[:2].norm(dim=1).mean() * (turn @ torch.nn.functional.normalize(rows[:2]))
-    assert serves(-rows) and serves(rows + 1e-4 * torch.randn(rows.shape))
-    assert serves(torch.cat([lead, rows[2:]]))
-    assert not serves(factors(1)["unet"]["to_q"])
-    assert not serves(torch.randn(4, 12)) and not known.covers({}, 4)
-    assert serves(factors(1)["unet"]["to_q"], avoid=0)
+    assert covers(-rows) and covers(rows + 1e-4 * torch.randn(rows.shape))
+    assert covers(torch.cat([lead, rows[2:]]))
+    assert not covers(factors(1)["unet"]["to_q"])
+    assert not covers(torch.randn(4, 12)) and not known.covers({}, 4)
+    assert covers(factors(1)["unet"]["to_q"], avoid=0)
 
 
-def test_names_are_of_what_determines_a_recording() -> None:
+def test_recording_name_depends_on_the_facts() -> None:
     facts = {"weights": {"unet": "ab"}, "steps": 8}
     assert recording_name(facts) == recording_name(dict(reversed(facts.items())))
     assert recording_name(facts) != recording_name(facts | {"steps": 9})
 
 
-def test_adding_a_concept_brings_its_directions_where_none_serve(tmp_path) -> None:
+def test_adding_a_concept_copies_its_directions_unless_covered(tmp_path) -> None:
     shared = BasisInfo(num_shared_directions=1, shared_directions=NAME)
     slices = {"6": [2, 3], "8": [0, 1]}
     for name in ("rex", "tom"):
@@ -129,7 +129,7 @@ def test_adding_a_concept_brings_its_directions_where_none_serve(tmp_path) -> No
     assert find_direction_files(tmp_path / "library") == [
         directions_path(tmp_path / "library", NAME)
     ]
-    # Where there are some that serve, such as those of another machine, they stay.
+    # Directions that cover them, such as those of another machine, stay.
     near = {"unet": {m: rows + 1e-4 for m, rows in factors()["unet"].items()}}
     SharedDirections("a" * 16, near).save(directions_path(tmp_path / "other", "a" * 16))
     directions_path(tmp_path / "other", "b" * 16).write_bytes(b"damaged")

@@ -1,3 +1,5 @@
+"""Token embeddings of single cross-attention layers."""
+
 import json
 from dataclasses import replace
 
@@ -37,7 +39,7 @@ def layered(layers: int = 3, dtype: torch.dtype = torch.float32) -> Concept:
     return replace(plain, info=info, embeddings={"text_encoder": rows.to(dtype)})
 
 
-def test_names_and_wordings_of_layers():
+def test_entries_and_prompts_of_layers():
     assert layer_vocabulary_entries("<rex>", 2, 2) == [
         "<rex@0>",
         "<rex@0>_1",
@@ -50,7 +52,7 @@ def test_names_and_wordings_of_layers():
     assert contains_trigger("A <REX>", ["<rex>"]) and not contains_trigger("a rex", ["<rex>"])
 
 
-def test_vocabulary_is_the_mean_and_then_layer_by_layer():
+def test_vocabulary_rows_are_the_mean_then_the_layers():
     rows = torch.arange(12.0).reshape(2, 3, 2)  # tokens, layers, width
     names, table = vocabulary_rows("<rex>", rows)
     assert names == ["<rex>", "<rex>_1", *layer_vocabulary_entries("<rex>", 2, 3)]
@@ -61,7 +63,7 @@ def test_vocabulary_is_the_mean_and_then_layer_by_layer():
 
 
 @torch.no_grad()
-def test_encoder_takes_ids_of_all_layers_and_then_is_as_before():
+def test_text_encoder_accepts_ids_of_all_layers_while_hooked():
     pipe = tiny_sd()
     encoder, family = pipe.text_encoder, family_of(pipe.components)
     ids = pipe.tokenizer(
@@ -70,19 +72,22 @@ def test_encoder_takes_ids_of_all_layers_and_then_is_as_before():
         max_length=CLIP_LENGTH,
         return_tensors="pt",
     )
-    asked = {"attention_mask": ids.attention_mask, "output_hidden_states": True}
-    expected = encoder(ids.input_ids, **asked)
+    arguments = {"attention_mask": ids.attention_mask, "output_hidden_states": True}
+    expected = encoder(ids.input_ids, **arguments)
     hooks = hook_text_encoder(family)
-    same = encoder(ids.input_ids, **asked)
+    same = encoder(ids.input_ids, **arguments)
     assert torch.equal(same.last_hidden_state, expected.last_hidden_state)
 
     wide = ids.input_ids.reshape(2, -1)
-    asked["attention_mask"] = ids.attention_mask.reshape(2, -1)
-    for found in (encoder(wide, **asked), encoder(input_ids=wide, return_dict=False, **asked)):
+    arguments["attention_mask"] = ids.attention_mask.reshape(2, -1)
+    for output in (
+        encoder(wide, **arguments),
+        encoder(input_ids=wide, return_dict=False, **arguments),
+    ):
         shape = (2, LAYERS * CLIP_LENGTH, 32)
-        assert torch.equal(found[0], expected.last_hidden_state.reshape(shape))
-        # What diffusers' clip_skip reads.
-        assert torch.equal(found[-1][-2], expected.hidden_states[-2].reshape(shape))
+        assert torch.equal(output[0], expected.last_hidden_state.reshape(shape))
+        # The hidden states that clip_skip of diffusers selects.
+        assert torch.equal(output[-1][-2], expected.hidden_states[-2].reshape(shape))
     for hook in hooks:
         hook.remove()
     with pytest.raises(ValueError, match="Sequence length"):
@@ -90,7 +95,7 @@ def test_encoder_takes_ids_of_all_layers_and_then_is_as_before():
 
 
 @torch.no_grad()
-def test_each_layer_reads_its_own_part():
+def test_every_layer_reads_its_part_of_the_conditions():
     pipe = tiny_sd()
     unet, family = pipe.unet, family_of(pipe.components)
     names = family.cross_attention_layers()
@@ -133,11 +138,11 @@ def test_each_layer_reads_its_own_part():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_written_and_read_again(dtype, tmp_path):
+def test_round_trip(dtype, tmp_path):
     concept = layered(dtype=dtype)
     write_folder(concept, tmp_path / "rex")
-    found = load_concept(tmp_path / "rex")
-    assert same_tensors(found, concept) and found.info == concept.info
+    loaded = load_concept(tmp_path / "rex")
+    assert same_tensors(loaded, concept) and loaded.info == concept.info
     stock = load_file(tmp_path / "rex" / EMBEDS_FILE)
     assert list(stock) == ["<rex>"]
     assert torch.equal(stock["<rex>"], mean_rows(concept.embeddings["text_encoder"]))
@@ -175,7 +180,7 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ConceptError, match="the keys text_encoder"):
         load_concept(tmp_path / "rex")
     path.write_bytes(good[:-9])
-    with pytest.raises(ConceptError, match="damaged"):
+    with pytest.raises(ConceptError, match="the file is damaged"):
         load_concept(tmp_path / "rex")
     path.unlink()
     with pytest.raises(ConceptError, match="missing"):

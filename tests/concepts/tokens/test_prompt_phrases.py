@@ -1,4 +1,4 @@
-"""Phrases of prompts, and prompts without them."""
+"""Finding, removing and comparing phrases of prompts."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ PAIR = "a photo of <rex> and <tom> on a beach"
         ("a dog and a dog", ["dog"], ["", "a dog and a dog"]),
     ],
 )
-def test_what_each_region_is_asked(prompt, phrases, expected):
+def test_regional_prompts(prompt, phrases, expected):
     assert regional_prompts(prompt, phrases) == expected
 
 
-def test_a_phrase_is_found_as_whole_words_in_any_case():
+def test_phrases_match_whole_words_in_any_case():
     assert find_phrase("Red  Car", "a red car") == [(2, 9)]
     assert find_phrase("<REX>", PAIR) == [(11, 16)]
     assert find_phrase("car", "a scarf, a cartoon") == []
     assert find_phrase("rex", PAIR) == []  # inside a trigger
-    assert find_phrase("<rex>", "<rex>-style") == []  # a token of someone else's
+    assert find_phrase("<rex>", "<rex>-style") == []  # another token
     assert find_phrase(" ", PAIR) == []
     assert remove_phrases("nothing of it", ["<rex>"]) == "nothing of it"
 
 
-def test_a_phrase_that_is_not_there_is_refused_with_what_is_like_it():
+def test_missing_phrase_is_refused_with_similar_ones():
     with pytest.raises(ConfigError, match=r"'<rax>' is not in the prompt.*<rex>"):
         check_phrases(PAIR, ["<rax>"], ["<rex>"], "regions")
     with pytest.raises(ConfigError, match=r"similar are red car"):
@@ -73,7 +73,7 @@ def test_phrases_that_share_words_are_refused():
         check_phrases("<rex> wearing a hat", ["<rex>", "<rex> wearing a hat"], [], "regions")
 
 
-def test_what_captions_share_besides_the_concept():
+def test_common_words_of_captions():
     captions = [
         "<rex>, a dog, on a Beach wearing a red hat",
         "a photo of <rex> in a hat, on the beach",
@@ -83,7 +83,7 @@ def test_what_captions_share_besides_the_concept():
     assert common_words([], ()) == []
 
 
-def test_a_prompt_asks_for_a_phrase_by_any_of_its_telling_words():
+def test_any_content_word_mentions_a_phrase():
     assert content_words("a photo of <rex> on a sun-lit beach, the beach") == [
         "<rex>",
         "sun-lit",

@@ -1,3 +1,5 @@
+"""Adding, training and removing tokens."""
+
 from __future__ import annotations
 
 import pytest
@@ -49,7 +51,7 @@ def encode(dictionary: TokenDictionary, text: str) -> torch.Tensor:
     return dictionary.text_encoder(ids).last_hidden_state
 
 
-def test_entries_are_those_of_stock_textual_inversion() -> None:
+def test_vocabulary_entries_match_diffusers() -> None:
     assert vocabulary_entries("<rex>", 1) == ["<rex>"]
     assert vocabulary_entries("<rex>", 3) == ["<rex>", "<rex>_1", "<rex>_2"]
     with pytest.raises(ConfigError, match="number of tokens 0"):
@@ -68,7 +70,7 @@ def test_entries_are_those_of_stock_textual_inversion() -> None:
         ("", ""),
     ],
 )
-def test_expand(prompt: str, expanded: str) -> None:
+def test_expand_prompt(prompt: str, expanded: str) -> None:
     assert expand_prompt(prompt, TRIGGERS) == expanded
 
 
@@ -77,28 +79,28 @@ def test_expand(prompt: str, expanded: str) -> None:
         st.sampled_from(["<rex>", "<tom>", "<rex>_1", "<tom>_2", " ", "a", "_1", "<", "<Rex>"])
     ).map("".join)
 )
-def test_expand_twice_is_expand_once(prompt: str) -> None:
+def test_expand_prompt_is_idempotent(prompt: str) -> None:
     once = expand_prompt(prompt, TRIGGERS)
     assert expand_prompt(once, TRIGGERS) == once
 
 
-def test_expand_where_one_trigger_is_in_another() -> None:
+def test_longer_trigger_is_expanded_first() -> None:
     triggers = {"rex": ["rex", "rex_1"], "big rex": ["big rex", "big rex_1"]}
     assert expand_prompt("big rex", triggers) == "big rex big rex_1"
 
 
-def test_expanded_prompts_give_one_id_for_each_entry(dictionary: TokenDictionary) -> None:
+def test_expanded_prompt_has_one_id_per_entry(dictionary: TokenDictionary) -> None:
     ids = add_tokens(dictionary, TRIGGERS["<rex>"], torch.ones(2, 32))
     ids += add_tokens(dictionary, TRIGGERS["<tom>"], torch.ones(3, 32))
-    found = dictionary.tokenizer(
+    prompt_ids = dictionary.tokenizer(
         expand_prompt("<rex> <tom>", TRIGGERS), add_special_tokens=False
     ).input_ids
-    assert found == ids == token_ids(dictionary, [*TRIGGERS["<rex>"], *TRIGGERS["<tom>"]])
+    assert prompt_ids == ids == token_ids(dictionary, [*TRIGGERS["<rex>"], *TRIGGERS["<tom>"]])
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)])
 @pytest.mark.parametrize("padding", [0, 5])
-def test_tokens_go_without_a_trace_in_any_order(order, padding: int) -> None:
+def test_tokens_are_removed_bit_for_bit_in_any_order(order, padding: int) -> None:
     dictionary = family_of(tiny_sd().components).token_dictionaries()[0]
     embedding = dictionary.text_encoder.get_input_embeddings()
     if padding:
@@ -106,8 +108,8 @@ def test_tokens_go_without_a_trace_in_any_order(order, padding: int) -> None:
     before, words = state(dictionary), encode(dictionary, "a photo of a dog")
     names = [vocabulary_entries(f"<{letter}>", 2) for letter in "abc"]
     rows = [torch.full((2, 32), float(number)) for number in range(3)]
-    for own, values in zip(names, rows, strict=True):
-        add_tokens(dictionary, own, values)
+    for entries, values in zip(names, rows, strict=True):
+        add_tokens(dictionary, entries, values)
     left = [0, 1, 2]
     for number in order:
         assert torch.equal(encode(dictionary, "a photo of a dog"), words)
@@ -130,14 +132,14 @@ def test_tokens_go_without_a_trace_in_any_order(order, padding: int) -> None:
         (["<rex>", "<rex>"], torch.ones(2, 32), "already exist"),
     ],
 )
-def test_tokens_that_do_not_fit_change_nothing(dictionary, names, rows, message: str) -> None:
+def test_invalid_tokens_change_nothing(dictionary, names, rows, message: str) -> None:
     before = state(dictionary)
     with pytest.raises(ConceptError, match=message):
         add_tokens(dictionary, names, rows)
     assert equal_states(state(dictionary), before)
 
 
-def test_removing_what_is_not_there_changes_nothing(dictionary: TokenDictionary) -> None:
+def test_removing_unknown_tokens_changes_nothing(dictionary: TokenDictionary) -> None:
     before = state(dictionary)
     with pytest.raises(ConceptError, match="<rex> are not in the vocabulary"):
         remove_tokens(dictionary, ["<rex>"])
@@ -183,7 +185,7 @@ def test_only_the_new_rows_train(dictionary: TokenDictionary) -> None:
     assert torch.equal(table[: -len(names)], before[: -len(names)])
 
 
-def test_two_concepts_train_beside_each_other(dictionary: TokenDictionary) -> None:
+def test_two_concepts_train_at_the_same_time(dictionary: TokenDictionary) -> None:
     rows = []
     for trigger in ("<rex>", "<tom>"):
         add_tokens(dictionary, [trigger], initial_rows(dictionary, "dog", 1, seed=0))
@@ -195,22 +197,22 @@ def test_two_concepts_train_beside_each_other(dictionary: TokenDictionary) -> No
 
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6), st.floats(-6, 6))
-def test_norms_stay_in_the_vocabularys_range(seed: int, exponent: float) -> None:
+def test_norms_are_clamped_to_the_range_of_the_vocabulary(seed: int, exponent: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     vocabulary = torch.randn(50, 8, generator=generator)
     rows = torch.randn(3, 8, generator=generator) * 10**exponent
     directions = torch.nn.functional.normalize(rows)
     low, high = norm_range(vocabulary).tolist()
     inside = (rows.norm(dim=1) >= low) & (rows.norm(dim=1) <= high)
-    kept = rows[inside].clone()
+    expected = rows[inside].clone()
     clamp_norm_(rows, vocabulary)
     norms = rows.norm(dim=1)
     assert (norms >= low * (1 - 1e-5)).all() and (norms <= high * (1 + 1e-5)).all()
     assert torch.allclose(torch.nn.functional.normalize(rows), directions, atol=1e-5)
-    assert torch.equal(rows[inside], kept)
+    assert torch.equal(rows[inside], expected)
 
 
-def test_rows_are_clamped_by_the_table_without_themselves(dictionary: TokenDictionary) -> None:
+def test_range_of_norms_excludes_the_trained_rows(dictionary: TokenDictionary) -> None:
     add_tokens(dictionary, ["<rex>"], torch.full((1, 32), 100.0))
     table = dictionary.text_encoder.get_input_embeddings().weight.detach()
     rows = TrainableRows(dictionary, ["<rex>"])
@@ -218,7 +220,7 @@ def test_rows_are_clamped_by_the_table_without_themselves(dictionary: TokenDicti
     assert torch.allclose(rows.parameter.norm(), norm_range(table[:-1])[1])
 
 
-def test_half_precision_tables_take_float32_rows() -> None:
+def test_float32_rows_are_cast_to_a_half_precision_table() -> None:
     family = family_of(tiny_sd3(t5=False).components)
     for dictionary in family.token_dictionaries():
         dictionary.text_encoder.half().requires_grad_(False)
@@ -233,7 +235,7 @@ def test_half_precision_tables_take_float32_rows() -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
-def test_what_follows_a_new_token_reaches_the_pooled_prompt(make) -> None:
+def test_pooled_embedding_depends_on_words_after_a_new_token(make) -> None:
     family = family_of(make().components)
     pooled = "pooled_prompt_embeds"
     plain = family.encode_prompts(["a dog"])[pooled]
@@ -249,7 +251,7 @@ def test_what_follows_a_new_token_reaches_the_pooled_prompt(make) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny_sdxl, tiny_sd3])
-def test_where_an_encoder_pools_is_restored_also_beside_the_tokens_of_others(make) -> None:
+def test_pooling_position_is_restored_beside_other_added_tokens(make) -> None:
     family = family_of(make().components)
     for dictionary in family.token_dictionaries():
         dictionary.tokenizer.add_tokens(["<mine>"])
@@ -267,4 +269,4 @@ def test_where_an_encoder_pools_is_restored_also_beside_the_tokens_of_others(mak
 def ends(dictionary) -> set[int]:
     encoder = dictionary.text_encoder
     owners = [m for m in encoder.modules() if hasattr(m, "eos_token_id")]
-    return {each.eos_token_id for each in (*owners, encoder.config)}
+    return {owner.eos_token_id for owner in (*owners, encoder.config)}

@@ -1,4 +1,4 @@
-"""OFT and BOFT as each program writes them, by its own layers or formula."""
+"""OFT and BOFT files of several programs, compared with their layers or formulas."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_oft_of_sd_scripts_without_alpha_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alpha", [1e-3, 10.0])
 def test_oft_of_sd_scripts_for_flux(alpha: float, tmp_path: Path) -> None:
-    """Blocks and bounds for q, k and v by themselves, and one set for what is not split."""
+    """Separate blocks and bounds for q, k and v, and one set for layers that are not split."""
     pipe = tiny_flux()
     block = "transformer_blocks.0.attn"
     modules = [f"{block}.to_{x}" for x in "qkv"]
@@ -107,7 +107,7 @@ def test_oft_of_sd_scripts_for_flux(alpha: float, tmp_path: Path) -> None:
     tensors[f"{other}.oft_blocks.0"] = random(2, len(weight) // 2, len(weight) // 2)
     turns = bounded(tensors[f"{other}.oft_blocks.0"], alpha * len(weight))
     expected["transformer", f"{block}.to_out.0"] = by_rows(weight, turns)
-    tensors |= {f"{each}.alpha": torch.tensor(alpha) for each in (name, other)}
+    tensors |= {f"{layer_name}.alpha": torch.tensor(alpha) for layer_name in (name, other)}
     actual = read(write_file(tmp_path / "a.safetensors", tensors), pipe)
     assert_close(actual, expected, 1e-4)
 
@@ -165,7 +165,7 @@ def trained(config: Any, kind: str) -> Any:
 
 
 def answers(model: Any) -> Deltas:
-    """The change of each layer that peft turned, by what it answers."""
+    """The change of every layer with an adapter, measured from its outputs."""
     actual = {}
     base = tiny_sd().unet
     for name, module in model.base_model.model.named_modules():
@@ -216,7 +216,7 @@ def test_peft_boft(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stages", [2, 3])
 def test_peft_boft_of_several_stages(stages: int, tmp_path: Path) -> None:
-    """Which only train on a GPU: by peft's own permutations and transform."""
+    """Computed by peft's permutations and transform, because these adapters train only on a GPU."""
     config = BOFTConfig(target_modules=[LINEAR], boft_block_size=4)
     layer = trained(config, "boft_").base_model.model.get_submodule(LINEAR)
     weight = of_unet(LINEAR)
@@ -239,7 +239,7 @@ def test_peft_boft_of_several_stages(stages: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("module", [LINEAR, POINT, CONV])
 def test_oft_of_onetrainer(module: str, scaled: bool, tmp_path: Path) -> None:
-    """Its own keys and no configuration; convolutions are multiplied from the other side."""
+    """Different keys and no configuration; convolutions are multiplied from the other side."""
     weight = of_unet(module)
     width = weight[0].numel()
     entries = 0.3 * random(width // 4, 6)

@@ -1,4 +1,4 @@
-"""LyCORIS' and DoRA's files through the reader, by the methods' formulas in float64."""
+"""Decoding LyCORIS and DoRA files, compared with the formulas in float64."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def weight_of(pipe: Any, module: str) -> Tensor:
 @pytest.mark.parametrize("module", [LINEAR, CONV])
 @pytest.mark.parametrize("alpha", [None, 6.0])
 def test_loha(module: str, alpha: float | None, pipe, tmp_path: Path) -> None:
-    out, *rest = weight_of(pipe, module).shape
-    width = int(torch.tensor(rest).prod())
+    out, *input_sides = weight_of(pipe, module).shape
+    width = int(torch.tensor(input_sides).prod())
     parts = {
         "hada_w1_a": random(out, 3),
         "hada_w1_b": random(3, width),
@@ -87,7 +87,7 @@ PEFTS: dict[str, Any] = {
     "lokr": LoKrConfig(r=2, alpha=8),
     "lokr, cores": LoKrConfig(r=2, alpha=8, use_effective_conv2d=True, decompose_both=True),
     "lokr, factor": LoKrConfig(r=2, alpha=3, decompose_factor=4, rank_pattern={"to_q": 3}),
-    # So large a rank that both factors are kept whole, which peft scales all the same.
+    # A rank so large that both factors stay whole matrices, which peft scales nevertheless.
     "lokr, whole": LoKrConfig(r=64, alpha=8),
 }
 
@@ -193,8 +193,8 @@ def test_dora(module: str, kind: str, pipe, tmp_path: Path) -> None:
     weight = weight_of(pipe, module)
     up, down = random_factors(tuple(weight.shape), 2, torch.Generator().manual_seed(3))
     changed = weight + dense_product(up, down, 2.0).reshape(weight.shape)
-    kept = 1 if kind == "columns" else 0
-    dims = [dim for dim in range(weight.ndim) if dim != kept]
+    magnitude_dim = 1 if kind == "columns" else 0
+    dims = [dim for dim in range(weight.ndim) if dim != magnitude_dim]
     lengths = changed.square().sum(dims, keepdim=True).sqrt()
     magnitude = (1 + 0.3 * random(*lengths.shape).abs()).double() * lengths
     if kind == "peft":
@@ -224,7 +224,7 @@ def test_oft(pipe, tmp_path: Path) -> None:
 
 
 def test_oft_of_a_joined_layer(tmp_path: Path) -> None:
-    """DoRA on kohya's qkv of FLUX: the magnitudes of three of our layers, one below the other."""
+    """DoRA on kohya's qkv layer of FLUX: the concatenated magnitudes of three layers."""
     pipe = tiny_flux()
     block = "transformer_blocks.0.attn"
     modules = [f"{block}.to_{x}" for x in "qkv"]

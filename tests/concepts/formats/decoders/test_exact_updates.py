@@ -1,4 +1,4 @@
-"""LoRA, LoHa, LoKr and whole changes in all shapes that trainers write, against float64."""
+"""LoRA, LoHa, LoKr and full differences of all shapes, compared with float64."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def strided(tensor: Tensor) -> Tensor:
-    """The same values in another order of memory, as slices and transposes leave it."""
+    """The same values in another memory layout, as of slices and transposes."""
     turned = tensor.movedim(0, -1).contiguous().movedim(-1, 0)
     assert torch.equal(turned, tensor)
     return turned
 
 
 def made(parts: dict[str, Tensor], alpha: float | None, shape: tuple[int, ...] = ()) -> LowRank:
-    given_parts = {name: strided(part) for name, part in parts.items()}
+    strided_parts = {name: strided(part) for name, part in parts.items()}
     if alpha is not None:
-        given_parts["alpha"] = torch.full(shape, alpha)
-    group = TensorGroup("layer", given_parts, dict.fromkeys(given_parts, "layer.key"))
+        strided_parts["alpha"] = torch.full(shape, alpha)
+    group = TensorGroup("layer", strided_parts, dict.fromkeys(strided_parts, "layer.key"))
     # A file without alpha and configuration: alpha is the rank.
     return decode_update(group, lambda rank: 1.0, lambda: pytest.fail("no weight is needed"))
 
 
 def assert_near(actual: LowRank, expected: Tensor) -> None:
-    wanted = expected.flatten(1)
-    assert actual.shape == wanted.shape
+    expected_matrix = expected.flatten(1)
+    assert actual.shape == expected_matrix.shape
     got = actual.scale * (actual.up.double() @ actual.down.double())
-    assert (got - wanted).norm() <= 2e-5 * wanted.norm() + 1e-7
+    assert (got - expected_matrix).norm() <= 2e-5 * expected_matrix.norm() + 1e-7
     assert to_dense(actual).isfinite().all()
 
 
@@ -149,7 +149,7 @@ def test_full_differences(out, width, kernel, dtype) -> None:
 
 @pytest.mark.parametrize("fuse", [False, True])
 def test_a_convolution_over_time(fuse: bool, tmp_path: Path) -> None:
-    """Wan's patches are cut by one in three dimensions; other programs' files change it, too."""
+    """Files of other programs also change Wan's patch embedding, a convolution in 3 dimensions."""
     pipe: Any = tiny_wan()
     layer = pipe.transformer.patch_embedding
     before = layer.weight.detach().clone()

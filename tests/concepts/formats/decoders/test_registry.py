@@ -1,4 +1,4 @@
-"""A format is a declaration in the registry; nothing else has to know it."""
+"""Registering a format of updates is enough to support it."""
 
 from __future__ import annotations
 

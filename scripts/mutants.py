@@ -37,8 +37,11 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
     "state": (
         [
             "customize/concepts/merge/*.py",
-            "customize/pipeline/transaction.py",
+            "customize/pipeline/attach.py",
+            "customize/pipeline/merge_plan.py",
+            "customize/pipeline/set_tokens.py",
             "customize/pipeline/state.py",
+            "customize/pipeline/transaction.py",
         ],
         [
             "tests/concepts/merge",

@@ -258,7 +258,7 @@ def _read_references(
     images = judge_inputs([sample.image for sample in samples])
     attributes = judges.predict_attributes(images)
     reference_places = {
-        parse_prompt(sample.caption).place or predicted["place"]
+        parse_prompt(sample.caption).background or predicted["place"]
         for sample, predicted in zip(samples, attributes, strict=True)
     }
     return judges.prototype(images), reference_places

@@ -61,7 +61,12 @@ def score_models(judges: Judges, drawn: Mapping[str, DrawnImages]) -> dict[str, 
             example, prompts = examples[name], storybook_rates.evaluation_prompts(f"<{name}>")
             rates[name] = [
                 storybook_rates.rate_concept(
-                    judges, batch, prompts, prototypes[name], example.identity.kind, example.places
+                    judges,
+                    batch,
+                    prompts,
+                    prototypes[name],
+                    example.identity.kind,
+                    example.backgrounds,
                 )
                 for batch in concept_images.split(len(prompts))
             ]

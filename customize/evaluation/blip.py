@@ -80,13 +80,13 @@ class BlipScorer:
     """Computes `blip_itc` and `blip_itm` with a BLIP model for image-text retrieval.
 
     Args:
-        model: folder or hub id of a transformers BlipForImageTextRetrieval with its processor,
+        model: Folder or hub id of a transformers BlipForImageTextRetrieval with its processor,
             such as Salesforce/blip-itm-base-coco.
-        device: where it runs.
+        device: Device that the model runs on.
 
     Raises:
-        PipelineError: it cannot be loaded, is another model (a captioner lacks the heads), or lacks
-            weights.
+        PipelineError: The model cannot be loaded, is another model (a captioner lacks the heads),
+            or lacks weights.
     """
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:
@@ -106,7 +106,7 @@ class BlipScorer:
             `blip_itc` in [-1, 1] and `blip_itm` in [0, 1], (n,) each, float32, on the CPU.
 
         Raises:
-            ConfigError: the numbers of images and prompts differ.
+            ConfigError: The numbers of images and prompts differ.
         """
         model, itc, itm = self.model, [], []
         for part, ids, mask in self.preprocessor.pairs(images, prompts):
@@ -129,13 +129,13 @@ class Blip2Scorer:
     """Computes `blip2_itc` and `blip2_itm` with a BLIP-2 model for image-text retrieval.
 
     Args:
-        model: folder or hub id of a transformers Blip2ForImageTextRetrieval with its processor,
+        model: Folder or hub id of a transformers Blip2ForImageTextRetrieval with its processor,
             such as Salesforce/blip2-itm-vit-g.
-        device: where it runs.
+        device: Device that the model runs on.
 
     Raises:
-        PipelineError: it cannot be loaded, is another model (one with a language model lacks the
-            heads), or lacks weights.
+        PipelineError: The model cannot be loaded, is another model (one with a language model
+            lacks the heads), or lacks weights.
     """
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:
@@ -157,7 +157,7 @@ class Blip2Scorer:
             `blip2_itc` in [-1, 1] and `blip2_itm` in [0, 1], (n,) each, float32, on the CPU.
 
         Raises:
-            ConfigError: the numbers of images and prompts differ.
+            ConfigError: The numbers of images and prompts differ.
         """
         model, itc, itm = self.model, [], []
         for part, ids, mask in self.preprocessor.pairs(images, prompts):

@@ -27,11 +27,11 @@ class ClipScorer:
     """Computes CLIP-T and CLIP-I with a CLIP model.
 
     Args:
-        model: folder or hub id of a transformers CLIP model with its processor.
-        device: where it runs.
+        model: Folder or hub id of a transformers CLIP model with its processor.
+        device: Device that the model runs on.
 
     Raises:
-        PipelineError: it cannot be loaded, is no CLIP model, or lacks weights.
+        PipelineError: The model cannot be loaded, is not a CLIP model, or lacks weights.
     """
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:

@@ -25,11 +25,11 @@ class DinoScorer:
     """Computes DINO-I, the cosine of class tokens, with a DINO, DINOv2 or DINOv3 model.
 
     Args:
-        model: folder or hub id of the transformers model with its image processor.
-        device: where it runs.
+        model: Folder or hub id of the transformers model with its image processor.
+        device: Device that the model runs on.
 
     Raises:
-        PipelineError: it cannot be loaded, has another type, or lacks weights.
+        PipelineError: The model cannot be loaded, has another type, or lacks weights.
     """
 
     def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:

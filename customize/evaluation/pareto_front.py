@@ -41,7 +41,7 @@ def pareto_optimal(points: Sequence[tuple[float, float]]) -> list[bool]:
     Equal points do not dominate each other, so they are all optimal or all not.
 
     Raises:
-        ConfigError: a coordinate is not finite.
+        ConfigError: A coordinate is not finite.
     """
     for x, y in points:
         if not (math.isfinite(x) and math.isfinite(y)):
@@ -55,12 +55,12 @@ def on_front(points: Sequence[Point], x: str, y: str) -> list[bool]:
     """Whether each point is Pareto optimal, by the direction of its metrics.
 
     Args:
-        points: settings.
-        x: name of the first metric; lower is better for :data:`LOWER_IS_BETTER`.
-        y: name of the second metric.
+        points: Settings.
+        x: Name of the first metric; lower is better for :data:`LOWER_IS_BETTER`.
+        y: Name of the second metric.
 
     Raises:
-        ConfigError: a metric is not finite.
+        ConfigError: A metric is not finite.
     """
     signs = [-1.0 if name in LOWER_IS_BETTER else 1.0 for name in (x, y)]
     return pareto_optimal([(signs[0] * point.x, signs[1] * point.y) for point in points])
@@ -70,7 +70,7 @@ def front_rows(points: Sequence[Point], x: str, y: str) -> list[dict[str, Any]]:
     """Rows for a result file: name, metrics, standard errors, and whether it is on the front.
 
     Raises:
-        ConfigError: a metric is not finite.
+        ConfigError: A metric is not finite.
     """
     return [
         {
@@ -91,14 +91,14 @@ def save_plot(points: Sequence[Point], x: str, y: str, path: Path) -> None:
     Better is up and to the right: axes of metrics for which lower is better are inverted.
 
     Args:
-        points: settings.
-        x: name of the first metric.
-        y: name of the second metric.
-        path: file to write.
+        points: Settings.
+        x: Name of the first metric.
+        y: Name of the second metric.
+        path: File to write.
 
     Raises:
-        ConfigError: a metric is not finite.
-        StorageError: the file cannot be written.
+        ConfigError: A metric is not finite.
+        StorageError: The file cannot be written.
     """
     figure = plot(points, x, y)
     buffer = io.BytesIO()
@@ -113,7 +113,7 @@ def plot(points: Sequence[Point], x: str, y: str) -> Any:
     """The matplotlib figure that :func:`save_plot` writes.
 
     Raises:
-        ConfigError: a metric is not finite.
+        ConfigError: A metric is not finite.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

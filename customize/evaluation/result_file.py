@@ -70,10 +70,10 @@ def make_result(
     """The content of a result file.
 
     Args:
-        bench: name of the benchmark or command.
-        command: that produced the result.
-        rows: measurements.
-        figures: headline numbers.
+        bench: Name of the benchmark or command.
+        command: Command that produced the result.
+        rows: Measurements.
+        figures: Headline numbers.
     """
     return {
         "bench": bench,

@@ -32,14 +32,14 @@ def load_model(
     warning.
 
     Args:
-        loader: class of transformers.
-        model: folder or hub id.
-        kind: name of the model in errors.
-        types: accepted values of model_type in config.json.
-        unused: prefixes of weights that may be missing, as the scorer does not use them.
+        loader: Class of transformers.
+        model: Folder or hub id.
+        kind: Name of the model in errors.
+        types: Accepted values of model_type in config.json.
+        unused: Prefixes of weights that may be missing, as the scorer does not use them.
 
     Raises:
-        PipelineError: the model cannot be loaded, has another type, or lacks weights.
+        PipelineError: The model cannot be loaded, has another type, or lacks weights.
     """
     from transformers import AutoConfig
 
@@ -68,7 +68,7 @@ def load_pretrained(loader: Any, model: str | Path, title: str, **settings: Any)
     """Call `loader.from_pretrained`, for a class of transformers.
 
     Raises:
-        PipelineError: it fails; `title` names the object in the error.
+        PipelineError: The call fails; `title` names the object in the error.
     """
     try:
         if os.path.isdir(model):

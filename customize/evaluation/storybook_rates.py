@@ -16,7 +16,7 @@ from torch import Tensor
 from customize.errors import PipelineError
 from customize.storybook.caption_grammar import (
     ACCESSORY_PHRASES,
-    PLACE_PHRASES,
+    BACKGROUND_PHRASES,
     PromptRequest,
     parse_prompt,
 )
@@ -27,7 +27,7 @@ Key = TypeVar("Key")
 STEPS = 25
 GUIDANCE = 2.5
 
-# Place and accessory of each evaluation prompt, combinations that no reference image shows.
+# Background and accessory of each evaluation prompt, combinations that no reference image shows.
 SCENES = (
     ("beach", "hat"),
     ("forest", "scarf"),
@@ -45,12 +45,12 @@ class Rates:
     """Scores of one concept over several images; a share of no images is 0.
 
     Attributes:
-        identity: share of images that show the concept, by the judges' threshold.
-        prompt: share of requested attributes that the images show.
-        composition: share of requested accessories that the concept wears.
-        leak: share of images with an attribute of the training images that was not requested, of
+        identity: Share of images that show the concept, by the judges' threshold.
+        prompt: Share of requested attributes that the images show.
+        composition: Share of requested accessories that the concept wears.
+        leak: Share of images with an attribute of the training images that was not requested, of
             those in which that is possible.
-        distance: mean cosine distance to the concept's prototype.
+        distance: Mean cosine distance to the concept's prototype.
     """
 
     identity: float
@@ -61,11 +61,16 @@ class Rates:
 
 
 def evaluation_prompts(words: str, scenes: Sequence[tuple[str, str]] = SCENES) -> list[str]:
-    """The evaluation prompts for a thing, "<rex>" or "a red dog", one per place and accessory."""
+    """The evaluation prompts for a thing, such as "<rex>" or "a red dog", one for each scene.
+
+    Args:
+        words: Words of the thing.
+        scenes: Background and accessory of each prompt.
+    """
     prompts = []
-    for place, accessory in scenes:
+    for background, accessory in scenes:
         wearing = "" if accessory == "none" else " " + ACCESSORY_PHRASES[accessory]
-        prompts.append(f"a photo of {words}{wearing} {PLACE_PHRASES[place]}")
+        prompts.append(f"a photo of {words}{wearing} {BACKGROUND_PHRASES[background]}")
     return prompts
 
 
@@ -92,17 +97,17 @@ def draw_groups(
 
     Args:
         pipe: Stable Diffusion pipeline of 64 x 64 pixels.
-        groups: key -> prompts; image k of each has the seed `1000 * seed + k`.
-        seed: of the first image of each group, in thousands.
-        on_drawn: is called with the number of images of each batch.
-        steps: sampling steps.
-        batch: images per batch.
+        groups: Key -> prompts; image k of each has the seed `1000 * seed + k`.
+        seed: Seed of the first image of each group, in thousands.
+        on_drawn: Called with the number of images of each batch.
+        steps: Sampling steps.
+        batch: Images per batch.
 
     Returns:
         Key -> (prompts, 3, 64, 64) in [-1, 1], float32, on the CPU.
 
     Raises:
-        PipelineError: an image is not finite.
+        PipelineError: An image is not finite.
     """
     jobs = [
         (text, 1000 * seed + k) for prompts in groups.values() for k, text in enumerate(prompts)
@@ -135,13 +140,13 @@ def attribute_hits(
     """Whether the image shows each requested attribute.
 
     Args:
-        seen: predicted labels of an image.
-        request: content that its prompt requests.
-        kinds: class of each thing that the prompt names by a trigger; None for others.
+        seen: Predicted labels of an image.
+        request: Content that its prompt requests.
+        kinds: Class of each thing that the prompt names by a trigger; None for others.
     """
     hits = [seen["count"] == ("one" if len(request.things) == 1 else "two")]
-    if request.place:
-        hits.append(seen["place"] == request.place)
+    if request.background:
+        hits.append(seen["place"] == request.background)
     for slot, (thing, kind) in enumerate(zip(request.things, kinds, strict=True)):
         requested = {"kind": thing.kind or kind, "colour": thing.colour, "pattern": thing.pattern}
         hits += [seen[f"{name}{slot}"] == word for name, word in requested.items() if word]
@@ -164,7 +169,7 @@ def leak_hits(
     """Whether the image shows each attribute of the training images that is not requested."""
     entries = []
     for word in sorted(training_attributes):
-        if word in PLACE_PHRASES and request.place and word != request.place:
+        if word in BACKGROUND_PHRASES and request.background and word != request.background:
             entries.append(seen["place"] == word)
         if word in ACCESSORY_PHRASES and word != request.things[0].accessory:
             entries.append(seen["accessory0"] == word)
@@ -186,12 +191,12 @@ def rate_concept(
     """Score images of one concept.
 
     Args:
-        judges: of the storybook.
+        judges: Judges of the storybook.
         images: (n, 3, 64, 64) in [-1, 1].
-        prompts: n, one per image.
+        prompts: One prompt per image.
         prototype: (64,), from :meth:`Judges.prototype` on reference images.
-        kind: class of the concept.
-        training_attributes: places and accessories of the training images, which must not leak.
+        kind: Class of the concept.
+        training_attributes: Backgrounds and accessories of the training images.
     """
     distance = judges.distance(images, prototype)
     hits: list[bool] = []
@@ -218,9 +223,9 @@ def rate_pair(
     """Score images of two concepts, one in each half.
 
     Args:
-        judges: of the storybook.
+        judges: Judges of the storybook.
         images: (n, 3, 64, 64) in [-1, 1].
-        prototypes: (64,) of the left and of the right concept.
+        prototypes: (64,) each, of the left and of the right concept.
 
     Returns:
         "left", "right", "both" -> share of images with the concept in its half.
@@ -260,7 +265,7 @@ def attribute_accuracy(judges: Judges, images: Tensor, prompts: Sequence[str]) -
                     label = seen[f"{keys[attribute]}{slot}"]
                     hits.setdefault(attribute, []).append(label == word)
             hits.setdefault("accessory", []).append(seen[f"accessory{slot}"] == thing.accessory)
-        if request.place:
-            hits.setdefault("place", []).append(seen["place"] == request.place)
+        if request.background:
+            hits.setdefault("place", []).append(seen["place"] == request.background)
     rates = {attribute: _mean(values) for attribute, values in hits.items()}
     return {"all": _mean([hit for values in hits.values() for hit in values])} | rates

@@ -14,7 +14,7 @@ def assets_folder() -> Path:
     """The folder ``assets``.
 
     Raises:
-        CustomizeError: it does not contain the bundled base.
+        CustomizeError: The folder does not contain the bundled base.
     """
     if not (ASSETS / "storybook" / "model_index.json").is_file():
         raise CustomizeError(

@@ -7,10 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from customize.storybook.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES, Scene, Thing
+from customize.storybook.world import (
+    ACCESSORIES,
+    BACKGROUNDS,
+    CLASSES,
+    COLOURS,
+    PATTERNS,
+    Scene,
+    Thing,
+)
 
 OPENINGS = ("a photo of", "a picture of", "")
-PLACE_PHRASES = {
+BACKGROUND_PHRASES = {
     "beach": "on a beach",
     "forest": "in a forest",
     "city": "in a city",
@@ -29,8 +37,8 @@ _EXTRA = (
     "and an the with no of at by is my one two plain thing toy animal person man woman style "
     "drawing painting fence tree sun mountain window stars sand sea"
 )
-_PHRASES = (*OPENINGS, *PLACE_PHRASES.values(), *ACCESSORY_PHRASES.values(), _EXTRA)
-WORDS = tuple(sorted({*" ".join(_PHRASES).split(), *CLASSES, *COLOURS, *PATTERNS, *PLACES}))
+_PHRASES = (*OPENINGS, *BACKGROUND_PHRASES.values(), *ACCESSORY_PHRASES.values(), _EXTRA)
+WORDS = tuple(sorted({*" ".join(_PHRASES).split(), *CLASSES, *COLOURS, *PATTERNS, *BACKGROUNDS}))
 
 
 def caption_thing(
@@ -39,9 +47,9 @@ def caption_thing(
     """The caption of one thing.
 
     Args:
-        thing: to name.
-        rng: omits some attributes at random; None: names all.
-        words: replaces class, colour and pattern.
+        thing: The thing.
+        rng: Generator that omits some attributes at random; None: all are named.
+        words: Replacement of class, colour and pattern.
     """
     identity = thing.identity
 
@@ -67,17 +75,17 @@ def caption(
     """The caption of a scene, things from left to right.
 
     Args:
-        scene: to describe.
-        rng: varies the opening and omits some words; None: the full caption.
-        names: replacement of "a striped red dog" for each thing; None keeps the words.
+        scene: The scene.
+        rng: Generator that varies the opening and omits some words; None: the full caption.
+        names: Replacement of "a striped red dog" for each thing; None keeps the words.
     """
     opening = "a photo of" if rng is None else str(rng.choice(OPENINGS))
     names = names or (None,) * len(scene.things)
     things = " and ".join(
         caption_thing(t, rng, n) for t, n in zip(scene.things, names, strict=True)
     )
-    place = PLACE_PHRASES[scene.place] if rng is None or rng.random() < 0.9 else ""
-    return " ".join(part for part in (opening, things, place) if part)
+    background = BACKGROUND_PHRASES[scene.background] if rng is None or rng.random() < 0.9 else ""
+    return " ".join(part for part in (opening, things, background) if part)
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class PromptRequest:
     """The content that a prompt requests."""
 
     things: tuple[RequestedThing, ...]
-    place: str | None
+    background: str | None
 
 
 def _first(words: list[str], choices: tuple[str, ...]) -> str | None:
@@ -107,11 +115,15 @@ def _first(words: list[str], choices: tuple[str, ...]) -> str | None:
 
 def parse_prompt(prompt: str) -> PromptRequest:
     """Parse a prompt of the grammar; a trigger such as <rex> is a thing without a class."""
-    place = next(
-        (name for name, phrase in PLACE_PHRASES.items() if re.search(rf"\b{phrase}\b", prompt)),
+    background = next(
+        (
+            name
+            for name, phrase in BACKGROUND_PHRASES.items()
+            if re.search(rf"\b{phrase}\b", prompt)
+        ),
         None,
     )
-    for phrase in PLACE_PHRASES.values():
+    for phrase in BACKGROUND_PHRASES.values():
         prompt = re.sub(rf"\b{phrase}\b", " ", prompt)
     things = []
     for part in re.split(r"\s+and\s+", prompt):  # whole words, not within a trigger
@@ -124,4 +136,4 @@ def parse_prompt(prompt: str) -> PromptRequest:
                 accessory=_first(words, ACCESSORIES) or "none",
             )
         )
-    return PromptRequest(tuple(things), place)
+    return PromptRequest(tuple(things), background)

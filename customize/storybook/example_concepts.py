@@ -11,8 +11,8 @@ from PIL import Image
 from customize.storybook.caption_grammar import caption
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
+    BACKGROUNDS,
     CLASSES,
-    PLACES,
     Identity,
     Scene,
     compose_scene,
@@ -25,7 +25,7 @@ BUNDLED = {"rex": ("dog", 6), "tom": ("cat", 3), "bolt": ("robot", 2)}
 
 @dataclass(frozen=True)
 class ExampleConcept:
-    """An identity and its reference scenes, in two places and without accessories."""
+    """An identity and its reference scenes, with two backgrounds and without accessories."""
 
     name: str
     identity: Identity
@@ -37,9 +37,9 @@ class ExampleConcept:
         return f"<{self.name}>"
 
     @property
-    def places(self) -> set[str]:
-        """The places of the reference scenes, which must not leak into generated images."""
-        return {scene.place for scene in self.scenes}
+    def backgrounds(self) -> set[str]:
+        """The backgrounds of the reference scenes, which must not leak into generated images."""
+        return {scene.background for scene in self.scenes}
 
     def images(self) -> list[Image.Image]:
         """The reference images, 64 x 64 pixels."""
@@ -58,12 +58,12 @@ class ExampleConcept:
 
 
 def make_concept(name: str, kind: str, seed: int, count: int = 5) -> ExampleConcept:
-    """A random concept of a class, with `count` reference images in two places."""
+    """A random concept of a class, with `count` reference images and two backgrounds."""
     rng = np.random.default_rng((seed, CLASSES.index(kind), 411))
     identity = random_identity(
         rng, kind, pattern=("striped", "spotted", "plain")[int(rng.integers(3))]
     )
-    first, second = (str(p) for p in rng.choice(PLACES, 2, replace=False))
+    first, second = (str(p) for p in rng.choice(BACKGROUNDS, 2, replace=False))
     scenes = [
         compose_scene(rng, (identity,), ("none",), first if index % 2 == 0 else second)
         for index in range(count)

@@ -21,11 +21,12 @@ from customize.core.precision import full_precision
 from customize.errors import ConceptError
 from customize.image_tensors import images_to_tensor
 from customize.safe_read import MAX_TEXT_BYTES, read_json, read_safetensors
-from customize.storybook.world import ACCESSORIES, CLASSES, COLOURS, PATTERNS, PLACES
+from customize.storybook.world import ACCESSORIES, BACKGROUNDS, CLASSES, COLOURS, PATTERNS
 
 COLOUR_LABELS = (*COLOURS, "other")
 # The heads of the attribute judge -> their labels; slot 0 is the left or only thing.
-HEADS: dict[str, tuple[str, ...]] = {"count": ("one", "two"), "place": PLACES}
+# The head of the background has the name "place" in the files of the judges.
+HEADS: dict[str, tuple[str, ...]] = {"count": ("one", "two"), "place": BACKGROUNDS}
 for _slot in ("0", "1"):
     HEADS |= {f"kind{_slot}": CLASSES, f"colour{_slot}": COLOUR_LABELS}
     HEADS |= {f"pattern{_slot}": PATTERNS, f"accessory{_slot}": ACCESSORIES}
@@ -121,9 +122,9 @@ class Judges:
     """Both judges in evaluation mode.
 
     Attributes:
-        attributes: classifier of attributes.
-        identity: embedding of identities.
-        threshold: cosine distance to a concept's prototype, at equal error rates, up to which an
+        attributes: Classifier of attributes.
+        identity: Embedding of identities.
+        threshold: Cosine distance to a concept's prototype, at equal error rates, up to which an
             image counts as showing the concept.
     """
 
@@ -165,7 +166,7 @@ def load_judges(folder: str | Path) -> Judges:
     """Load the judges that ``scripts/train_storybook.py`` writes.
 
     Raises:
-        ConceptError: a file is missing, damaged or from another architecture.
+        ConceptError: A file is missing, damaged or from another architecture.
     """
     folder = Path(folder)
     try:

@@ -92,7 +92,7 @@ def _draw_thing(image: Image.Image, thing: Thing) -> None:
     _wear(pen, thing.accessory, anchors)
 
 
-def _draw_place(image: Image.Image, place: str, seed: int) -> None:
+def _draw_background(image: Image.Image, background: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     draw, u = ImageDraw.Draw(image), _S / 64
 
@@ -106,19 +106,19 @@ def _draw_place(image: Image.Image, place: str, seed: int) -> None:
         draw.polygon([(x * u, y * u) for x, y in points], fill=fill)
 
     horizon = 34 + rng.uniform(-3, 3)
-    if place == "beach":
+    if background == "beach":
         box(0, 0, 64, horizon, (150, 210, 240))
         box(0, horizon - 9, 64, horizon, (40, 120, 190))
         box(0, horizon, 64, 64, (238, 214, 160))
         disc(rng.uniform(8, 56), rng.uniform(6, 12), 5, (255, 225, 90))
-    elif place == "forest":
+    elif background == "forest":
         box(0, 0, 64, 64, (150, 200, 160))
         box(0, horizon + 6, 64, 64, (90, 130, 60))
         for x in np.arange(-2, 68, 13) + rng.uniform(-3, 3):
             tip = rng.uniform(2, 10)
             box(x - 1.5, 30, x + 1.5, horizon + 8, (96, 66, 40))
             poly([(x, tip), (x - 8, 33), (x + 8, 33)], (34, 92, 50))
-    elif place == "city":
+    elif background == "city":
         box(0, 0, 64, 64, (196, 204, 214))
         x = -rng.uniform(0, 6)
         while x < 64:
@@ -130,7 +130,7 @@ def _draw_place(image: Image.Image, place: str, seed: int) -> None:
                     box(wx, wy, wx + 2.4, wy + 4, (250, 226, 140))
             x += width
         box(0, 52, 64, 64, (84, 84, 90))
-    elif place == "snow":
+    elif background == "snow":
         box(0, 0, 64, 64, (176, 200, 226))
         peak = rng.uniform(16, 48)
         poly([(peak - 34, 42), (peak, 8), (peak + 34, 42)], (128, 146, 176))
@@ -138,7 +138,7 @@ def _draw_place(image: Image.Image, place: str, seed: int) -> None:
         box(0, horizon + 4, 64, 64, (244, 247, 252))
         for _ in range(10):
             disc(rng.uniform(0, 64), rng.uniform(0, horizon), 1.1, (255, 255, 255))
-    elif place == "room":
+    elif background == "room":
         box(0, 0, 64, 64, (236, 200, 176))
         box(0, horizon + 12, 64, 64, (150, 100, 62))
         x = rng.uniform(4, 40)
@@ -156,7 +156,7 @@ def _draw_place(image: Image.Image, place: str, seed: int) -> None:
 def draw_scene(scene: Scene) -> Image.Image:
     """Draw a scene as an RGB image of 64 x 64 pixels."""
     image = Image.new("RGB", (_S, _S))
-    _draw_place(image, scene.place, scene.place_seed)
+    _draw_background(image, scene.background, scene.background_seed)
     for thing in scene.things:
         _draw_thing(image, thing)
     image = image.reduce(SUPERSAMPLING)

@@ -1,8 +1,9 @@
 """Scenes of the test world, and random ones.
 
-A scene has one or two things in a place. A thing has a class ("dog"), a body colour, a pattern and
-an accessory, which captions name, and an *identity*, which they do not: its exact hues, proportions
-and the seed of its markings. A concept is one identity in a few images.
+A scene has one or two things in front of a background, such as a beach. A thing has a class
+("dog"), a body colour, a pattern and an accessory, which captions name, and an *identity*, which
+they do not: its exact hues, proportions and the seed of its markings. A concept is one identity in
+a few images.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ CLASSES = ("dog", "cat", "rabbit", "bird", "fish", "car", "cup", "robot")
 COLOURS = ("red", "yellow", "green", "blue", "purple", "white")
 PATTERNS = ("plain", "striped", "spotted")
 ACCESSORIES = ("none", "hat", "glasses", "scarf")
-PLACES = ("beach", "forest", "city", "snow", "room", "space")
+BACKGROUNDS = ("beach", "forest", "city", "snow", "room", "space")
 
 # Colour word -> its range of hues in degrees; hues between the ranges have no word.
 HUES = {
@@ -68,11 +69,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things, left to right, in a place, whose details depend on `place_seed`."""
+    """One or two things, left to right, and a background, whose details depend on its seed."""
 
     things: tuple[Thing, ...]
-    place: str
-    place_seed: int = 0
+    background: str
+    background_seed: int = 0
     light: float = 1.0
 
 
@@ -114,9 +115,9 @@ def random_identity(
     """A random identity.
 
     Args:
-        rng: random number generator.
-        kind: class; None: a random one.
-        colour: colour word; None: any hue, also without a word.
+        rng: Random number generator.
+        kind: Class; None: a random one.
+        colour: Colour word; None: any hue, also without a word.
         pattern: None: a random one.
     """
     body = _body(rng, colour)
@@ -163,7 +164,7 @@ def compose_scene(
     rng: np.random.Generator,
     identities: tuple[Identity, ...],
     accessories: tuple[str, ...] | None = None,
-    place: str | None = None,
+    background: str | None = None,
 ) -> Scene:
     """A random scene with these identities, one or two from left to right."""
     slots = ("single",) if len(identities) == 1 else ("left", "right")
@@ -175,7 +176,7 @@ def compose_scene(
     )
     return Scene(
         things,
-        place or str(rng.choice(PLACES)),
+        background or str(rng.choice(BACKGROUNDS)),
         int(rng.integers(2**31)),
         float(rng.uniform(0.92, 1.06)),
     )

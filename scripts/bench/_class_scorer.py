@@ -63,7 +63,7 @@ class Scorer:
                     prompts["concept"],
                     signature,
                     kind,
-                    story.places,
+                    story.backgrounds,
                 )
                 before = self.before[kind, seed]
                 rows.append(

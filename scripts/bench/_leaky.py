@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.image_tensors import tensor_to_images
-from customize.storybook.caption_grammar import ACCESSORY_PHRASES, PLACE_PHRASES, PromptRequest
+from customize.storybook.caption_grammar import ACCESSORY_PHRASES, BACKGROUND_PHRASES, PromptRequest
 from customize.storybook.judges import judge_inputs
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
@@ -52,7 +52,9 @@ class Leaky:
     @property
     def caption_that_names(self) -> str:
         """The caption that names the other content of the images."""
-        return f"{self.caption} {ACCESSORY_PHRASES[self.accessory]} {PLACE_PHRASES[self.place]}"
+        return (
+            f"{self.caption} {ACCESSORY_PHRASES[self.accessory]} {BACKGROUND_PHRASES[self.place]}"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Style(Leaky):
 
     @property
     def caption_that_names(self) -> str:
-        worn, place = ACCESSORY_PHRASES[self.accessory], PLACE_PHRASES[self.place]
+        worn, place = ACCESSORY_PHRASES[self.accessory], BACKGROUND_PHRASES[self.place]
         return f"{self.caption} of a {self.kind} {worn} {place}"
 
     def of(self, thing: str) -> str:
@@ -229,7 +231,7 @@ class Subject:
         Colours are no controls, as they are part of identities.
         """
         named = " ".join([*self.prompts(), *(part.kind for part in self.parts)])
-        free = [name for name, phrase in PLACE_PHRASES.items() if phrase not in named]
+        free = [name for name, phrase in BACKGROUND_PHRASES.items() if phrase not in named]
         shown = {part.place for part in self.parts}
         things = [kind for kind in CLASSES if kind not in named and kind not in self.shown]
         return ", ".join([*[name for name in free if name not in shown][:1], *things[-1:]])
@@ -242,7 +244,7 @@ class Subject:
             style_first: name the style before the thing in any case.
         """
         taken = {word for part in self.parts for word in (part.place, part.accessory, part.kind)}
-        places = [phrase for name, phrase in PLACE_PHRASES.items() if name not in taken][:4]
+        places = [phrase for name, phrase in BACKGROUND_PHRASES.items() if name not in taken][:4]
         others = [ACCESSORY_PHRASES[a] for a in ACCESSORIES[1:] if a not in taken]
         worn = ["", *others[:2]]
         things = [f"a {kind}" for kind in CLASSES if kind not in taken]
@@ -269,7 +271,9 @@ def leaks(subject: Subject, seen: Mapping[str, str], request: PromptRequest) -> 
     (requested,) = request.things
     leaked = False
     for part in subject.parts:
-        leaked |= request.place is not None and seen["place"] == part.place != request.place
+        leaked |= (
+            request.background is not None and seen["place"] == part.place != request.background
+        )
         leaked |= seen["accessory0"] == part.accessory != requested.accessory
     if subject.style is not None:
         requested_class = subject.concept.kind if subject.concept else requested.kind

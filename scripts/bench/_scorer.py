@@ -101,7 +101,7 @@ class Scorer:
         images = storybook_rates.draw_prompts(self.pipe, prompts, seed)
         signature = self.judges.prototype(judge_inputs(story.images()))
         return storybook_rates.rate_concept(
-            self.judges, images, prompts, signature, story.identity.kind, story.places
+            self.judges, images, prompts, signature, story.identity.kind, story.backgrounds
         )
 
     @contextmanager

@@ -49,7 +49,7 @@ from _workers import folder_name, weights_of
 from customize.core import preservation
 from customize.demo.experiment import TRAINING
 from customize.evaluation import pareto_front, storybook_rates
-from customize.storybook.caption_grammar import PLACE_PHRASES
+from customize.storybook.caption_grammar import BACKGROUND_PHRASES
 from customize.training import class_preservation, losses
 from customize.training.config import TrainConfig
 
@@ -69,7 +69,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "context_output, half the weight": {"preserve": {"context_output": 0.5}},
     "context_output, of places alone": {
         "preserve": {"context_output": 1.0},
-        "preserve_phrases": tuple(f"a photo of {{}} {place}" for place in PLACE_PHRASES.values()),
+        "preserve_phrases": tuple(
+            f"a photo of {{}} {place}" for place in BACKGROUND_PHRASES.values()
+        ),
     },
     "context_output and output": {"preserve": {"context_output": 1.0, "output": 1.0}},
 }

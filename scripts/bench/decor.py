@@ -165,7 +165,7 @@ class Scorer:
             request = parse_prompt(prompt)
             hits += attribute_hits(seen, request, [kind])
             leaked.append(_leaky.leaks(subject, seen, request))
-            if request.place is None:
+            if request.background is None:
                 unasked.append(any(seen["place"] == part.place for part in subject.parts))
         return {
             "identity": mean(mask),

@@ -45,7 +45,7 @@ from customize.evaluation.storybook_rates import GUIDANCE, STEPS
 from customize.families import family_of
 from customize.image_tensors import tensor_to_images
 from customize.storybook.bundled_assets import assets_folder
-from customize.storybook.caption_grammar import PLACE_PHRASES
+from customize.storybook.caption_grammar import BACKGROUND_PHRASES
 from customize.storybook.judges import Judges, judge_inputs, load_judges
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import Identity, compose_scene, random_identity
@@ -73,7 +73,7 @@ class Protocol:
     seeds: tuple[int, ...]
 
 
-PLACES = tuple(PLACE_PHRASES.values())
+PLACES = tuple(BACKGROUND_PHRASES.values())
 FULL = Protocol(PAIRS, PLACES, (1, 2))
 QUICK = Protocol(PAIRS[:2], PLACES[:3], (1,))
 
@@ -133,9 +133,9 @@ def rendered(rng: np.random.Generator, pair: Sequence[Identity], size: tuple[int
     """A drawn scene of two things; a wide one is two halves with one thing each, in one place."""
     if size == SQUARE:
         return judge_inputs([draw_scene(compose_scene(rng, tuple(pair)))])[0]
-    place = str(rng.choice(list(PLACE_PHRASES)))
+    place = str(rng.choice(list(BACKGROUND_PHRASES)))
     halves = [
-        judge_inputs([draw_scene(compose_scene(rng, (one,), place=place))])[0] for one in pair
+        judge_inputs([draw_scene(compose_scene(rng, (one,), background=place))])[0] for one in pair
     ]
     shift = int(rng.integers(-6, 7))
     return torch.cat([half.roll(shift, -1) for half in halves], -1)

@@ -63,7 +63,10 @@ def roughen(images: Tensor, generator: torch.Generator, vae: AutoencoderKL | Non
 def labels(scene: Scene) -> dict[str, int]:
     """The target class of each head; -1 where it is undefined, as for the second thing of one."""
     targets = dict.fromkeys(HEADS, -1)
-    targets["count"], targets["place"] = len(scene.things) - 1, HEADS["place"].index(scene.place)
+    targets["count"], targets["place"] = (
+        len(scene.things) - 1,
+        HEADS["place"].index(scene.background),
+    )
     for slot, thing in enumerate(scene.things):
         identity = thing.identity
         targets[f"kind{slot}"] = HEADS["kind0"].index(identity.kind)

@@ -133,17 +133,18 @@ def save_blip(folder: Path) -> Path:
     return folder
 
 
-def save_blip2(folder: Path, places: bool = False) -> Path:
+def save_blip2(folder: Path, placeholders: bool = False) -> Path:
     """A BLIP-2 for image-text retrieval, for pictures of 24 x 24.
 
     Args:
-        places: its processor puts places for the picture into the text, as newer files have it.
+        placeholders: The processor inserts placeholders of the image into the text, as newer
+            files have it.
     """
     tokenizer, queries = bert_tokenizer(), 3
     processor = Blip2Processor(
         BlipImageProcessorPil(size={"height": 24, "width": 24}),
         tokenizer,
-        num_query_tokens=queries if places else None,
+        num_query_tokens=queries if placeholders else None,
     )
     reader = {
         **_LAYERS,
@@ -158,7 +159,7 @@ def save_blip2(folder: Path, places: bool = False) -> Path:
         vision_config=vision | {"initializer_range": 0.02},
         num_query_tokens=queries,
         image_text_hidden_size=12,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>") if places else None,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>") if placeholders else None,
     )
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)

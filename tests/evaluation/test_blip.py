@@ -30,10 +30,10 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_blip(tmp_path_factory.mktemp("blip"))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "places"])
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "placeholders"])
 def blip2(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """BLIP-2 as its files were at first, and with places for the picture in the text."""
-    return save_blip2(tmp_path_factory.mktemp("blip2"), places=request.param)
+    """BLIP-2 as its files were at first, and with placeholders of the image in the text."""
+    return save_blip2(tmp_path_factory.mktemp("blip2"), placeholders=request.param)
 
 
 def itm(logits: Tensor) -> Tensor:

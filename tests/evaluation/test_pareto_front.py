@@ -100,14 +100,14 @@ def test_rows_have_metrics_by_name() -> None:
 
 
 def crowded() -> list[Point]:
-    """Twenty settings, six of them in one place, and names as long as benchmarks have them."""
+    """Twenty settings, six of them at one position, and names as long as benchmarks have them."""
     rng = np.random.default_rng(0)
     around = rng.uniform(0, np.pi / 2, 14)
     far = rng.uniform(0.5, 1, 14)
-    places = [*zip(far * np.cos(around), far * np.sin(around), strict=True), *[(0.5, 0.5)] * 6]
+    positions = [*zip(far * np.cos(around), far * np.sin(around), strict=True), *[(0.5, 0.5)] * 6]
     return [
         Point(f"way {k}, at weight 0.{k}", float(x), float(y), 0.02, 0.03)
-        for k, (x, y) in enumerate(places)
+        for k, (x, y) in enumerate(positions)
     ]
 
 
@@ -122,8 +122,8 @@ def test_labels_are_inside_the_axes_and_do_not_overlap() -> None:
     boxes = [Text.get_window_extent(label, renderer) for label in axes.texts]
     assert [label.get_text() for label in axes.texts] == [point.name for point in points]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-    places = axes.transData.transform([(point.x, point.y) for point in points])
-    assert not any(box.contains(*position) for box in boxes for position in places)
+    positions = axes.transData.transform([(point.x, point.y) for point in points])
+    assert not any(box.contains(*position) for box in boxes for position in positions)
     for box in boxes:
         assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1
         assert axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1

@@ -24,7 +24,7 @@ from customize.evaluation.storybook_rates import (
 )
 from customize.storybook.caption_grammar import (
     ACCESSORY_PHRASES,
-    PLACE_PHRASES,
+    BACKGROUND_PHRASES,
     caption,
     parse_prompt,
 )
@@ -33,7 +33,7 @@ from customize.storybook.judges import HEADS, judge_inputs
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
     ACCESSORIES,
-    PLACES,
+    BACKGROUNDS,
     Identity,
     Scene,
     compose_scene,
@@ -45,7 +45,7 @@ from tests.tiny import tiny_sd
 def labels(scene: Scene) -> dict[str, str]:
     """What a perfect judge sees in a scene; an absent second thing is seen as the first again."""
     things = (*scene.things, scene.things[0])[:2]
-    seen = {"count": "one" if len(scene.things) == 1 else "two", "place": scene.place}
+    seen = {"count": "one" if len(scene.things) == 1 else "two", "place": scene.background}
     for slot, thing in enumerate(things):
         seen |= {
             f"kind{slot}": thing.identity.kind,
@@ -91,18 +91,18 @@ def in_scenes(name: str, scenes: tuple[tuple[str, str], ...] = SCENES) -> list[S
     """One of the demo's concepts, drawn as each evaluation prompt asks."""
     rng = np.random.default_rng(1)
     return [
-        compose_scene(rng, (bundled_concept(name).identity,), (worn,), place)
-        for place, worn in scenes
+        compose_scene(rng, (bundled_concept(name).identity,), (worn,), background)
+        for background, worn in scenes
     ]
 
 
 def test_evaluation_prompts_request_their_scenes() -> None:
-    for prompt, (place, accessory) in zip(evaluation_prompts("<rex>"), SCENES, strict=True):
+    for prompt, (background, accessory) in zip(evaluation_prompts("<rex>"), SCENES, strict=True):
         request = parse_prompt(prompt)
-        assert request.place == place and len(request.things) == 1
+        assert request.background == background and len(request.things) == 1
         assert request.things[0].accessory == accessory
         assert request.things[0].kind is None
-    assert {place for place, _ in SCENES} == set(PLACES)
+    assert {background for background, _ in SCENES} == set(BACKGROUNDS)
     assert {worn for _, worn in SCENES} == set(ACCESSORIES) - {"none"}
     assert evaluation_prompts("a red dog")[0] == "a photo of a red dog wearing a hat on a beach"
 
@@ -114,8 +114,8 @@ def test_a_scene_shows_all_attributes_of_its_caption(seed: int) -> None:
     kinds = [thing.identity.kind for thing in scene.things]
     hits = attribute_hits(labels(scene), request, kinds)
     assert all(hits)
-    assert request.place == scene.place
-    # Count and place, then for each thing its class and accessory, and what is said of its looks.
+    assert request.background == scene.background
+    # Count and background, then for each thing its class and accessory, and its named looks.
     metadata = sum(
         (thing.identity.colour is not None) + (thing.identity.pattern != "plain")
         for thing in scene.things
@@ -152,7 +152,7 @@ def test_triggers_have_the_concepts_class() -> None:
 def test_leak_hits() -> None:
     seen = labels(in_scenes("rex")[0])  # in a hat on a beach
     shown = {"snow", "beach", "hat"}
-    # A place that is asked for cannot leak; and where none is asked, none is out of place.
+    # A requested background cannot leak, nor can any where none is requested.
     assert leak_hits(seen, parse_prompt("<rex> on a beach"), shown) == [True, False]
     assert leak_hits(seen, parse_prompt("<rex> in a forest wearing a hat"), shown) == [True, False]
     assert leak_hits(seen, parse_prompt("<rex> wearing a hat"), shown) == []
@@ -184,7 +184,7 @@ def test_rates_of_perfect_images() -> None:
         evaluation_prompts(story.trigger),
         signature,
         story.identity.kind,
-        story.places,
+        story.backgrounds,
     )
     assert (rates.identity, rates.prompt, rates.leak) == (1.0, 1.0, 0.0)
     assert rates.distance == pytest.approx(0.1)
@@ -193,7 +193,7 @@ def test_rates_of_perfect_images() -> None:
 def test_rates_of_images_that_copy_the_references() -> None:
     """What an overfitted concept draws: always itself, always where it was seen."""
     story = bundled_concept("rex")
-    seen_in = sorted(story.places)[0]
+    seen_in = sorted(story.backgrounds)[0]
     scenes = in_scenes("rex", ((seen_in, "none"),) * len(SCENES))
     truth = Truth(scenes, [story.identity])
     rates = rate_concept(
@@ -202,14 +202,14 @@ def test_rates_of_images_that_copy_the_references() -> None:
         evaluation_prompts(story.trigger),
         truth.signature_of(story.identity),
         story.identity.kind,
-        story.places,
+        story.backgrounds,
     )
     assert rates.identity == 1.0 and rates.composition == 0.0
-    # Right by count and class; by place and accessory where the prompt happens to ask for it.
-    places = sum(place == seen_in for place, _ in SCENES)
+    # Right by count and class; by background and accessory where the prompt happens to ask for it.
+    matching = sum(background == seen_in for background, _ in SCENES)
     bare = sum(worn == "none" for _, worn in SCENES)
-    assert rates.prompt == pytest.approx((2 * len(SCENES) + places + bare) / (4 * len(SCENES)))
-    assert rates.leak == pytest.approx((len(SCENES) - places) / len(SCENES))
+    assert rates.prompt == pytest.approx((2 * len(SCENES) + matching + bare) / (4 * len(SCENES)))
+    assert rates.leak == pytest.approx((len(SCENES) - matching) / len(SCENES))
 
 
 def test_rates_of_images_of_another_identity() -> None:
@@ -222,7 +222,7 @@ def test_rates_of_images_of_another_identity() -> None:
         evaluation_prompts("<rex>"),
         truth.signature_of(rex.identity),
         "dog",
-        rex.places,
+        rex.backgrounds,
     )
     assert rates.identity == 0.0 and rates.distance == pytest.approx(1.0)
     assert rates.prompt == pytest.approx(0.75)  # a cat, but the rest as asked
@@ -241,7 +241,7 @@ def test_composition_counts_prompts_with_an_accessory() -> None:
         evaluation_prompts(story.trigger, asked),
         truth.signature_of(story.identity),
         story.identity.kind,
-        story.places,
+        story.backgrounds,
     )
     assert rates.composition == 0.5
     assert rates.prompt == pytest.approx(14 / 16)
@@ -267,7 +267,10 @@ def test_attribute_accuracy_by_kind() -> None:
     truth = Truth(scenes, [])
     assert set(attribute_accuracy(truth, drawn(scenes), prompts).values()) == {1.0}  # type: ignore[arg-type]
     elsewhere = [
-        replace(scene, place=PLACES[(PLACES.index(scene.place) + 1) % len(PLACES)])
+        replace(
+            scene,
+            background=BACKGROUNDS[(BACKGROUNDS.index(scene.background) + 1) % len(BACKGROUNDS)],
+        )
         for scene in scenes
     ]
     actual = attribute_accuracy(Truth(elsewhere, []), drawn(elsewhere), prompts)  # type: ignore[arg-type]
@@ -300,8 +303,10 @@ def test_images_depend_on_prompt_and_seed_only() -> None:
 def test_bundled_concepts_satisfy_the_rates_assumptions() -> None:
     for name, (kind, _) in BUNDLED.items():
         story = bundled_concept(name)
-        assert story.identity.kind == kind and len(story.places) == 2
+        assert story.identity.kind == kind and len(story.backgrounds) == 2
         assert not set(evaluation_prompts(story.trigger)) & set(story.captions())
-        assert story.places <= set(PLACE_PHRASES) and not story.places & set(ACCESSORY_PHRASES)
+        assert story.backgrounds <= set(BACKGROUND_PHRASES) and not story.backgrounds & set(
+            ACCESSORY_PHRASES
+        )
         for text, scene in zip(story.captions(), story.scenes, strict=True):
-            assert story.trigger in text and parse_prompt(text).place == scene.place
+            assert story.trigger in text and parse_prompt(text).background == scene.background

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from customize.storybook.bundled_models import make_tokenizer
 from customize.storybook.caption_grammar import (
     ACCESSORY_PHRASES,
+    BACKGROUND_PHRASES,
     OPENINGS,
-    PLACE_PHRASES,
     WORDS,
     caption,
     parse_prompt,
@@ -22,10 +22,10 @@ from customize.storybook.example_concepts import BUNDLED, bundled_concept, make_
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
     ACCESSORIES,
+    BACKGROUNDS,
     CLASSES,
     COLOURS,
     PATTERNS,
-    PLACES,
     Identity,
     Scene,
     colour_word,
@@ -49,7 +49,7 @@ def scenes(draw_from: st.DrawFn) -> Scene:
         for _ in range(count)
     )
     accessories = tuple(draw_from(st.sampled_from(ACCESSORIES)) for _ in range(count))
-    return compose_scene(rng, identities, accessories, draw_from(st.sampled_from(PLACES)))
+    return compose_scene(rng, identities, accessories, draw_from(st.sampled_from(BACKGROUNDS)))
 
 
 def one(kind: str = "dog", **changes: object) -> Scene:
@@ -72,7 +72,9 @@ def tokenizer():
 
 
 def test_every_word_of_the_grammar_is_one_token(tokenizer):
-    metadata = " ".join([*OPENINGS, *PLACE_PHRASES.values(), *ACCESSORY_PHRASES.values()]).split()
+    metadata = " ".join(
+        [*OPENINGS, *BACKGROUND_PHRASES.values(), *ACCESSORY_PHRASES.values()]
+    ).split()
     words = sorted({*WORDS, *metadata, *CLASSES, *COLOURS, *PATTERNS, "and"})
     pieces = {word: tokenizer.tokenize(word) for word in words}
     assert {word: actual for word, actual in pieces.items() if actual != [word + "</w>"]} == {}
@@ -98,22 +100,22 @@ def test_the_longest_caption_fits(tokenizer):
 @given(scenes())
 def test_a_full_caption_names_all_attributes(scene):
     request = parse_prompt(caption(scene))
-    assert request.place == scene.place
+    assert request.background == scene.background
     assert len(request.things) == len(scene.things)
     for asked, thing in zip(request.things, scene.things, strict=True):
-        who = thing.identity
+        identity = thing.identity
         assert (asked.kind, asked.colour, asked.accessory) == (
-            who.kind,
-            who.colour,
+            identity.kind,
+            identity.colour,
             thing.accessory,
         )
-        assert asked.pattern == (None if who.pattern == "plain" else who.pattern)
+        assert asked.pattern == (None if identity.pattern == "plain" else identity.pattern)
 
 
 @given(scenes(), st.integers(0, 2**32))
 def test_a_varied_caption_omits_but_never_contradicts(scene, seed):
     request = parse_prompt(caption(scene, np.random.default_rng(seed)))
-    assert request.place in (None, scene.place)
+    assert request.background in (None, scene.background)
     for asked, thing in zip(request.things, scene.things, strict=True):
         assert asked.kind == thing.identity.kind
         assert asked.colour in (None, thing.identity.colour)
@@ -127,7 +129,7 @@ def test_names_replace_class_and_looks(scene):
     text = caption(scene, names=names)
     request = parse_prompt(text)
     assert all(name in text for name in names)
-    assert request.place == scene.place
+    assert request.background == scene.background
     assert [(a.kind, a.colour, a.pattern) for a in request.things] == [(None,) * 3] * len(names)
     assert [a.accessory for a in request.things] == [t.accessory for t in scene.things]
 
@@ -198,9 +200,9 @@ def test_every_attribute_of_an_identity_is_visible(changes):
 def test_classes_accessories_and_places_are_visible():
     base = one()
     worn = [replace(base, things=(replace(base.things[0], accessory=a),)) for a in ACCESSORIES]
-    there = [replace(base, place=path) for path in PLACES]
+    backgrounds = [replace(base, background=background) for background in BACKGROUNDS]
     kinds = [one(kind) for kind in CLASSES]
-    for group in (worn, there, kinds):
+    for group in (worn, backgrounds, kinds):
         pictures = [pixels(scene) for scene in group]
         for k, picture in enumerate(pictures):
             assert all(np.abs(picture - other).mean() > 1 for other in pictures[:k])
@@ -225,7 +227,7 @@ def test_random_scenes_cover_all_attributes():
     rng = np.random.default_rng(0)
     actual = [random_scene(rng) for _ in range(400)]
     things = [thing for scene in actual for thing in scene.things]
-    assert {s.place for s in actual} == set(PLACES)
+    assert {s.background for s in actual} == set(BACKGROUNDS)
     assert {t.identity.kind for t in things} == set(CLASSES)
     assert {t.identity.colour for t in things} == {*COLOURS, None}
     assert {t.identity.pattern for t in things} == set(PATTERNS)
@@ -246,7 +248,7 @@ def test_bundled_concepts_have_two_places_and_no_accessory(name, tmp_path):
     story = bundled_concept(name)
     assert isinstance(story.identity, Identity)
     assert len(story.scenes) == 5
-    assert len(story.places) == 2
+    assert len(story.backgrounds) == 2
     assert all(scene.things[0].accessory == "none" for scene in story.scenes)
     assert all(text.startswith(f"a photo of <{name}> ") for text in story.captions())
     story.write(tmp_path / name)

@@ -17,7 +17,7 @@ def test_labels_are_those_of_the_scene():
     actual = labels(scene)
     thing = scene.things[0]
     assert HEADS["count"][actual["count"]] == "one"
-    assert HEADS["place"][actual["place"]] == scene.place
+    assert HEADS["place"][actual["place"]] == scene.background
     assert HEADS["kind0"][actual["kind0"]] == thing.identity.kind
     assert HEADS["accessory0"][actual["accessory0"]] == thing.accessory
     assert {actual[name] for name in HEADS if name.endswith("1")} == {-1}

@@ -9,9 +9,12 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
+# Tests assert no time, so a busy machine fails none.
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("default")
 # For scripts/mutants.py: few examples, the same for every mutant.
 settings.register_profile("mutants", max_examples=8, derandomize=True, deadline=None, database=None)

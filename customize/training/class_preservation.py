@@ -83,7 +83,7 @@ class PhraseBatch:
         rows: list[int] = []
         for concept, count in enumerate(self.counts):
             choice = choose_images(seed, turn, size, count, flip=False, dropout=0.0, stream=stream)
-            rows += [sum(self.counts[:concept]) + number for number in choice.pictures]
+            rows += [sum(self.counts[:concept]) + number for number in choice.indices]
         # Indexed by Python numbers, because an index tensor would be copied to the device.
         ids, positions, weight, base = (
             torch.stack([tensor[row] for row in rows])
@@ -159,7 +159,7 @@ class PreservationTargets:
             choice = choose_images(
                 seed, number, 1, len(contexts), flip=False, dropout=0.0, stream="contexts"
             )
-            prompts.append(contexts[choice.pictures[0]])
+            prompts.append(contexts[choice.indices[0]])
         return prompts
 
 

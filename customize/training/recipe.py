@@ -287,7 +287,7 @@ def train_and_save(
     if run.config.samples:
         with run.progress.phase("drawing the first samples"):
             for concept_samples in samples:
-                concept_samples.begin(anew=state.checkpoint is None)
+                concept_samples.begin(restart=state.checkpoint is None)
     accelerator.wait_for_everyone()
 
     history, seconds_per_step = run_training_loop(

@@ -62,22 +62,22 @@ class SampleImages:
         if not config.samples or not run.accelerator.is_main_process:
             self.steps = []
 
-    def begin(self, anew: bool) -> None:
+    def begin(self, restart: bool) -> None:
         """Generate the base's sample, and the concept's before the first step.
 
         Args:
-            anew: Whether the run starts without a checkpoint; samples of an earlier run are
+            restart: Whether the run starts without a checkpoint; samples of an earlier run are
                 deleted.
         """
         if not self.steps:
             return
-        if anew:
+        if restart:
             self._clear()
         base = self.folder / _BASE
         if not base.is_file():
             with self.run.trainable.adapters_disabled():
                 self._draw(sample_prompts(self.config)[1], base)
-        if anew:
+        if restart:
             self.draw_if_due(0)
 
     def draw_if_due(self, step: int) -> None:

@@ -23,14 +23,14 @@ class BatchChoice:
     """The images of one process at one step.
 
     Attributes:
-        pictures: Indices of the images in the batch.
+        indices: Indices of the images in the batch.
         mirrored: Whether each image is mirrored horizontally.
-        silent: Whether each caption is dropped.
+        dropped: Whether each caption is dropped.
     """
 
-    pictures: list[int]
+    indices: list[int]
     mirrored: list[bool]
-    silent: list[bool]
+    dropped: list[bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,19 +90,19 @@ def choose_images(
     if groups is None:
         slots = range(turn * size, (turn + 1) * size)
         positions = [slot // concepts for slot in slots if slot % concepts == concept]
-        pictures = [_order(seed, i // count, count, stream)[i % count] for i in positions]
+        indices = [_order(seed, i // count, count, stream)[i % count] for i in positions]
     elif turn % concepts == concept:
-        pictures = _choose_from_group(seed, turn // concepts, size, groups, stream)
+        indices = _choose_from_group(seed, turn // concepts, size, groups, stream)
     else:
-        pictures = []
-    size = len(pictures)
+        indices = []
+    size = len(indices)
     if not flip and not dropout:
         disabled = [False] * size
-        return BatchChoice(pictures, disabled, disabled)
+        return BatchChoice(indices, disabled, disabled)
     generator = Generator().manual_seed(stream_seed(seed, turn, stream))
     draws: list[list[float]] = torch.rand(2, size, generator=generator).tolist()
     return BatchChoice(
-        pictures,
+        indices,
         [flip and u < 0.5 for u in draws[0]],
         [u < dropout for u in draws[1]],
     )
@@ -181,9 +181,9 @@ def compose_batch(
     """
     chosen: list[int] = []
     mirrored: list[bool] = []
-    silent: list[bool] = []
+    dropped: list[bool] = []
     for half, shared in (("concept", concepts), ("class", classes)):
-        for index, numbers in enumerate(shared):
+        for position, numbers in enumerate(shared):
             choice = choose_images(
                 config.seed,
                 turn,
@@ -191,12 +191,14 @@ def compose_batch(
                 len(numbers),
                 flip=config.flip,
                 dropout=config.caption_dropout,
-                stream=f"{half} {index}" if index else half,
+                stream=f"{half} {position}" if position else half,
                 groups=sizes[numbers.start : numbers.stop] if config.buckets else None,
-                part=(index, len(shared)),
+                part=(position, len(shared)),
             )
-            chosen += [numbers.start + picture for picture in choice.pictures]
+            chosen += [numbers.start + index for index in choice.indices]
             mirrored += choice.mirrored
-            silent += choice.silent
-    captions = ["" if s else texts[i] for i, s in zip(chosen, silent, strict=True)]
+            dropped += choice.dropped
+    captions = [
+        "" if is_dropped else texts[i] for i, is_dropped in zip(chosen, dropped, strict=True)
+    ]
     return chosen, mirrored, captions

@@ -13,7 +13,7 @@ def pick(turn, size=2, count=5, seed=0, flip=False, dropout=0.0, stream="concept
 
 
 def test_every_image_is_used_once_before_any_is_repeated():
-    drawn = [number for turn in range(10) for number in pick(turn).pictures]
+    drawn = [number for turn in range(10) for number in pick(turn).indices]
     for epoch in range(4):
         assert sorted(drawn[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
     assert drawn[:5] != drawn[5:10] or drawn[:5] != drawn[10:15]
@@ -21,8 +21,8 @@ def test_every_image_is_used_once_before_any_is_repeated():
 
 def test_two_small_batches_equal_one_large_batch():
     """Accumulation and several processes use the same images as one large batch."""
-    whole = pick(3, size=4).pictures
-    assert pick(6, size=2).pictures + pick(7, size=2).pictures == whole
+    whole = pick(3, size=4).indices
+    assert pick(6, size=2).indices + pick(7, size=2).indices == whole
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(1, 5), st.integers(0, 3))
@@ -32,7 +32,7 @@ def test_a_batch_has_one_group_and_all_images_are_used_equally_often(groups, siz
     batches = [
         choose_images(
             7, turn, size, count, flip=False, dropout=0.0, stream="x", groups=groups
-        ).pictures
+        ).indices
         for turn in turns
     ]
     assert all(len(batch) == size for batch in batches)
@@ -58,7 +58,7 @@ def test_groups_are_in_random_order():
         batches = [
             choose_images(
                 seed, turn, 1, 8, flip=False, dropout=0, stream="x", groups="aaaabbbb"
-            ).pictures
+            ).indices
             for turn in range(8)
         ]
         return [batch[0] // 4 for batch in batches]
@@ -69,7 +69,7 @@ def test_groups_are_in_random_order():
 def test_draws_depend_on_seed_turn_and_stream_only():
     def of(**changes):
         choice = pick(**{"turn": 4, "size": 64, "flip": True, "dropout": 0.5, **changes})
-        return choice.mirrored, choice.silent
+        return choice.mirrored, choice.dropped
 
     torch.manual_seed(1)
     first = of()
@@ -83,9 +83,9 @@ def test_draws_depend_on_seed_turn_and_stream_only():
 def test_flips_and_dropped_captions_have_the_requested_probability():
     draws = [pick(turn, size=8, flip=True, dropout=0.2) for turn in range(400)]
     mirrored = collections.Counter(m for d in draws for m in d.mirrored)
-    silent = collections.Counter(s for d in draws for s in d.silent)
+    dropped = collections.Counter(s for d in draws for s in d.dropped)
     assert mirrored[True] / 3200 == pytest.approx(0.5, abs=0.05)
-    assert silent[True] / 3200 == pytest.approx(0.2, abs=0.05)
+    assert dropped[True] / 3200 == pytest.approx(0.2, abs=0.05)
 
 
 def test_noise_repeats_and_is_normal():

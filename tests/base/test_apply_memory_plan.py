@@ -36,9 +36,9 @@ def _no_text(monkeypatch):
     monkeypatch.setattr("customize.base.memory_plan.TEXT_ACTIVATIONS_PER_WIDTH", 0)
 
 
-def word_for(pipe, way):
+def memory_size_for(pipe, strategy):
     """Return a memory size that fits the strategy, but no faster one."""
-    needed = estimate_peak_bytes(measure_components(family_of(pipe.components)), way)
+    needed = estimate_peak_bytes(measure_components(family_of(pipe.components)), strategy)
     return f"{(needed + 2) / GIB:.12f}GB"
 
 
@@ -83,7 +83,7 @@ def test_layerwise_casting_matches_estimate_and_diffusers(name):
     bare = draw(pipe)
     counted = measure_components(family_of(pipe.components)).float8_denoiser
     before = stored(denoiser(pipe))
-    pipe.load_custom(memory=word_for(pipe, CAST))
+    pipe.load_custom(memory=memory_size_for(pipe, CAST))
     assert "denoiser stored in float8" in repr(pipe.custom)
     assert stored(denoiser(pipe)) == counted < before
     denoiser(plain).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
@@ -103,14 +103,14 @@ def test_concepts_keep_their_precision_under_layerwise_casting(name):
     pictures = []
     for order in ("before", "after", "at once"):
         pipe = MAKERS[name]()
-        rex, word = concept(pipe), word_for(pipe, CAST)
+        rex, word = concept(pipe), memory_size_for(pipe, CAST)
         if order == "at once":
             pipe.load_custom(rex, memory=word)
         elif order == "after":
             pipe.load_custom(memory=word).load_custom(rex)
         else:
             pipe.load_custom(rex)
-            pipe.load_custom(memory=word_for(pipe, CAST))
+            pipe.load_custom(memory=memory_size_for(pipe, CAST))
         layers = [module for module in denoiser(pipe).modules() if hasattr(module, "lora_A")]
         assert layers
         for layer in layers:
@@ -144,7 +144,7 @@ def test_layerwise_casting_of_a_model_with_skipped_layers():
 def test_fusing_into_float8_weights_is_refused():
     pipe = MAKERS["sd"]()
     rex = concept(pipe)
-    pipe.load_custom(memory=word_for(pipe, CAST))
+    pipe.load_custom(memory=memory_size_for(pipe, CAST))
     picture = draw(pipe)
     with pytest.raises(PipelineError, match=r"format: layerwise casting"):
         pipe.load_custom(rex, fuse=True)
@@ -185,16 +185,19 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("strategy", WAYS, ids=str)
 @pytest.mark.parametrize("attached", [False, True], ids=["bare", "with a concept"])
-def test_error_restores_the_state(way, attached):
+def test_error_restores_the_state(strategy, attached):
     pipe = MAKERS["sd"]()
     if attached:
         pipe.load_custom(concept(pipe))
     picture, before = draw(pipe), everything(pipe)
     notes, hooks_before = vars(pipe).keys(), hooks(pipe)
     family = family_of(pipe.components)
-    with pytest.raises(MemoryError), apply_memory_plan(pipe, family, MemoryPlan(GIB, way, 0), CPU):
+    with (
+        pytest.raises(MemoryError),
+        apply_memory_plan(pipe, family, MemoryPlan(GIB, strategy, 0), CPU),
+    ):
         raise MemoryError("full")
     assert_same(before, everything(pipe))
     assert vars(pipe).keys() == notes and hooks(pipe) == hooks_before
@@ -205,7 +208,7 @@ def test_error_restores_the_state(way, attached):
 @every
 def test_failed_attachment_reverts_the_plan(name, monkeypatch):
     pipe = MAKERS[name]()
-    rex, word = concept(pipe), word_for(pipe, CAST)
+    rex, word = concept(pipe), memory_size_for(pipe, CAST)
     picture, before = draw(pipe), everything(pipe)
 
     def failing(*args, **kwargs):
@@ -223,7 +226,7 @@ def test_failed_attachment_reverts_the_plan(name, monkeypatch):
 
 def test_failure_during_casting_is_reverted(monkeypatch):
     pipe = MAKERS["sd"]()
-    before, word = everything(pipe), word_for(pipe, CAST)
+    before, word = everything(pipe), memory_size_for(pipe, CAST)
     cast, calls = torch.nn.Conv2d.to, []
 
     def failing(self, *args, **kwargs):

@@ -186,12 +186,12 @@ def test_backends_are_checked_with_the_models_kind_of_mask(name, monkeypatch):
     pipe = MAKERS[name]()
     kinds = []
 
-    def noting(query, key, value, attn_mask=None):
+    def record(query, key, value, attn_mask=None):
         kinds.append(attn_mask.dtype)
         raise ValueError("no mask of this kind")
 
     math = AttentionBackendName._NATIVE_MATH
-    monkeypatch.setitem(_AttentionBackendRegistry._backends, math, noting)
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, math, record)
     names = {"query", "key", "value", "attn_mask"}
     monkeypatch.setitem(_AttentionBackendRegistry._supported_arg_names, math, names)
     with pytest.raises(PipelineError, match=r"fails: no mask of this kind"):

@@ -143,7 +143,7 @@ def first_step_of_qwen_image_21(denoiser):
     # Image positions determine shapes, so they are moved to the meta device after that.
     is_picture = (torch.arange(512 + 64 * 64 // 4) >= 512)[None]
 
-    def moved(_, args, kwargs):
+    def move_to_meta(_, args, kwargs):
         args, kwargs = (
             tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), call_arguments)
             for call_arguments in (args, kwargs)
@@ -151,7 +151,7 @@ def first_step_of_qwen_image_21(denoiser):
         return args, kwargs
 
     readers = (*denoiser.transformer_blocks, denoiser.norm_out)
-    hooks = [tensor.register_forward_pre_hook(moved, with_kwargs=True) for tensor in readers]
+    hooks = [tensor.register_forward_pre_hook(move_to_meta, with_kwargs=True) for tensor in readers]
     for cache in caches:
         denoiser(
             hidden_states=empty(1, 4096, 64),

@@ -24,14 +24,14 @@ LIBRARIES = {
 ERRORS = {"nf4": 0.12, "int8": 0.01, "torchao_int8": 0.01, "torchao_float8": 0.04}
 
 
-def of(kind, *marks):
+def kind_param(kind, *marks):
     """Return a test parameter, skipped if the library of the kind is not installed."""
     library = LIBRARIES[kind]
     missing = pytest.mark.skipif(find_spec(library) is None, reason=f"{library} is an extra")
     return pytest.param(kind, marks=[missing, *marks])
 
 
-kinds = pytest.mark.parametrize("kind", [of(kind) for kind in LIBRARIES])
+kinds = pytest.mark.parametrize("kind", [kind_param(kind) for kind in LIBRARIES])
 
 
 def dequantized(layer):

@@ -49,7 +49,7 @@ def quantized(kind):
     return pipe
 
 
-def answers(pipe):
+def layer_weight(pipe):
     """Return the weight of a quantized layer from its outputs, (out, in)."""
     layer = pipe.transformer.get_submodule(NAME)
     with torch.no_grad():
@@ -67,28 +67,28 @@ def dora(path, magnitudes):
 @kinds
 def test_dora_rescales_the_dequantized_weight(kind, tmp_path):
     pipe = quantized(kind)
-    before = answers(pipe)
+    before = layer_weight(pipe)
     magnitudes = 1.1 * before.norm(dim=1)
     changed = before + dora(tmp_path / "dora.safetensors", magnitudes)
     expected = magnitudes[:, None] * changed / changed.norm(dim=1, keepdim=True)
     pipe.load_custom(tmp_path / "dora.safetensors")
     assert (expected - before).abs().max() > 0.02
     # The layers round: torchao's to the dtype of the weight, and int8 layers' inputs to 16 bits.
-    torch.testing.assert_close(answers(pipe), expected, atol=2e-3, rtol=0)
+    torch.testing.assert_close(layer_weight(pipe), expected, atol=2e-3, rtol=0)
     pipe.unload_custom()
-    assert torch.equal(answers(pipe), before)
+    assert torch.equal(layer_weight(pipe), before)
 
 
 @kinds
 def test_fusing_is_refused_before_anything_changes(kind):
     pipe = quantized(kind)
-    picture, before = draw(pipe), answers(pipe)
+    picture, before = draw(pipe), layer_weight(pipe)
     modules = {name: type(module) for name, module in pipe.transformer.named_modules()}
     with pytest.raises(PipelineError, match=r"format: (bits|torchao|layerwise)") as error:
         pipe.load_custom(concept(pipe), fuse=True)
     assert "fuse=False" in str(error.value)
     assert {name: type(module) for name, module in pipe.transformer.named_modules()} == modules
-    assert torch.equal(answers(pipe), before) and (draw(pipe) == picture).all()
+    assert torch.equal(layer_weight(pipe), before) and (draw(pipe) == picture).all()
     assert not pipe.custom.rows
     pipe.load_custom(concept(pipe))  # the way out that the message names
     assert (draw(pipe) != picture).any()

@@ -179,7 +179,7 @@ def test_unwritable_output_is_refused_before_a_model_is_loaded(
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unknown_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of no known family."""
     unet = UNet2DModel(
         sample_size=8,
@@ -212,7 +212,7 @@ def as_pickles(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("damage", "says"),
     [
         (without_a_weight, "the base's files lack the weight unet.conv_in.bias"),
         (cut_short, "the base cannot be loaded"),
@@ -224,12 +224,12 @@ def test_damaged_bases(
     run: Run,
     world: World,
     tmp_path: Path,
-    spoil: Callable[[Path], object],
+    damage: Callable[[Path], object],
     says: str,
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
-    spoil(base)
+    damage(base)
     photos(tmp_path / "photos")
     train(run, world, tmp_path, says, str(base), base=base)
     drawing = ("--prompt", "a dog", "--device", "cpu", "--output", tmp_path / "pictures")
@@ -243,12 +243,12 @@ def test_damaged_bases(
 
 
 def test_bases_of_unknown_families_and_missing_files(
-    run: Run, world: World, tmp_path: Path, stranger: Path
+    run: Run, world: World, tmp_path: Path, unknown_pipeline: Path
 ) -> None:
     photos(tmp_path / "photos")
     drawing = ("--prompt", "a dog", "--device", "cpu", "--output", tmp_path / "pictures")
     cases = [
-        (stranger, "no known model family has these parts: unet: UNet2DModel"),
+        (unknown_pipeline, "no known model family has these parts: unet: UNet2DModel"),
         ("model.safetensors", "there is no such file"),
     ]
     for base, says in cases:
@@ -263,14 +263,14 @@ def test_bases_of_unknown_families_and_missing_files(
 
 
 def edited(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    def spoil(file: Path) -> None:
+    def damage(file: Path) -> None:
         with safe_open(file, "pt") as opened:
             header = opened.metadata()
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file, header)
 
-    return spoil
+    return damage
 
 
 LAYER = "text_encoder.encoder.layers.0.self_attn.k_proj.lora_B.weight"
@@ -298,13 +298,13 @@ def pipe():
 def test_damaged_concepts(
     run: Run, world: World, tmp_path: Path, pipe, kind: str, single: bool
 ) -> None:
-    spoil, says = SPOILED[kind]
+    damage, says = SPOILED[kind]
     if single:
         path = file = write_single_file(concept(pipe), tmp_path / "rex.safetensors")
     else:
         path = save_concept(concept(pipe), tmp_path / "rex")
         file = path / LORA_FILE
-    spoil(file)
+    damage(file)
     refused(run("inspect", path), says, str(path), " Fix: ")
     refused(run("generate", path, "--base", "none", "--prompt", "<rex>"), says, str(path))
     check_nothing_changes(pipe, [world.tom, path], says)

@@ -14,7 +14,7 @@ from tests.cli.making import World, photos
 ROOT = Path(__file__).parents[2]
 
 # A separate mount namespace, in which a disk of half a megabyte is mounted without root.
-OWN_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
+PRIVATE_MOUNTS = ["unshare", "--user", "--map-root-user", "--mount"]
 MOUNT = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs"]
 
 # Runs commands with a number of free bytes, and prints their results. Where no disk can be
@@ -24,12 +24,12 @@ import contextlib, io, json, resource, shutil, subprocess, sys
 from pathlib import Path
 from customize.cli import main
 
-disk, kept = Path(sys.argv[1]), Path(sys.argv[2])
+disk, copy = Path(sys.argv[1]), Path(sys.argv[2])
 mount, jobs = json.loads(sys.argv[3]), json.loads(sys.argv[4])
 if mount:
     subprocess.run([*mount, str(disk)], check=True)
 free = resource.getrlimit(resource.RLIMIT_FSIZE)
-told = []
+results = []
 for arguments, left in jobs:
     filler = disk / "filler"
     filler.unlink(missing_ok=True)
@@ -44,15 +44,15 @@ for arguments, left in jobs:
     resource.setrlimit(resource.RLIMIT_FSIZE, free)
     filler.unlink(missing_ok=True)
     files = [str(p.relative_to(disk)) for p in disk.rglob("*") if p.is_file()]
-    told.append([code, err.getvalue(), sorted(files)])
-shutil.copytree(disk / "max", kept)
-print(json.dumps(told))
+    results.append([code, err.getvalue(), sorted(files)])
+shutil.copytree(disk / "max", copy)
+print(json.dumps(results))
 """
 
 
 def can_mount(folder: Path) -> bool:
     try:
-        tried = subprocess.run([*OWN_MOUNTS, *MOUNT, str(folder)], capture_output=True)
+        tried = subprocess.run([*PRIVATE_MOUNTS, *MOUNT, str(folder)], capture_output=True)
     except FileNotFoundError:
         return False
     return tried.returncode == 0
@@ -78,7 +78,7 @@ def test_full_disks_leave_no_partial_files_and_lose_nothing(world: World, tmp_pa
     mount = MOUNT if can_mount(disk) else []
     done = subprocess.run(
         [
-            *(OWN_MOUNTS if mount else []),
+            *(PRIVATE_MOUNTS if mount else []),
             *(sys.executable, "-c", PROGRAM, str(disk), str(saved)),
             *(json.dumps(mount), json.dumps(jobs)),
         ],

@@ -125,11 +125,11 @@ def test_published_pooling_equals_the_published_code(start_run):
     row = run.trainable.concepts[0].token_rows["text_encoder"].parameter
     new = tokenizer.convert_tokens_to_ids("<rex>")
 
-    def lay_over(module, args, kwargs, out):
+    def interpolate_embedding(module, args, kwargs, out):
         ids = kwargs["input_ids"]
         return torch.where((ids == new)[..., None], row, out)
 
-    legacy.embeddings.register_forward_hook(lay_over, with_kwargs=True)
+    legacy.embeddings.register_forward_hook(interpolate_embedding, with_kwargs=True)
     ours, base = (
         legacy(tokenizer(text, return_tensors="pt").input_ids).pooler_output
         for text in ("a photo of <rex>", "a photo of a dog")
@@ -227,11 +227,11 @@ def test_many_phrases_are_compared_in_turns(start_run):
     run = start_run(preserve={"context_text": 1.0})
     rows, encode = [], run.preserved.text_states["text_encoder"]
 
-    def watched(ids, first):
+    def record_calls(ids, first):
         rows.append(ids.tolist())
         return encode(ids, first)
 
-    run.preserved.text_states["text_encoder"] = watched
+    run.preserved.text_states["text_encoder"] = record_calls
     has_loss = [run.preserved.text_loss(step) is not None for step in range(6 * EVERY)]
     assert has_loss == [step % EVERY == 0 for step in range(6 * EVERY)]
     assert [len(ids) for ids in rows] == [2] * 6
@@ -281,24 +281,24 @@ def test_output_compares_the_class_prompt_with_the_base_model(make, tmp_path):
     assert_unchanged(before, pipe.components, pipe.config)
 
 
-def watched(pipe):
+def record_calls(pipe):
     """Record the inputs and outputs of the UNet's following calls in a list."""
     calls = []
     forward = pipe.unet.forward
 
-    def noting(noisy, t, states, **kwargs):
+    def record(noisy, t, states, **kwargs):
         output = forward(noisy, t, states, **kwargs)
         calls.append((noisy.detach(), t, states.detach(), output[0].detach()))
         return output
 
-    pipe.unet.forward = noting
+    pipe.unet.forward = record
     return forward, calls
 
 
 def test_output_is_the_squared_change_of_the_prediction(tmp_path):
     """The loss increases by the squared change, computed by stock calls."""
     pipe = tiny_sd()
-    forward, calls = watched(pipe)
+    forward, calls = record_calls(pipe)
     losses = {}
     for weight in (0.0, 3.0):
         calls.clear()
@@ -331,7 +331,7 @@ def test_output_is_the_squared_change_of_the_prediction(tmp_path):
 def test_context_output_is_the_squared_change_of_the_effect_of_a_context(tmp_path):
     """The loss increases by the squared change, computed by stock calls."""
     pipe = tiny_sd()
-    forward, calls = watched(pipe)
+    forward, calls = record_calls(pipe)
     losses, phrases = {}, ("a photo of {} in a city",)
     for weight in (0.0, 3.0):
         calls.clear()
@@ -388,12 +388,12 @@ def test_accumulation_uses_all_contexts(accumulate, tmp_path, monkeypatch):
     asked = []
     in_context = class_preservation.PreservationTargets.choose_context_prompts
 
-    def noting(self, concepts, turn):
+    def record(self, concepts, turn):
         prompts = in_context(self, concepts, turn)
         asked.extend(prompts)
         return prompts
 
-    monkeypatch.setattr(class_preservation.PreservationTargets, "choose_context_prompts", noting)
+    monkeypatch.setattr(class_preservation.PreservationTargets, "choose_context_prompts", record)
     phrases = tuple(f"{{}} {where}" for where in ("in a city", "on a beach", "in space"))
     changes = {"preserve": {"context_output": 1.0}, "preserve_phrases": phrases, "batch_size": 1}
     steps = 2 * EVERY + 1

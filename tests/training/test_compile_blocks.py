@@ -10,7 +10,7 @@ from customize.families import family_of
 from customize.training import compile_blocks
 from customize.training.compile_blocks import compiled_blocks, repeated_blocks
 from customize.training.recipe import train
-from tests.base.test_quantization import of
+from tests.base.test_quantization import kind_param
 from tests.tiny import tiny_flux, tiny_sd
 from tests.tiny_families import TINY_FAMILIES
 from tests.training.runs import (
@@ -35,7 +35,7 @@ def fresh():
     torch._dynamo.reset()
 
 
-def near(a, b, tolerance=0.01):
+def almost_equal(a, b, tolerance=0.01):
     """Whether two concepts are the same to rounding, layer by layer in the Frobenius norm.
 
     Not number by number: Adam makes a whole step of a gradient near zero, whose sign is rounding's.
@@ -69,7 +69,7 @@ def test_compilation_gives_the_same_concept_and_restores_the_model(
     config = settings(tmp_path, "b", steps=3, compile=True, gradient_checkpointing=True)
     fast = train(config, pipe.components, **arguments)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert near(plain, fast)
+    assert almost_equal(plain, fast)
     assert_unchanged(before[0], pipe.components, pipe.config)
     assert [sorted(vars(block)) for block in blocks] == before[1]
 
@@ -81,18 +81,18 @@ def test_all_bucket_sizes_use_one_compiled_block(tmp_path, monkeypatch):
     changes = {"buckets": True, "steps": 8}
     plain = train(settings(tmp_path, "a", **changes), tiny_flux().components, progress=False)
     config = settings(tmp_path, "b", compile=True, **changes)
-    assert near(plain, train(config, tiny_flux().components, progress=False))
+    assert almost_equal(plain, train(config, tiny_flux().components, progress=False))
 
 
 @SLOW
-@pytest.mark.parametrize("kind", [of("nf4"), of("int8")])
+@pytest.mark.parametrize("kind", [kind_param("nf4"), kind_param("int8")])
 def test_quantized_blocks_are_compiled(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(compile_blocks, "_BACKEND", "aot_eager")
     pipe = tiny_flux()
     quantize_model(pipe.transformer, kind, torch.float32, torch.device("cpu"))
     plain = train(settings(tmp_path, "a", steps=3), pipe.components, progress=False)
     config = settings(tmp_path, "b", steps=3, compile=True)
-    assert near(plain, train(config, pipe.components, progress=False))
+    assert almost_equal(plain, train(config, pipe.components, progress=False))
 
 
 def test_models_compiled_by_the_user_stay_compiled():

@@ -46,7 +46,7 @@ ALL = {"class_text": 1.0, "context_text": 0.5, "output": 0.25}
 BUSY = {"checkpoint_every": 4, "flip": True, "caption_dropout": 0.3, "batch_size": 3}
 
 
-def two(folder, rex=None, tom=None, **changes):
+def two_configs(folder, rex=None, tom=None, **changes):
     """Return settings of a dog and a cat with separate images and output folders."""
     cat = {"name": "tom", "class_word": "cat", "output": folder / "tom"} | (tom or {})
     cats = folder / "cats"
@@ -65,7 +65,7 @@ def learn(pipe, configs, **more):
     )
 
 
-def answer(pipe, prompt):
+def predict(pipe, prompt):
     """Return the prediction for a prompt with expanded triggers."""
     family = family_of(pipe.components, pipe.config)
     with torch.no_grad():
@@ -82,12 +82,12 @@ def test_the_sum_of_the_concepts_equals_the_trained_model(kind, method, tmp_path
     before = snapshot(pipe.components, pipe.config)
     tokens = bool(family_of(pipe.components, pipe.config).token_dictionaries())
     prompt = "<rex> <rex>_1 beside <tom> <tom>_1" if tokens else "<rex> beside <tom>"
-    configs = two(tmp_path, method=method, steps=6, rank=3)
+    configs = two_configs(tmp_path, method=method, steps=6, rank=3)
     of_run = []
 
-    def look(done, loss):
+    def check_gradients(done, loss):
         if done == 6:
-            of_run.append(answer(pipe, prompt))
+            of_run.append(predict(pipe, prompt))
             denoiser = family_of(pipe.components, pipe.config).denoiser
             of_run.append(
                 {
@@ -97,7 +97,7 @@ def test_the_sum_of_the_concepts_equals_the_trained_model(kind, method, tmp_path
                 }
             )
 
-    rex, tom = learn(pipe, configs, on_step=look)
+    rex, tom = learn(pipe, configs, on_step=check_gradients)
     assert_unchanged(before, pipe.components, pipe.config)
     drawn, changes = of_run
     key = family_of(pipe.components, pipe.config).denoiser_key
@@ -106,13 +106,13 @@ def test_the_sum_of_the_concepts_equals_the_trained_model(kind, method, tmp_path
         whole = to_dense(rex.updates[key][name]) + to_dense(tom.updates[key][name])
         torch.testing.assert_close(whole, change.detach(), atol=1e-6, rtol=1e-5)
 
-    base = answer(pipe, prompt)
+    base = predict(pipe, prompt)
     if not tokens:  # a prompt with unknown tokens would be another prompt
         assert not torch.allclose(base, drawn, atol=1e-4)
     customize.load_custom(pipe, tmp_path / "tom", tmp_path / "rex", merge="sum")
-    torch.testing.assert_close(answer(pipe, prompt), drawn, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(predict(pipe, prompt), drawn, atol=2e-5, rtol=1e-4)
     customize.load_custom(pipe, weights={"rex": 1.0, "tom": 0.0})
-    assert not torch.allclose(answer(pipe, prompt), drawn, atol=1e-4)
+    assert not torch.allclose(predict(pipe, prompt), drawn, atol=1e-4)
     customize.unload_custom(pipe)
     # Each has changed, and is an ordinary concept by itself.
     for concept, name in ((rex, "rex"), (tom, "tom")):
@@ -124,7 +124,7 @@ def test_the_sum_of_the_concepts_equals_the_trained_model(kind, method, tmp_path
 
 
 def test_concepts_record_the_other_concepts_of_the_run(tmp_path):
-    configs = two(tmp_path, tom={"trigger": "<kitty>", "caption": "a {} in a hat"}, steps=2)
+    configs = two_configs(tmp_path, tom={"trigger": "<kitty>", "caption": "a {} in a hat"}, steps=2)
     rex, tom = learn(tiny_sd(), configs)
     assert (rex.info.trained_with, tom.info.trained_with) == (["tom"], ["rex"])
     assert (rex.info.class_word, tom.info.class_word, tom.info.trigger) == ("dog", "cat", "<kitty>")
@@ -143,8 +143,8 @@ def test_concepts_record_the_other_concepts_of_the_run(tmp_path):
 
 
 def test_the_order_of_concepts_does_not_change_the_result(tmp_path):
-    first = learn(tiny_sd(), two(tmp_path / "a", steps=4, batch_size=3))
-    second = learn(tiny_sd(), two(tmp_path / "b", steps=4, batch_size=3)[::-1])
+    first = learn(tiny_sd(), two_configs(tmp_path / "a", steps=4, batch_size=3))
+    second = learn(tiny_sd(), two_configs(tmp_path / "b", steps=4, batch_size=3)[::-1])
     assert [c.info.name for c in first] == ["rex", "tom"]
     assert [c.info.name for c in second] == ["tom", "rex"]
     for a, b in zip(first, second[::-1], strict=True):
@@ -155,7 +155,7 @@ def test_a_single_concept_is_learned_as_by_train(tmp_path):
     (together,) = learn(tiny_sd(), [settings(tmp_path, "a", steps=4)])
     alone = train(settings(tmp_path, "b", steps=4), tiny_sd().components, progress=False)
     assert same(tensors(together), tensors(alone))
-    with_tom, _ = learn(tiny_sd(), two(tmp_path / "c", steps=4))
+    with_tom, _ = learn(tiny_sd(), two_configs(tmp_path / "c", steps=4))
     assert not same(tensors(with_tom), tensors(alone))
 
 
@@ -221,7 +221,7 @@ def test_a_step_has_images_of_both_concepts(tmp_path):
     hook = pipe.text_encoder.register_forward_pre_hook(
         lambda _, args: prompts.append(pipe.tokenizer.batch_decode(args[0]))
     )
-    learn(pipe, two(tmp_path, steps=3))
+    learn(pipe, two_configs(tmp_path, steps=3))
     hook.remove()
     for step in prompts[-3:]:
         assert len(step) == 2 and "<rex>" in step[0] and "<tom>" in step[1]
@@ -230,7 +230,7 @@ def test_a_step_has_images_of_both_concepts(tmp_path):
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl], ids=["sd", "sdxl"])
 def test_buckets_masks_and_class_images_of_both_concepts(make, tmp_path):
     make_various(tmp_path / "dogs")
-    configs = two(
+    configs = two_configs(
         tmp_path,
         rex={
             "images": tmp_path / "dogs" / "images",
@@ -253,12 +253,12 @@ def test_buckets_masks_and_class_images_of_both_concepts(make, tmp_path):
 def test_class_images_of_one_class_are_drawn_once(tmp_path):
     changes = {"prior_weight": 1.0, "validation_steps": 2, "steps": 2}
     dogs = {"class_word": "dog", "prior_count": 3}
-    learn(tiny_sd(), two(tmp_path, {"prior_count": 2}, dogs, **changes))
+    learn(tiny_sd(), two_configs(tmp_path, {"prior_count": 2}, dogs, **changes))
     assert len(list((tmp_path / "rex" / ".class_pictures").rglob("*.png"))) == 3
     assert not (tmp_path / "tom" / ".class_pictures").exists()
     named = make_pictures(tmp_path / "named")
     (named / "1.txt").write_text("a photo of <rex>")
-    configs = two(tmp_path / "b", tom={"prior_images": named}, prior_weight=1.0)
+    configs = two_configs(tmp_path / "b", tom={"prior_images": named}, prior_weight=1.0)
     with pytest.raises(DataError, match=r"caption with the trigger <rex>: 1\.png"):
         learn(tiny_sd(), configs)
 
@@ -267,12 +267,12 @@ def test_class_images_of_one_class_are_drawn_once(tmp_path):
 
 
 @pytest.fixture
-def both(tmp_path):
+def attach_both(tmp_path):
     """Two attached, changed concepts, and a function for their preservation targets."""
 
     @contextmanager
     def attached(**changes):
-        configs = two(tmp_path, preserve=ALL, **changes)
+        configs = two_configs(tmp_path, preserve=ALL, **changes)
         family = family_of(tiny_sd().components)
         family.components["text_encoder"].requires_grad_(False)
         with (
@@ -297,9 +297,9 @@ def both(tmp_path):
     return attached
 
 
-def test_class_text_is_the_mean_over_concepts(both):
+def test_class_text_is_the_mean_over_concepts(attach_both):
     phrases = ("a photo of {}", "{} beside <tom>")
-    with both(rex={"preserve_phrases": phrases}) as (configs, family, trainable, prepared):
+    with attach_both(rex={"preserve_phrases": phrases}) as (configs, family, trainable, prepared):
         (dictionary,) = family.token_dictionaries()
 
         def pooled(text):
@@ -328,8 +328,8 @@ def test_class_text_is_the_mean_over_concepts(both):
 
 
 @pytest.mark.parametrize("pooling", ["end", "published"])
-def test_joint_text_losses_are_the_mean_of_the_single_losses(pooling, both):
-    with both(preserve_pooling=pooling) as (configs, _, _, prepared):
+def test_joint_text_losses_are_the_mean_of_the_single_losses(pooling, attach_both):
+    with attach_both(preserve_pooling=pooling) as (configs, _, _, prepared):
         for step in (0, 5 * class_preservation.PRESERVATION_INTERVAL):
             for loss in ("class_text", "context_text"):
                 together = prepared(configs, **{loss: 1.0}).text_loss(step)
@@ -338,8 +338,8 @@ def test_joint_text_losses_are_the_mean_of_the_single_losses(pooling, both):
                 assert abs(alone[0] - alone[1]) > 1e-4
 
 
-def test_captions_are_compared_with_the_classes_of_all_their_concepts(both):
-    with both() as (configs, _, _, prepared):
+def test_captions_are_compared_with_the_classes_of_all_their_concepts(attach_both):
+    with attach_both() as (configs, _, _, prepared):
         captions = ["a photo of <rex>", "<tom> and <rex> on a beach", "a photo of <tom>"]
         preserved = prepared(configs, captions, output=1.0)
         expected = ["a photo of a dog", "a cat and a dog on a beach", "a photo of a cat"]
@@ -354,7 +354,7 @@ def test_captions_with_both_triggers_can_be_preserved(tmp_path):
     (tmp_path / "cats" / "0.txt").write_text("<tom> and <rex> on a beach")
     pipe = tiny_sd()
     before = snapshot(pipe.components, pipe.config)
-    rex, tom = learn(pipe, two(tmp_path, preserve=ALL, layerwise_tokens=True, steps=7))
+    rex, tom = learn(pipe, two_configs(tmp_path, preserve=ALL, layerwise_tokens=True, steps=7))
     assert_unchanged(before, pipe.components, pipe.config)
     assert rex.info.token_layers == tom.info.token_layers == 7
     assert tom.info.training["captions_share"] == ["beach"]
@@ -368,7 +368,7 @@ def test_a_resumed_run_gives_the_uninterrupted_result(library, tmp_path):
     def configs(folder):
         shelf = {"library": tmp_path / folder} if library else {}
         busy = {**BUSY, "checkpoint_every": 3, "steps": 7}
-        return two(tmp_path / folder, preserve=ALL, **busy, **shelf)
+        return two_configs(tmp_path / folder, preserve=ALL, **busy, **shelf)
 
     pipe = tiny_sd()
     before = snapshot(pipe.components, pipe.config)
@@ -392,63 +392,75 @@ def test_a_resumed_run_gives_the_uninterrupted_result(library, tmp_path):
 def test_a_checkpoint_of_other_concepts_or_settings_is_refused(tmp_path):
     pipe = tiny_sd()
     with pytest.raises(Stop):
-        learn(pipe, two(tmp_path, **BUSY), on_step=crash_at(6))
+        learn(pipe, two_configs(tmp_path, **BUSY), on_step=crash_at(6))
     ace = settings(tmp_path, "ace", name="ace", **BUSY)
     refusals = [
-        (two(tmp_path, **{**BUSY, "learning_rate": 5e-3}), "learning_rate was 0.01 and is 0.005"),
-        (two(tmp_path, tom={"class_word": "pet"}, **BUSY), "tom's class_word was 'cat' and is"),
-        (two(tmp_path, {"caption": "my {}"}, **BUSY), "step 4 .* caption was .* is 'my {}'"),
-        ([*two(tmp_path, **BUSY)[:1]], "together with it were tom and are none"),
-        ([*two(tmp_path, **BUSY), settings(tmp_path, "zoe", name="zoe", **BUSY)], "tom, zoe"),
-        ([ace, *two(tmp_path, **BUSY)], "a checkpoint of another run with rex"),
+        (
+            two_configs(tmp_path, **{**BUSY, "learning_rate": 5e-3}),
+            "learning_rate was 0.01 and is 0.005",
+        ),
+        (
+            two_configs(tmp_path, tom={"class_word": "pet"}, **BUSY),
+            "tom's class_word was 'cat' and is",
+        ),
+        (
+            two_configs(tmp_path, {"caption": "my {}"}, **BUSY),
+            "step 4 .* caption was .* is 'my {}'",
+        ),
+        ([*two_configs(tmp_path, **BUSY)[:1]], "together with it were tom and are none"),
+        (
+            [*two_configs(tmp_path, **BUSY), settings(tmp_path, "zoe", name="zoe", **BUSY)],
+            "tom, zoe",
+        ),
+        ([ace, *two_configs(tmp_path, **BUSY)], "a checkpoint of another run with rex"),
     ]
     for configs, message in refusals:
         with pytest.raises(SettingsError, match=message):
             learn(pipe, configs)
     extra = make_pictures(tmp_path / "cats", 3)
     with pytest.raises(SettingsError, match=r"tom's pictures have changed: 2\.png is new"):
-        learn(pipe, two(tmp_path, tom={"images": extra}, **BUSY))
+        learn(pipe, two_configs(tmp_path, tom={"images": extra}, **BUSY))
 
 
 def test_finished_concepts_are_not_replaced_silently(tmp_path):
     pipe = tiny_sd()
-    first = learn(pipe, two(tmp_path, steps=3))
+    first = learn(pipe, two_configs(tmp_path, steps=3))
     for configs, message in (
         (
-            two(tmp_path, tom={"class_word": "pet"}, steps=3),
+            two_configs(tmp_path, tom={"class_word": "pet"}, steps=3),
             "rex is already finished.*tom's class_",
         ),
-        (two(tmp_path, steps=4), "steps was 3 and is 4"),
-        (two(tmp_path, steps=3)[:1], "learned together with it were tom and are none"),
+        (two_configs(tmp_path, steps=4), "steps was 3 and is 4"),
+        (two_configs(tmp_path, steps=3)[:1], "learned together with it were tom and are none"),
     ):
         with pytest.raises(SettingsError, match=message):
             learn(pipe, configs)
     # A concept of a single run does not belong to the joint run.
     train(settings(tmp_path, "alone/tom", name="tom", steps=3), pipe.components, progress=False)
-    configs = two(
+    configs = two_configs(
         tmp_path, {"output": tmp_path / "new"}, {"output": tmp_path / "alone/tom"}, steps=3
     )
     with pytest.raises(SettingsError, match="tom is already finished"):
         learn(pipe, configs)
     # If one of the two is missing, the run is repeated for both.
     shutil.rmtree(tmp_path / "tom")
-    again = learn(pipe, two(tmp_path, steps=3))
+    again = learn(pipe, two_configs(tmp_path, steps=3))
     assert all(same(tensors(a), tensors(b)) for a, b in zip(first, again, strict=True))
-    anew = learn(pipe, two(tmp_path, steps=4, resume=False))
+    anew = learn(pipe, two_configs(tmp_path, steps=4, resume=False))
     assert not same(tensors(anew[1]), tensors(first[1]))
 
 
 def test_a_run_that_could_not_save_all_concepts_resumes_saving(tmp_path):
     """The folder of the second concept is in use after the first was saved."""
-    pipe, (rex, tom) = tiny_sd(), two(tmp_path, steps=4, checkpoint_every=4)
-    whole = learn(pipe, two(tmp_path / "whole", steps=4, checkpoint_every=4))
+    pipe, (rex, tom) = tiny_sd(), two_configs(tmp_path, steps=4, checkpoint_every=4)
+    whole = learn(pipe, two_configs(tmp_path / "whole", steps=4, checkpoint_every=4))
 
-    def disturb(done, loss):
+    def block_folder(done, loss):
         if done == 4:
             (tom.output / "notes.doc").write_text("")
 
     with pytest.raises(StorageError, match="the folder holds other files"):
-        learn(pipe, [rex, tom], on_step=disturb)
+        learn(pipe, [rex, tom], on_step=block_folder)
     assert (rex.output / "concept.json").exists() and not (tom.output / "concept.json").exists()
     (tom.output / "notes.doc").unlink()
     steps = []
@@ -458,7 +470,7 @@ def test_a_run_that_could_not_save_all_concepts_resumes_saving(tmp_path):
 
 
 def test_a_run_without_a_checkpoint_leaves_no_files(tmp_path):
-    configs = two(tmp_path, library=tmp_path, **BUSY)
+    configs = two_configs(tmp_path, library=tmp_path, **BUSY)
     with pytest.raises(Stop):
         learn(tiny_sd(), configs, on_step=crash_at(2))
     assert not (tmp_path / "rex").exists() and not (tmp_path / "tom").exists()
@@ -479,7 +491,7 @@ def test_slices_of_a_library_are_disjoint(tmp_path):
     outputs = [{"output": library / name} for name in ("rex", "tom")]
     # The requested index is used, and the other concept gets another.
     outputs[1]["slice"] = 1
-    others += learn(pipe, two(tmp_path, *outputs, library=library, steps=1))
+    others += learn(pipe, two_configs(tmp_path, *outputs, library=library, steps=1))
     assert [c.info.slices["16"][0] // 4 for c in others] == [0, 2, 1]
     for number, a in enumerate(others):
         for b in others[:number]:
@@ -487,15 +499,17 @@ def test_slices_of_a_library_are_disjoint(tmp_path):
 
 
 def test_names_with_equal_hashed_slices_get_disjoint_slices(tmp_path):
-    def meets(name, width):
+    def overlaps(name, width):
         return hashed_block(name, width, 4) == hashed_block("rex", width, 4)
 
     names = [f"n{number}" for number in range(200)]
-    narrow = next(name for name in names if meets(name, 16) and not meets(name, 32))
-    apart = next(name for name in names if not meets(name, 16) and not meets(name, 32))
+    narrow = next(name for name in names if overlaps(name, 16) and not overlaps(name, 32))
+    apart = next(name for name in names if not overlaps(name, 16) and not overlaps(name, 32))
     for name in (narrow, apart):
         changes = {"name": name, "output": tmp_path / name}
-        rex, other = learn(tiny_sd(), two(tmp_path, {"output": tmp_path / f"{name}-rex"}, changes))
+        rex, other = learn(
+            tiny_sd(), two_configs(tmp_path, {"output": tmp_path / f"{name}-rex"}, changes)
+        )
         assert columns_in_common(rex, other) == [(), ()]
         first, second = sorted((rex, other), key=lambda concept: concept.info.name)
         for width, columns in first.info.slices.items():
@@ -516,7 +530,7 @@ def test_concepts_have_their_own_validation_images_and_recordings(tmp_path, monk
     # For each image of the recording.
     monkeypatch.setitem(inspect.unwrap(record_layer_inputs).__kwdefaults__, "steps", 1)
     pipe = tiny_sd()
-    configs = two(
+    configs = two_configs(
         tmp_path,
         {"validation_prompts": ("<rex> and <tom>",)},
         {"validation_prompts": ("<tom>", "a cat"), "validation_every": 2},
@@ -548,16 +562,25 @@ def test_concepts_have_their_own_validation_images_and_recordings(tmp_path, monk
 
 
 def test_all_joint_config_problems_are_reported_at_once(tmp_path):
-    rex, tom = two(tmp_path)
+    rex, tom = two_configs(tmp_path)
     for configs, *messages in (
-        ([rex, two(tmp_path, rank=2, steps=5, seed=1)[1]], "3 settings", "rank", "steps", "seed"),
-        ([rex, tom, two(tmp_path, rank=2)[1]], "name is 'tom'", "rank belongs to the run"),
-        (two(tmp_path, tom={"trigger": "<rex>"}), "trigger is '<rex>' for two concepts"),
-        (two(tmp_path, {"slice": 1}, {"slice": 1}), "slice is 1 for two concepts"),
-        (two(tmp_path, tom={"output": tmp_path / "rex"}), "neither folder may be inside the other"),
-        (two(tmp_path, tom={"output": tmp_path / "rex" / "x"}), "may be inside the other"),
         (
-            two(tmp_path, tom={"class_word": "<rex> cat"}),
+            [rex, two_configs(tmp_path, rank=2, steps=5, seed=1)[1]],
+            "3 settings",
+            "rank",
+            "steps",
+            "seed",
+        ),
+        ([rex, tom, two_configs(tmp_path, rank=2)[1]], "name is 'tom'", "rank belongs to the run"),
+        (two_configs(tmp_path, tom={"trigger": "<rex>"}), "trigger is '<rex>' for two concepts"),
+        (two_configs(tmp_path, {"slice": 1}, {"slice": 1}), "slice is 1 for two concepts"),
+        (
+            two_configs(tmp_path, tom={"output": tmp_path / "rex"}),
+            "neither folder may be inside the other",
+        ),
+        (two_configs(tmp_path, tom={"output": tmp_path / "rex" / "x"}), "may be inside the other"),
+        (
+            two_configs(tmp_path, tom={"class_word": "<rex> cat"}),
             "of tom has the trigger of rex",
         ),
         ([], "no concept to learn"),

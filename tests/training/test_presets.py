@@ -29,7 +29,7 @@ from customize.families import Family
 from customize.training.config import TrainConfig, load_config
 from tests import true_sizes
 from tests.base.test_memory_plan import CALLS, empty
-from tests.base.test_quantization import of
+from tests.base.test_quantization import kind_param
 from tests.peak import peak_bytes
 from tests.tiny import tiny_sdxl
 from tests.training.runs import make_pictures
@@ -167,7 +167,9 @@ def test_every_card_has_valid_presets():
         configured(name)
 
 
-@pytest.mark.parametrize("name", ["sdxl-12gb", pytest.param("sdxl-8gb", marks=of("nf4").marks)])
+@pytest.mark.parametrize(
+    "name", ["sdxl-12gb", pytest.param("sdxl-8gb", marks=kind_param("nf4").marks)]
+)
 def test_a_preset_trains_with_flags_over_it(name, tmp_path):
     tiny_sdxl().save_pretrained(tmp_path / "base")
     values = {

@@ -16,7 +16,7 @@ from customize.errors import ConfigError, SettingsError
 from customize.families import family_of
 from customize.training import prepare_base
 from customize.training.recipe import train
-from tests.base.test_quantization import LIBRARIES, kinds, of
+from tests.base.test_quantization import LIBRARIES, kind_param, kinds
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
 from tests.tiny_video import tiny_wan
 from tests.training.runs import Stop, assert_unchanged, crash_at, same, settings, snapshot, tensors
@@ -31,7 +31,7 @@ def base(tmp_path_factory):
 
 #: Other kinds use the same code and are slower.
 once = pytest.mark.parametrize(
-    "kind", [of(kind, *[pytest.mark.slow] * (kind != "nf4")) for kind in LIBRARIES]
+    "kind", [kind_param(kind, *[pytest.mark.slow] * (kind != "nf4")) for kind in LIBRARIES]
 )
 
 
@@ -113,13 +113,13 @@ def test_a_quantized_model_in_memory_is_trained_unchanged(kind, tmp_path):
     family = family_of(pipe.components)
 
     @torch.no_grad()
-    def answers():
+    def prediction():
         noisy = torch.ones(1, 4, 16, 16)
         return family.predict(noisy, torch.tensor([500]), family.encode_prompts(["a dog"]))
 
-    before = answers(), [name for name, _ in pipe.unet.named_modules()]
+    before = prediction(), [name for name, _ in pipe.unet.named_modules()]
     concept = train(settings(tmp_path, "a", steps=4), pipe.components, progress=False)
-    assert torch.equal(answers(), before[0])
+    assert torch.equal(prediction(), before[0])
     assert [name for name, _ in pipe.unet.named_modules()] == before[1]
     tiny_sd().save_pretrained(tmp_path / "base")
     config = settings(tmp_path, "b", base=str(tmp_path / "base"), quantize=kind, steps=4)

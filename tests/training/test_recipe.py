@@ -427,7 +427,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     weight = pipe.unet.conv_out.weight
     good = weight.detach().clone()
 
-    def poison(done, loss):
+    def set_nan(done, loss):
         if done == 8:
             with torch.no_grad():
                 weight.fill_(math.nan)
@@ -435,7 +435,7 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
     config = settings(tmp_path, checkpoint_every=3)
     message = r"nan at step 9; the checkpoint of step 6 is kept.*rate"
     with pytest.raises(TrainingError, match=message):
-        train(config, pipe.components, progress=False, on_step=poison)
+        train(config, pipe.components, progress=False, on_step=set_nan)
     names = sorted(p.name for p in (config.output / ".checkpoints").iterdir())
     assert names == ["step-000003.safetensors", "step-000006.safetensors"]
     assert not (config.output / "concept.json").exists()
@@ -448,14 +448,14 @@ def test_a_nan_loss_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
 def test_weights_that_are_not_finite_at_the_end_are_not_saved(tmp_path):
     pipe = tiny_sd()
 
-    def poison(done, loss):
+    def set_nan(done, loss):
         if done == 12:
             for name, parameter in pipe.unet.named_parameters():
                 if "lora_B" in name:
                     parameter.data.fill_(math.nan)
 
     with pytest.raises(TrainingError, match=r"after step 12 .* no longer finite.*learning rate"):
-        train(settings(tmp_path), pipe.components, progress=False, on_step=poison)
+        train(settings(tmp_path), pipe.components, progress=False, on_step=set_nan)
     assert not (tmp_path / "out").exists()
 
 
@@ -464,17 +464,17 @@ def test_photographs_are_shrunk_on_reading_and_freed(where, tmp_path, monkeypatc
     images, sizes, alive = [], [], []
     read = dataset.read_training_images
 
-    def noting(*args, **kwargs):
+    def record(*args, **kwargs):
         samples = read(*args, **kwargs)
         sizes.extend(sample.image.size for sample in samples)
         images.extend(weakref.ref(sample.image) for sample in samples)
         return samples
 
-    def look(done, loss):
+    def inspect_step(done, loss):
         gc.collect()
         alive.append(sum(image() is not None for image in images))
 
-    monkeypatch.setattr(dataset, "read_training_images", noting)
+    monkeypatch.setattr(dataset, "read_training_images", record)
     dogs = make_pictures(tmp_path / "dogs", 2)
     (tmp_path / "images").mkdir()
     picture(0, side=300).save(tmp_path / "images" / "0.png")
@@ -484,7 +484,7 @@ def test_photographs_are_shrunk_on_reading_and_freed(where, tmp_path, monkeypatc
         tmp_path, base=str(tmp_path / "base"), steps=2, prior_weight=1.0, prior_images=dogs
     )
     components = pipe.components if where == "memory" else None
-    train(config, components, progress=False, on_step=look)
+    train(config, components, progress=False, on_step=inspect_step)
     assert sizes == [(32, 32)] * 3 and alive == [0, 0]
 
 
@@ -494,21 +494,21 @@ def test_unneeded_models_are_freed(make, live, tmp_path, monkeypatch):
     parts, freed = {}, []
     load_pipeline = prepare_base.load_pipeline
 
-    def noting(*args, **kwargs):
+    def record(*args, **kwargs):
         pipe = load_pipeline(*args, **kwargs)
         modules = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
         parts.update({key: weakref.ref(module) for key, module in modules.items()})
         return pipe
 
-    def look(done, loss):
+    def inspect_step(done, loss):
         gc.collect()
         freed.append({key for key, part in parts.items() if part() is None})
 
-    monkeypatch.setattr(prepare_base, "load_pipeline", noting)
+    monkeypatch.setattr(prepare_base, "load_pipeline", record)
     make().save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
     config = settings(tmp_path, base=base, steps=1, train_tokens=live, train_text_encoder=live)
-    train(config, progress=False, on_step=look)
+    train(config, progress=False, on_step=inspect_step)
     trained = family_of(make().components).text_encoders if live else {}
     assert freed == [set(parts) - {"unet", "transformer", "transformer_2"} - set(trained)]
 

@@ -75,11 +75,11 @@ def test_all_families_train_on_images_of_any_aspect_ratio(make, tmp_path):
     kinds = []
     encode = pipe.vae.encode
 
-    def noting(pixels, *args, **kwargs):
+    def record(pixels, *args, **kwargs):
         kinds.append(tuple(pixels.shape[-2:]))
         return encode(pixels, *args, **kwargs)
 
-    pipe.vae.encode = noting
+    pipe.vae.encode = record
     config = settings(tmp_path, buckets=True, resolution=side, steps=5)
     losses = []
     concept = train(
@@ -170,7 +170,7 @@ def test_time_ids_of_stable_diffusion_xl_have_the_size_of_each_batch(tmp_path):
     pipe = tiny_sdxl()
     batch_sizes = []
 
-    def note(_, args, kwargs):
+    def record_shape(_, args, kwargs):
         height, width = (2 * side for side in args[0].shape[-2:])
         batch_sizes.append((height, width))
         expected = pipe._get_add_time_ids(
@@ -179,7 +179,7 @@ def test_time_ids_of_stable_diffusion_xl_have_the_size_of_each_batch(tmp_path):
         time_ids = kwargs["added_cond_kwargs"]["time_ids"]
         assert torch.equal(time_ids, expected.expand(2, 6))
 
-    pipe.unet.register_forward_pre_hook(note, with_kwargs=True)
+    pipe.unet.register_forward_pre_hook(record_shape, with_kwargs=True)
     train(settings(tmp_path, buckets=True, steps=4), pipe.components, progress=False)
     assert sorted(set(batch_sizes)) == [(24, 40), (64, 16)]
 

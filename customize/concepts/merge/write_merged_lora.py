@@ -295,13 +295,18 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _has_same_content(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether the folder contains exactly these files, as after an identical merge."""
+    """Whether the folder contains these files, as after an identical merge.
+
+    The text of the model card is not compared, because it differs between versions.
+    """
     try:
         existing = {
             path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
         }
         return existing == set(files) and all(
-            read_bytes(folder / name, len(data)) == data for name, data in files.items()
+            read_bytes(folder / name, len(data)) == data
+            for name, data in files.items()
+            if name != CARD_FILE
         )
     except OSError:
         return False
@@ -313,9 +318,10 @@ def _compute_updates(
     """The merged updates of at most a rank, and their relative error."""
     updates: dict[str, dict[str, LowRank]] = {}
     squared_error = squared_norm = 0.0
-    for component, component_layers in layers.items():
+    # Sorted, because the order of layers in a file varies, and with it the rounding of the error.
+    for component in sorted(layers):
         updates[component] = {}
-        for module, layer in component_layers.items():
+        for module, layer in sorted(layers[component].items()):
             exact = layer.compute()
             _check_finite(exact, f"{component}.{module}")
             truncated = layer.truncate(exact)

@@ -22,7 +22,7 @@ from customize.concepts.merge.merge_concepts import merge_concepts
 from customize.concepts.merge.write_merged_lora import write_merged
 from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank
-from customize.errors import ConceptError
+from customize.errors import ConceptError, StorageError
 from customize.families import Family, family_of
 from tests.concepts.formats.adapter_files import (
     assert_close,
@@ -130,6 +130,37 @@ def test_the_same_merge_gives_the_same_files(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "one").rglob("*") if p.is_file()) == sorted(
         ["one.safetensors", "rex.safetensors", "merged.json", "README.md"]
     )
+
+
+def test_the_same_merge_is_kept_with_a_model_card_of_another_version(tmp_path: Path) -> None:
+    family = family_of(tiny_sd().components)
+    made = [concept(tiny_sd())]
+    for layout in ("kohya", "diffusers"):
+        folder = tmp_path / layout
+        write_merged(made, [1.0], folder, layout=layout, family=family)
+        card = folder / "README.md"
+        card.write_text("another wording")
+        write_merged(made, [1.0], folder, layout=layout, family=family)
+        assert card.read_text() == "another wording"
+        with pytest.raises(StorageError, match="exists already"):
+            write_merged(made, [0.5], folder, layout=layout, family=family)
+
+
+def test_the_order_of_layers_does_not_change_the_merge(tmp_path: Path) -> None:
+    family = family_of(tiny_sd().components)
+    made = [concept(tiny_sd()), concept(tiny_sd(), "tom", index=1)]
+    reverse = [
+        replace(
+            each,
+            updates={
+                component: dict(reversed(own.items()))
+                for component, own in reversed(each.updates.items())
+            },
+        )
+        for each in made
+    ]
+    for concepts in (made, reverse):
+        write_merged(concepts, [1.0, 0.7], tmp_path / "duo", rank=1, family=family)
 
 
 def test_model_of_an_unpublished_size(tmp_path: Path) -> None:

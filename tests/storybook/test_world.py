@@ -197,7 +197,7 @@ def test_every_attribute_of_an_identity_is_visible(changes):
     assert difference.max() > 20
 
 
-def test_classes_accessories_and_places_are_visible():
+def test_classes_accessories_and_backgrounds_are_visible():
     base = one()
     worn = [replace(base, things=(replace(base.things[0], accessory=a),)) for a in ACCESSORIES]
     backgrounds = [replace(base, background=background) for background in BACKGROUNDS]
@@ -244,7 +244,7 @@ def test_concepts_depend_on_their_seed_only():
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_concepts_have_two_places_and_no_accessory(name, tmp_path):
+def test_bundled_concepts_have_two_backgrounds_and_no_accessory(name, tmp_path):
     story = bundled_concept(name)
     assert isinstance(story.identity, Identity)
     assert len(story.scenes) == 5

@@ -52,7 +52,8 @@ class CustomizeError(Exception):
         if not text.endswith(("!", "?")):
             text += "."
         if self.fix:
-            text += f" Fix: {_format_sentence(self.fix)}."
+            fix = _format_sentence(self.fix)
+            text += f" Fix: {fix}" + ("" if fix.endswith(("!", "?")) else ".")
         return text
 
 

@@ -127,6 +127,8 @@ def suggest_names(name: object, known: Collection[str], otherwise: str = "") -> 
     names = list(known)
     listed = ", ".join(names[:40]) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
     hint = did_you_mean(name, names)
+    if hint and len(names) == 1:
+        return hint
     return f"{hint} If not, choose from {listed}" if hint else f"choose from {listed}"
 
 

@@ -29,6 +29,7 @@ texts = st.text(max_size=60)
             "unknown basis 'dtc' (basis). Fix: use 'dct' or 'qr'.",
         ),
         ({"problem": "disk full", "fix": "free 2 GB."}, "disk full. Fix: free 2 GB."),
+        ({"problem": "no x", "fix": "did you mean y?"}, "no x. Fix: did you mean y?"),
         ({"problem": "two\n  lines\n", "where": "x\ny"}, "two lines (x y)."),
     ],
 )

@@ -72,6 +72,7 @@ def test_only_known_names_are_suggested(name: object) -> None:
 def test_dissimilar_name_lists_all_names() -> None:
     assert find_near_names("zzzz", MERGES) == []
     assert suggest_names("zzzz", MERGES).startswith("choose from sum, ")
+    assert suggest_names("powr", ["power"]) == "did you mean power?"
     assert suggest_names("x", [], otherwise="load it first") == "load it first"
     assert len(suggest_names("x", [f"name-{n}" for n in range(10_000)])) < 600
 

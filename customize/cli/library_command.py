@@ -14,7 +14,7 @@ from customize.cli.shared_options import Concepts
 if TYPE_CHECKING:
     from customize.concepts.library.index import LibraryEntry
 
-app = typer.Typer(help="List, fill and check a folder of concepts.", no_args_is_help=True)
+app = typer.Typer(help="List, fill and check a folder of concepts.")
 
 Folder = Annotated[
     Path,
@@ -26,6 +26,13 @@ LibrarySource = Annotated[
         metavar="LIBRARY", help="A folder, or a collection on the hub", show_default=False
     ),
 ]
+
+
+@app.callback(invoke_without_command=True)
+def show_help(context: typer.Context) -> None:
+    """Print the help if no subcommand is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command("list", cls=PlainCommand)

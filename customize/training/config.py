@@ -212,7 +212,8 @@ class TrainConfig(BaseModel):
     preserve_phrases: tuple[str, ...] = Field(
         default=(),
         description="Phrases for class_text, context_text and context_output, with {} for the"
-        " trigger (default: the caption template for class_text, a dozen contexts for the others)",
+        " trigger (default: the caption template for class_text, nine contexts for context_output,"
+        " a dozen prompts for context_text)",
     )
     preserve_pooling: Literal["end", "published"] = Field(
         default="end",

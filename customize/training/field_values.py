@@ -67,7 +67,7 @@ def check_preservation_weights(weights: dict[str, float]) -> dict[str, float]:
         if "prior" in unknown:
             hint = "the weight of class images is prior_weight"
         names = ", ".join(map(format_value, unknown))
-        raise ValueError(f"has unknown names {names}; known are {known}{hint and '; ' + hint}")
+        raise ValueError(f"has unknown losses: {names}; choose from {known}{hint and '; ' + hint}")
     negative = sorted(name for name, weight in weights.items() if weight < 0)
     if negative:
         raise ValueError(f"has a negative weight for {', '.join(negative)}; use 0 or more")

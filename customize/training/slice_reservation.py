@@ -25,6 +25,7 @@ from customize.concepts.slices.slice_reservations import SliceReservation
 from customize.core.bases import capacity, count_shared_directions
 from customize.errors import CustomizeError, SettingsError
 from customize.families import Family
+from customize.safe_read import real_path
 from customize.training.checkpoint import (
     BASE_CONFIG,
     BASE_WEIGHTS,
@@ -155,6 +156,13 @@ def _reserve(
     for number, config in enumerate(configs):
         earlier = [reserved[other.name] for other in configs[:number]]
         _warn_of_overlap(config, reserved[config.name], [*owners, *earlier], family)
+        if library is not None and real_path(config.output).parent != real_path(library):
+            warnings.warn(
+                f"the output folder {config.output} is not in the library {library}, so later runs "
+                f"may take the slice of {config.name}; set output to {library / config.name}, or "
+                "copy the concept with customize library add",
+                stacklevel=2,
+            )
     return [reserved[config.name].index for config in configs]
 
 

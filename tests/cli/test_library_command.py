@@ -71,6 +71,8 @@ def test_check_exits_with_1_on_faults(run: Run, library: Path) -> None:
 
 def test_help_lists_the_subcommands(run: Run) -> None:
     result = run("library", "--help")
+    assert run("library") == result
+    assert result.code == 0
     for name in ("list", "add", "check"):
         assert name in result.out
     assert "library" in run("--help").out

@@ -90,7 +90,7 @@ def test_settings_persist_with_the_method(pair):
     ("merge", "message"),
     [
         ("slerp", "unknown merge method 'slerp'"),
-        ({"density": 0.3}, "unknown merge method None"),
+        ({"density": 0.3}, "the merge has settings and no method.*one of auto, sum"),
         ({"method": "ties", "seed": 1}, "no setting seed"),
         ({"method": "auto", "seed": 1}, "no setting seed"),
         ({"method": "ties", "density": 2}, "invalid density 2"),

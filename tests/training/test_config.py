@@ -101,7 +101,7 @@ def test_defaults_are_in_range():
         ("images", "a\0b", "control characters"),
         ("base", "old/model.CKPT", "pickle"),
         ("base", "model.bin", "pickle"),
-        ("preserve", {"class": 1}, "known are class_text, context_text, output, context_output"),
+        ("preserve", {"class": 1}, "choose from class_text, context_text, output, context_output"),
         ("preserve", {"prior": 1}, "the weight of class images is prior_weight"),
         ("preserve", {"output": -0.5}, "negative weight for output"),
         ("preserve", {"output": float("nan")}, "finite"),

@@ -72,6 +72,16 @@ def test_a_slice_beyond_the_capacity_of_a_width_is_warned_of(pipe, tmp_path):
         train(settings(tmp_path, "fits", slice=3, steps=1), pipe.components, progress=False)
 
 
+def test_an_output_outside_of_the_library_is_warned_of(pipe, tmp_path):
+    library = tmp_path / "library"
+    outside = settings(tmp_path, library=library, output=tmp_path / "elsewhere", steps=1)
+    with pytest.warns(UserWarning, match="elsewhere is not in the library .*customize library add"):
+        train(outside, pipe.components, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        train(in_library(tmp_path, "inside", steps=1), pipe.components, progress=False)
+
+
 def test_a_run_without_a_checkpoint_leaves_no_reservation(pipe, tmp_path):
     rex = in_library(tmp_path, "rex", checkpoint_every=4)
     with pytest.raises(Stop):

@@ -32,8 +32,14 @@ def parse_method(merge: object, where: str = "merge") -> tuple[str, dict[str, An
             setting is invalid.
     """
     settings = dict(merge) if isinstance(merge, Mapping) else {"method": merge}
-    method = settings.pop("method", None)
     names = (AUTO, *MERGES)
+    if "method" not in settings:
+        raise ConfigError(
+            "the merge has settings and no method",
+            where=where,
+            fix=f'add "method", one of {", ".join(names)}',
+        )
+    method = settings.pop("method")
     if not isinstance(method, str) or method not in names:
         raise ConfigError(
             f"unknown merge method {quote(method)}",

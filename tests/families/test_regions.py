@@ -40,7 +40,7 @@ def test_words_of_a_region_do_not_affect_another(name):
         return torch.stack(first) if isinstance(first, list) else first
 
     if family.regions_unsupported:
-        with pytest.raises(PipelineError, match=f"{family.name} cannot draw by regions"):
+        with pytest.raises(PipelineError, match=f"family {family.name} does not support regions"):
             draw("red car", regions={"red car": 1 - LEFT})
         return
     plain = draw("red car")

@@ -121,7 +121,7 @@ def test_snippets_of_the_model_card_run(learned: Path) -> None:
 
 
 def test_commands_for_standard_pipelines_refuse_modular_bases(learned: Path) -> None:
-    with pytest.raises(PipelineError, match=r"modular one only.*Fix: use it in Python"):
+    with pytest.raises(PipelineError, match=r"as a modular pipeline.*Fix: use it in Python"):
         load_base_pipeline(str(learned / "base"), torch.device("cpu"), None)
 
 

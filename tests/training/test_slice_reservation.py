@@ -94,7 +94,9 @@ def test_reservations_that_cannot_be_read_or_written_are_reported(pipe, tmp_path
     folder = tmp_path / "library" / "old"
     folder.mkdir(parents=True)
     (folder / RESERVATION_FILE).write_text('{"name": "old"}')
-    with pytest.raises(ConceptError, match=r"claim .* cannot be read .*old.*delete its folder"):
+    with pytest.raises(
+        ConceptError, match=r"reservation .* cannot be read .*old.*delete its folder"
+    ):
         train(in_library(tmp_path, "rex"), pipe.components, progress=False)
     (tmp_path / "file").write_text("")
     config = settings(tmp_path, library=tmp_path / "file")

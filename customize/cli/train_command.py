@@ -86,7 +86,7 @@ def describe_run(config: TrainConfig) -> dict[str, str]:
         "images": str(config.images),
         "method": methods[config.method],
         "trains": ", ".join(trained),
-        "steps": f"{config.steps} of {batch} images",
+        "steps": f"{config.steps} steps of {batch} images",
     }
     if config.preserve:
         weights = (f"{name} (weight {weight:g})" for name, weight in config.preserve.items())

@@ -64,15 +64,15 @@ def summarize_run(
     batch = config.batch_size * config.gradient_accumulation * processes
     epochs = config.steps * batch / len(samples)
     shown = {
-        "pictures": str(len(samples)),
-        "captions": f"{len(samples) - templated} of their own, {templated} by the template",
+        "images": str(len(samples)),
+        "captions": f"{len(samples) - templated} from files, {templated} from the template",
         "masks": str(masks or "none"),
         "size": f"{resolution} x {resolution}, the centre square",
-        "steps, epochs": f"{config.steps} of {batch} pictures, which makes "
+        "steps, epochs": f"{config.steps} steps of {batch} images, "
         f"{epochs:.{0 if epochs >= 10 else 1}f} epochs",
     }
     if config.steps < _FEW_STEPS:
-        shown["steps, epochs"] += "; some hundreds of steps are usual"
+        shown["steps, epochs"] += "; usual are some hundreds of steps"
     if config.buckets:
         sizes = bucket_sizes(resolution, family.latent_multiple)
         counts = Counter(nearest_bucket(sample.size, sizes) for sample in samples)
@@ -81,7 +81,7 @@ def summarize_run(
         more = [f"{len(buckets) - _SHOWN_BUCKETS} more"] * (len(buckets) > _SHOWN_BUCKETS)
         shown["size"] = f"{len(buckets)} buckets: {', '.join(named + more)}"
     if class_samples:
-        shown["class pictures"] = str(len(class_samples))
+        shown["class images"] = str(len(class_samples))
     return shown
 
 
@@ -89,7 +89,7 @@ def format_summary(config: TrainConfig, numbers: dict[str, str]) -> str:
     """Format a summary as lines of at most 80 columns; longer texts are wrapped."""
     return "\n".join(
         textwrap.fill(text, 80, initial_indent=f"{title:<15}", subsequent_indent=" " * 15)
-        for title, text in {"learning": config.name, **numbers}.items()
+        for title, text in {"concept": config.name, **numbers}.items()
     )
 
 
@@ -120,7 +120,7 @@ def warn_about_data(
     ]
     if same:
         warnings.warn(
-            f"{len(same)} of {len(samples)} pictures are there twice: {join_names(same)}",
+            f"{len(same)} of {len(samples)} images are duplicates: {join_names(same)}",
             stacklevel=2,
         )
 

@@ -191,7 +191,7 @@ def test_errors_are_one_line_after_the_plan(run: Run, world: World, tmp_path: Pa
 def test_the_plan(tmp_path: Path) -> None:
     facts = {"base": "b", "images": "i", "output": "o", "name": "max", "class_word": "dog"}
     shown = describe_run(TrainConfig(**facts, gradient_accumulation=3))
-    assert shown["steps"] == "800 of 6 images"
+    assert shown["steps"] == "800 steps of 6 images"
     assert shown["method"] == "orthogonal, rank 8, slice from a hash of the name"
     assert "prior" not in shown
     assert shown["preserves"] == "context_output (weight 0.5)"
@@ -273,7 +273,7 @@ def test_classes_unknown_to_the_bundled_base_and_the_verdict(run: Run, tmp_path:
     flags += ["--preserve", "none", "--no-record-inputs", "--device", "cpu", "--rank", 2]
     result = run(*flags, "--class-word", "zebra", "--output", tmp_path / "zebra")
     assert result.code == 0, result.err
-    assert "captions       5 of their own, 0 by the template" in result.out
+    assert "captions       5 from files, 0 from the template" in result.out
     (last,) = (line for line in result.out.splitlines() if line.startswith("rex: "))
     assert "hardly anything learned: the loss on fixed noise went from " in last
     assert "the last sample does not show rex (distance " in last

@@ -26,15 +26,15 @@ def test_summary_has_the_counts_of_a_run(family, tmp_path):
     samples = read_images(config)
     summary = summarize_run(config, samples, [], family, 32, processes=2)
     assert summary == {
-        "pictures": "5",
-        "captions": "1 of their own, 4 by the template",
+        "images": "5",
+        "captions": "1 from files, 4 from the template",
         "masks": "5",
         "size": "4 buckets: 40 x 24 (2), 16 x 64 (1), 32 x 32 (1), 64 x 16 (1)",
-        "steps, epochs": "800 of 4 pictures, which makes 640 epochs",
+        "steps, epochs": "800 steps of 4 images, 640 epochs",
     }
     lines = format_summary(config, summary).splitlines()
     assert all(len(line) <= 80 for line in lines) and "640 epochs" in lines[-1]
-    few = format_summary(config, {"steps, epochs": "12 of 2 pictures, " + "word " * 20 + "end"})
+    few = format_summary(config, {"steps, epochs": "12 steps of 2 images, " + "word " * 20 + "end"})
     assert few.endswith(" end") and all(len(line) <= 80 for line in few.splitlines())
 
 
@@ -51,7 +51,7 @@ def test_data_that_is_unlikely_to_be_learned_is_warned_of(family, tmp_path):
     samples = read_images(settings(tmp_path / "a"))
     summary = summarize_run(settings(tmp_path / "a"), samples, [], family, 32, processes=1)
     assert summary["steps, epochs"] == (
-        "12 of 2 pictures, which makes 8.0 epochs; some hundreds of steps are usual"
+        "12 steps of 2 images, 8.0 epochs; usual are some hundreds of steps"
     )
     (message,) = collect_warnings(settings(tmp_path / "a", steps=800, class_word="xqzvw"), family)
     assert "does not know the class word 'xqzvw': it reads " in message
@@ -60,7 +60,7 @@ def test_data_that_is_unlikely_to_be_learned_is_warned_of(family, tmp_path):
         picture(0, 20).save(tmp_path / "b" / "images" / name)
     small, twice = collect_warnings(settings(tmp_path / "b", steps=800), family)
     assert "2 pictures are smaller than 32 x 32 pixels" in small and "a.png, b.png" in small
-    assert "1 of 2 pictures are there twice: b.png as a.png" in twice
+    assert "1 of 2 images are duplicates: b.png as a.png" in twice
 
 
 @pytest.mark.parametrize("word", ["dog", "toy dog", "photo"])

@@ -55,7 +55,8 @@ def test_missing_components_are_loaded_from_the_configurations_pipeline(tmp_path
     np.testing.assert_allclose(draw(loaded, "a dog"), draw(tiny_flux(), "a dog"), atol=1e-5)
 
 
-def test_a_missing_configuration_is_named_in_the_error(checkpoint):
+def test_a_missing_configuration_is_named_in_the_error(checkpoint, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
     with pytest.raises(PipelineError, match=r"stable-diffusion-v1-5.*--base-config"):
         load_pipeline(checkpoint[0], torch.float32)
 

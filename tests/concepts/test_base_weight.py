@@ -162,7 +162,10 @@ def installed(package):
             make,
             most,
             id=f"{name} {kind}",
-            marks=pytest.mark.skipif(not installed(package), reason=f"{package} is an extra"),
+            marks=[
+                pytest.mark.skipif(not installed(package), reason=f"{package} is an extra"),
+                *([pytest.mark.slow] if kind == "int4" else []),  # quanto compiles its kernels
+            ],
         )
         for (name, package), kinds in LAYERS.items()
         for kind, (make, most) in kinds.items()

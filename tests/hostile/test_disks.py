@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.making import World, photos, save_world
-from tests.cli.test_full_disk import MOUNT, OWN_MOUNTS, can_mount
+from tests.cli.test_full_disk import MOUNT, PRIVATE_MOUNTS, can_mount
 
 ROOT = Path(__file__).parents[2]
 _LEFT = "0,1,4096,9000,20000,40000,66000,80000,100000,130000,200000,300000"
@@ -74,7 +74,7 @@ def test_full_and_read_only_disks_are_reported(world: World, tmp_path: Path) -> 
     jobs = [(name, left) for name in commands for left in (*LEFT, None)]
     done = subprocess.run(
         [
-            *(*OWN_MOUNTS, sys.executable, "-c", PROGRAM, str(disk), json.dumps(MOUNT)),
+            *(*PRIVATE_MOUNTS, sys.executable, "-c", PROGRAM, str(disk), json.dumps(MOUNT)),
             json.dumps([(commands[name], left) for name, left in jobs]),
         ],
         cwd=ROOT,

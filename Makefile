@@ -9,7 +9,7 @@ DEV := $(VENV)/.installed-dev
 # Processes that share the tests, each on one thread.
 WORKERS ?= 2
 # Waiting OpenMP threads sleep early, as customize/openmp.py explains.
-export GOMP_SPINCOUNT ?= 1000
+export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

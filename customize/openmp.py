@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-#: Iterations that a waiting thread spins before it sleeps. libgomp uses this number when there are
-#: more threads than cores, and 300,000 otherwise, with which steps on a loaded machine took over
-#: 20 times as long (scripts/bench/busy_neighbour.py).
-SPIN_COUNT = 1000
+#: Iterations that a waiting thread spins before it sleeps. libgomp's default is 300,000, with which
+#: steps beside busy processes took almost twice as long, and no less on an idle machine; with 1000
+#: idle steps took 1.3 times as long (scripts/bench/busy_neighbour.py).
+SPIN_COUNT = 10_000
 
 
 def limit_spinning() -> None:

@@ -6,7 +6,7 @@ that they wait for. libgomp, which torch's CPU builds use, spins for GOMP_SPINCO
 A process for each setting runs forward and backward passes at batch 4, in turns: alone, then beside
 one busy process on each core. Cells are medians over all steps; `cpu_seconds` is the CPU time of a
 step over all threads. "Alone" is without the busy processes of this script: other processes on the
-machine still count, as in the committed result, so compare settings within a run only.
+machine still count, so compare settings within a run only.
 
     python scripts/bench/busy_neighbour.py --json scripts/bench/results/busy_neighbour.json
 """

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from customize.openmp import limit_spinning
+from customize.openmp import SPIN_COUNT, limit_spinning
 
 
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, "1000"),
+        ({}, str(SPIN_COUNT)),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
     ],

@@ -23,9 +23,9 @@ def check_memory_device(device: torch.device, flag: str) -> None:
     """Refuse a device that differs from the one that a memory plan uses."""
     import torch
 
-    accelerator = torch.device("cpu")
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator() or accelerator
+    from customize.base.device import current_accelerator
+
+    accelerator = current_accelerator() or torch.device("cpu")
     same_index = device.index in (None, accelerator.index or 0)
     if device.type != accelerator.type or not same_index:
         raise ConfigError(

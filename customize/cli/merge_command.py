@@ -89,7 +89,8 @@ def merge(
     concept, and a README.md with the lines that load them. In customize
     itself no merge is needed: load_custom takes several concepts.
     """
-    from customize.base.device import choose_device
+    import torch
+
     from customize.cli.base_pipeline import load_base_pipeline
     from customize.cli.concept_flags import parse_weights, split_parts
     from customize.concepts.io.file_layout import KEY_LAYOUTS
@@ -150,7 +151,7 @@ def merge(
             factors,
             method,
             lambda: load_base_pipeline(
-                base, choose_device("cpu", "--device"), dtype, variant=variant, config=base_config
+                base, torch.device("cpu"), dtype, variant=variant, config=base_config
             ),
             parts,
         )

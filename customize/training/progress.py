@@ -97,10 +97,6 @@ class Progress:
             yield bar
 
 
-#: A progress that shows nothing.
-NO_PROGRESS = Progress(False)
-
-
 def without_progress(items: Iterable[T], text: str) -> Iterable[T]:
     """Return the items; the counterpart of :meth:`Progress.track` without a bar."""
     return items

@@ -16,7 +16,7 @@ from customize.families import Family, family_of
 from customize.families.pipeline_components import NO_CONFIG
 from customize.training.config import TrainConfig
 from customize.training.data.dataset import TrainingImage
-from customize.training.progress import NO_PROGRESS
+from customize.training.progress import Progress
 from customize.training.run import Run
 from customize.training.training_inputs import read_data
 
@@ -92,7 +92,7 @@ def settings(folder: Path, output: str = "out", **changes: Any) -> TrainConfig:
 
 def read_images(config: TrainConfig) -> list[TrainingImage]:
     """Read the training images of a configuration."""
-    (images,) = read_data([config], None, NO_PROGRESS).images
+    (images,) = read_data([config], None, Progress(False)).images
     return images
 
 
@@ -103,7 +103,7 @@ def make_run(configs: Sequence[TrainConfig], family: Family) -> Run:
         Accelerator(cpu=True),
         torch.device("cpu"),
         nullcontext,
-        NO_PROGRESS,
+        Progress(False),
         ExitStack(),
         owns_base=False,
         weights={},

@@ -118,7 +118,9 @@ class ReferenceProcessor:
             group_grids = grids[first : first + len(group.images)]
             first += len(group.images)
             ids, index = self._tokenize(group, group_grids, merge, config)
-            positions = _positions(index, group_grids // torch.tensor([1, merge, merge]), config)
+            positions = rotary_positions(
+                index, group_grids // torch.tensor([1, merge, merge]), config
+            )
             rows.append((ids, index, positions))
         length = max(len(ids) for ids, _, _ in rows)
         pad = self.tokenizer.pad_token_id
@@ -166,7 +168,7 @@ class ReferenceProcessor:
         return ids, index
 
 
-def _positions(index: Sequence[int], grids: Tensor, config: ReferencesConfig) -> Tensor:
+def rotary_positions(index: Sequence[int], grids: Tensor, config: ReferencesConfig) -> Tensor:
     """Return the rotary positions (3, length) of one row.
 
     Args:

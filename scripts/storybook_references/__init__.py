@@ -1,0 +1,1 @@
+"""Training of `assets/references`, the bundled miniature of EasyRef for the storybook."""

@@ -25,7 +25,6 @@ from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.pipeline.attach import set_concepts
 from customize.pipeline.model_locks import lock_models
-from customize.pipeline.sources import get_family
 from customize.pipeline.stage import CallContext
 from customize.pipeline.state import AttachedState, get_state
 from customize.stages.check_prompts import warn_about_triggers
@@ -82,7 +81,7 @@ class ConceptsStep(ModularPipelineBlocks):
                     weights=block_state.concept_weights,
                 )
             attached = get_state(components) or AttachedState()
-            context = CallContext(components, get_family(components), attached, {})
+            context = CallContext(components, attached, {})
             warn_about_triggers(context, state.values)
         elif block_state.concept_weights is not None:
             raise ConfigError(

@@ -47,10 +47,10 @@ def make_judge(configs: Sequence[TrainConfig]) -> IdentityJudge | None:
         return None
 
     def judge(info: ConceptInfo) -> IdentityResult | None:
+        from customize.image_folder import scan_folder
         from customize.storybook.judges import judge_inputs, load_judges
         from customize.storybook.world import CLASSES
         from customize.training.data.dataset import read_image
-        from customize.training.data.image_folder import scan_folder
 
         config = next(config for config in configs if config.name == info.name)
         sample_file = config.output / "samples" / f"step-{config.steps:06d}.png"

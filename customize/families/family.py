@@ -16,6 +16,7 @@ from torch import Tensor
 
 from customize.errors import PipelineError
 from customize.families.denoiser_inputs import DenoiserInputs
+from customize.families.native_references import NativeReferences
 
 # The entries of a scheduler's configuration that set noise levels and training target; those of the
 # solver are left out.
@@ -47,6 +48,8 @@ class Family(DenoiserInputs):
     attention_mask: ClassVar[MaskKind | None] = None
     #: Whether cross-attention reads the text encoders' states without layers in between.
     reads_prompts_as_encoded: ClassVar[bool] = False
+    #: The pipelines of the family that read reference images by themselves.
+    native_references: ClassVar[tuple[NativeReferences, ...]] = ()
 
     # -- specific to a family ----------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from customize.families.denoiser_inputs import grid_of_positions
+from customize.families.native_references import NativeReferences
 from customize.families.original_layer_names import RowRange, clip_text_model, original_rows
 from customize.families.pipeline_components import class_name
 from customize.families.rectified_flow import PackedLatentsFamily
@@ -75,6 +76,28 @@ class Flux(PackedLatentsFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
     other_encoders = ("text_encoder_2",)
+    native_references = (
+        NativeReferences(
+            model="FLUX.1 Kontext",
+            pipelines=("FluxKontextPipeline",),
+            blocks=("flux-kontext",),
+            form="image",  # a list would be a batch, resized to the size of its first picture
+            limit=1,
+            order="one picture",
+            size_rule="stretched to the nearest of its trained aspect ratios, about 1 megapixel",
+            max_pixels=1024**2,
+        ),
+        NativeReferences(
+            model="FLUX.1 Redux (prior)",
+            pipelines=("FluxPriorReduxPipeline",),
+            prompts="one prompt",
+            output_size="no image",
+            order="none: their tokens are summed",
+            size_rule="resized to the square of its image encoder",
+            scale_arguments=("prompt_embeds_scale", "pooled_prompt_embeds_scale"),
+            cache="tokens",
+        ),
+    )
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from customize.families.denoiser_inputs import grid_of_positions
 from customize.families.flux2_vae import Flux2VAEFamily
+from customize.families.native_references import NativeReferences
 from customize.families.original_layer_names import RowRange, original_rows
 from customize.families.pipeline_components import class_name
 from customize.families.rectified_flow import PackedLatentsFamily
@@ -55,6 +56,15 @@ _PUBLISHED: tuple[dict[str, Any], ...] = (
         "guidance_embeds": False,
     },
 )
+
+#: What the pipelines do to reference images.
+_REFERENCES: dict[str, Any] = {
+    "output_size": "first",
+    "size_rule": "shrunk to 1 megapixel if larger; up to 15 pixels of a side are cut off",
+    "max_pixels": 1024**2,
+    "min_side": 64,
+    "max_aspect": 8.0,
+}
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 
@@ -100,6 +110,31 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
+    native_references = (
+        NativeReferences("FLUX.2 dev", ("Flux2Pipeline",), blocks=("flux2",), **_REFERENCES),
+        NativeReferences(
+            "FLUX.2 klein",
+            ("Flux2KleinPipeline",),
+            blocks=("flux2-klein",),
+            **_REFERENCES,
+        ),
+        NativeReferences(
+            "FLUX.2 klein KV",
+            ("Flux2KleinKVPipeline",),
+            cache="yes, in every call",
+            **_REFERENCES,
+        ),
+        NativeReferences(
+            "FLUX.2 klein inpainting",
+            ("Flux2KleinInpaintPipeline",),
+            argument="image_reference",
+            form="image",  # a list would be a batch
+            limit=1,
+            order="one picture",
+            size_rule="shrunk to 1 megapixel if larger; up to 15 pixels of a side are cut off",
+            max_pixels=1024**2,
+        ),
+    )
     patch = 1
     _width_factor = 24  # the single-stream blocks project to nine widths at once
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from customize.errors import PipelineError
 from customize.families.denoiser_inputs import weights_per_token
 from customize.families.flux2_vae import Flux2VAEFamily
+from customize.families.native_references import NativeReferences
 from customize.families.pipeline_components import class_name
 from customize.families.rectified_flow import RectifiedFlowFamily
 from customize.families.tokenization import pad_sequences, to_device
@@ -43,6 +44,20 @@ class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
     """
 
     name = "flux3"
+    native_references = (
+        NativeReferences(
+            model="FLUX.3 klein",
+            pipelines=(),
+            blocks=("flux3", "flux3-distilled"),
+            limit=10,  # of the step that rewrites prompts
+            prompts="one prompt",
+            output_size="first",
+            size_rule="one: kept whole, shrunk to 4 megapixels if larger; several: shrunk to 1 "
+            "megapixel if larger, up to 15 pixels of a side are cut off",
+            max_pixels=1024**2,
+            max_pixels_alone=4 * 1024**2,
+        ),
+    )
     default_guidance = 3.5
     attention_projections = re.compile(
         r"(mode_blocks\.image|txt_mode_blocks|single_transformer_blocks)\.\d+\.attn\."

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from customize.families.native_references import NativeReferences
 from customize.families.pipeline_components import class_name
 from customize.families.tokenization import pad_sequences, to_device, unpad_sequences
 from customize.families.video_vae import QwenImageVAEFamily
@@ -37,6 +38,31 @@ class QwenImage(QwenImageVAEFamily):
     """
 
     name = "qwen_image"
+    native_references = (
+        NativeReferences(
+            model="Qwen-Image-Edit-Plus",
+            pipelines=("QwenImageEditPlusPipeline",),
+            blocks=("qwenimage-edit-plus",),
+            prompts="one prompt",
+            output_size="last",
+            order='"Picture 1", "Picture 2", ... before the prompt',
+            size_rule="resized to 384^2 pixels for the LLM and to 1024^2 for the autoencoder, also "
+            "enlarged, with sides of multiples of 32",
+            max_pixels=1024**2,
+        ),
+        NativeReferences(
+            model="Qwen-Image-Edit",
+            pipelines=("QwenImageEditPipeline",),
+            blocks=("qwenimage-edit",),
+            form="image",  # a list would be a batch
+            limit=1,
+            prompts="one prompt",
+            output_size="first",
+            order="one picture",
+            size_rule="resized to 1024^2 pixels, also enlarged, with sides of multiples of 32",
+            max_pixels=1024**2,
+        ),
+    )
     default_guidance = 4.0
     kohya_uses_original_names = False
     attention_projections = re.compile(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from customize.families.native_references import NativeReferences
 from customize.families.pipeline_components import class_name
 from customize.families.tokenization import pad_sequences, to_device, unpad_sequences
 from customize.families.video_vae import QwenImageVAEFamily
@@ -34,6 +35,17 @@ class QwenImage21(QwenImageVAEFamily):
     """
 
     name = "qwen_image_21"
+    native_references = (
+        NativeReferences(
+            model="Qwen-Image 2.1",
+            pipelines=("QwenImage21Pipeline",),
+            blocks=("qwenimage21", "qwenimage21-turbo"),
+            output_size="last",
+            order="`<image1>`, `<image2>`, ... before the prompt",
+            size_rule="resized to the area output_resolution^2 (default 1024^2), also enlarged",
+            cache="yes, unless use_kv_cache=False",
+        ),
+    )
     default_guidance = 1.0
     attention_projections = re.compile(r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)")
     clip_encoders: ClassVar[dict[str, str]] = {}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from customize.errors import PipelineError
 from customize.families.family import Family
+from customize.families.native_references import NativeReferences
 from customize.families.original_layer_names import RowRange, original_rows
 from customize.families.pipeline_components import class_name, modules_named
 from customize.families.rectified_flow import RectifiedFlowFamily
@@ -56,6 +57,17 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
     """
 
     name = "wan"
+    native_references = (
+        NativeReferences(
+            model="Wan VACE",
+            pipelines=("WanVACEPipeline",),
+            argument="reference_images",
+            blocks=("wan-vace",),
+            prompts="one prompt",
+            order="order of the frames that precede the video",
+            size_rule="resized to fit into the video's size, on white",
+        ),
+    )
     default_guidance = 5.0
     output = "frames"
     attention_projections = re.compile(r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")

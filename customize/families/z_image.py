@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from customize.families.native_references import NativeReferences
 from customize.families.original_layer_names import RowRange, original_rows
 from customize.families.pipeline_components import class_name
 from customize.families.rectified_flow import RectifiedFlowFamily
@@ -42,6 +43,18 @@ class ZImage(RectifiedFlowFamily):
     """
 
     name = "z_image"
+    native_references = (
+        NativeReferences(
+            model="Z-Image Omni",
+            pipelines=("ZImageOmniPipeline",),
+            output_size="last",
+            size_rule="shrunk to 1 megapixel if larger, or to the size of the output if height and "
+            "width are given; up to 15 pixels of a side are cut off",
+            max_pixels=1024**2,
+            min_side=64,
+            max_aspect=8.0,
+        ),
+    )
     default_guidance = 5.0
     attention_projections = re.compile(
         r"(layers|noise_refiner|context_refiner)\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"

@@ -109,16 +109,17 @@ def _run_through(
     """Run the stages around a call, and check what it returns."""
     from customize.errors import PipelineError
     from customize.pipeline.finite_outputs import check_finite_output
-    from customize.pipeline.sources import get_family
     from customize.pipeline.stage import CallContext
 
+    context = CallContext(pipe, state, _parameters(pipe, call))
     try:
-        family = get_family(pipe)
+        _ = context.family
     except PipelineError:
-        if any(stage.exclusive for stage in stages):
+        if any(stage.exclusive and not stage.any_family for stage in stages):
             raise
-        return call(pipe, *args, **arguments)  # concepts act through the models alone
-    context = CallContext(pipe, family, state, _parameters(pipe, call))
+        stages = [stage for stage in stages if stage.any_family]
+        if not stages:
+            return call(pipe, *args, **arguments)  # concepts act through the models alone
     arguments = {
         name: isolate_callback(value) if name.startswith("callback") else value
         for name, value in arguments.items()

@@ -16,7 +16,7 @@ from torch import Tensor
 from customize.concepts.merge.component_weights import layer_weight
 from customize.concepts.types import Lora
 from customize.pipeline.state import AttachedConcept, get_state
-from customize.pipeline.user_warnings import warn_user
+from customize.user_warnings import warn_user
 
 # Values of a modular pipeline's state that are outputs.
 _OUTPUTS = ("images", "videos", "frames", "latents")

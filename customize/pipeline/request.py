@@ -16,7 +16,7 @@ from customize.errors import ConceptError, ConfigError
 from customize.families import Family
 from customize.near_names import suggest_names
 from customize.pipeline.state import AttachedConcept
-from customize.pipeline.user_warnings import warn_user
+from customize.user_warnings import warn_user
 
 #: A number, or a dict by component and block: see
 #: :mod:`customize.concepts.merge.component_weights`.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,16 +29,25 @@ class CallContext:
 
     Attributes:
         pipe: The pipeline.
-        family: Model family of its components.
         state: What is attached to its models.
         parameters: Parameter name -> default value of the pipeline's ``__call__``, and of those
             that it passes its keyword arguments on to.
     """
 
     pipe: Any
-    family: Family
     state: AttachedState
     parameters: Mapping[str, Any]
+
+    @cached_property
+    def family(self) -> Family:
+        """Model family of the pipeline's components.
+
+        Raises:
+            PipelineError: The family is unknown.
+        """
+        from customize.pipeline.sources import get_family
+
+        return get_family(self.pipe)
 
 
 def _acts_on_no_call(state: AttachedState) -> bool:
@@ -57,6 +67,8 @@ class Stage:
         setting: Type that ``load_custom`` accepts for this stage; None for no setting.
         acts: ``acts(state)`` is whether the stage runs on calls that omit all its arguments.
         exclusive: Whether no other call may use the models while the stage acts.
+        any_family: Whether the stage also runs on pipelines of unknown families. It then must not
+            read :attr:`CallContext.family` of those.
         repeats: Whether the stage acts again, even if the call omits its arguments, when a pipeline
             passes a call on to another pipeline of the same models.
     """
@@ -67,6 +79,7 @@ class Stage:
     setting: type[StageSetting] | None = None
     acts: Callable[[AttachedState], bool] = _acts_on_no_call
     exclusive: bool = True
+    any_family: bool = False
     repeats: bool = True
 
     def is_requested(self, arguments: Mapping[str, Any]) -> bool:

@@ -23,7 +23,7 @@ from customize.core.lowrank import LowRank
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import Family
 from customize.pipeline.state import AttachedConcept, AttachedState
-from customize.pipeline.user_warnings import warn_user
+from customize.user_warnings import warn_user
 
 
 def check_base(family: Family, concepts: Iterable[Adaptation]) -> None:

@@ -16,10 +16,12 @@ from customize.pipeline.stage import Stage
 #: the stages, and with them torch.
 #:
 #: Library routing is first, since the others need the prompt's concepts attached. Prompts are
-#: checked as the caller wrote them. Regions encode further prompts, which ``avoid=`` cleans too.
+#: checked as the caller wrote them. References are settled before ``avoid=``, which then sees them.
+#: Regions encode further prompts, which ``avoid=`` cleans too.
 ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("library_routing", ()),
     ("check_prompts", ()),
+    ("references", ("reference_images", "reference_scale")),
     ("avoid", ("avoid",)),
     ("regions", ("regions",)),
 )

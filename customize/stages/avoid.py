@@ -23,12 +23,12 @@ from customize.families.pipeline_components import uncompiled
 from customize.near_names import did_you_mean
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, StageSetting
-from customize.pipeline.user_warnings import warn_user
 from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.decor.kv_updates import UpdateCleaner, adapted_kv_layers
 from customize.stages.decor.negative_prompt import add_to_negative_prompt, argument_texts
 from customize.stages.decor.text_encoder import EncoderCleaning, clean_text_encoders
 from customize.text import quote
+from customize.user_warnings import warn_user
 
 AUTO = "auto"
 Target = Literal["prompt", "concepts", "both"]

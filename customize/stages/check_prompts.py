@@ -14,7 +14,7 @@ from customize.families import Family
 from customize.near_names import did_you_mean
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, get_tokenizers
-from customize.pipeline.user_warnings import warn_user
+from customize.user_warnings import warn_user
 
 _PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
 _TRIGGER = re.compile(TRIGGER_PATTERN, re.IGNORECASE)

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from customize.families import Family
+from customize.image_folder import join_names
 from customize.training.config import TrainConfig
 from customize.training.data.buckets import bucket_sizes, nearest_bucket
 from customize.training.data.dataset import TrainingImage
-from customize.training.data.image_folder import join_names
 from customize.training.run import Run
 
 _FEW_STEPS = 50

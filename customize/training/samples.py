@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from customize.core.objectives import weighted_mse
+from customize.decode_image import decode_image
 from customize.errors import storage_error
 from customize.families import Family
 from customize.families.sampling import sample
@@ -24,7 +25,6 @@ from customize.training.class_preservation import with_class_words
 from customize.training.config import TrainConfig
 from customize.training.data.batches import stream_seed
 from customize.training.data.captions import replace_trigger
-from customize.training.data.decode_image import decode_image
 from customize.training.run import Run
 from customize.training.validation_images import decode_images, guidance_scale, write_png
 

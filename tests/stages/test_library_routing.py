@@ -541,7 +541,7 @@ def _tensor_memory():
 
 
 def switch(pipe, number):
-    host = CallContext(pipe, family_of(pipe.components, pipe.config), state_of(pipe), {})
+    host = CallContext(pipe, state_of(pipe), {})
     with torch.no_grad(), library_routing.STAGE.run(host, {"prompt": f"<{NAMES[number % 3]}>"}):
         pass
 

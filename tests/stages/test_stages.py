@@ -17,11 +17,17 @@ from tests.tiny import tiny_sd
 
 
 def test_the_table_has_the_order_of_the_stages_and_their_arguments():
-    assert [stage.name for stage in load_stages()] == ["library", "prompts", "avoid", "regions"]
+    assert [stage.name for stage in load_stages()] == [
+        "library",
+        "prompts",
+        "references",
+        "avoid",
+        "regions",
+    ]
     for (module, arguments), stage in zip(ORDER, load_stages(), strict=True):
         assert stage.run.__module__ == f"customize.stages.{module}"
         assert stage.arguments == arguments
-    assert CALL_ARGUMENTS == ("avoid", "regions")
+    assert CALL_ARGUMENTS == ("avoid", "reference_images", "reference_scale", "regions")
 
 
 @pytest.mark.parametrize("stage", load_stages(), ids=lambda stage: stage.name)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from customize.errors import DataError
-from customize.safe_read import MAX_TABLE_BYTES, read_bytes
-from customize.training.data.image_folder import (
+from customize.image_folder import (
     METADATA_FILES,
     ImageFolder,
     count_images,
@@ -20,6 +19,7 @@ from customize.training.data.image_folder import (
     join_names,
     match_by_name,
 )
+from customize.safe_read import MAX_TABLE_BYTES, read_bytes
 from customize.training.field_values import contains_trigger
 
 _COLUMNS = ("file_name", "text")

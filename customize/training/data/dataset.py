@@ -1,7 +1,7 @@
 """Training images with captions and masks, validated before a model is loaded.
 
 Images are the JPEG, PNG and WebP files of a folder without its subfolders, and HEIC and AVIF files
-if supported; see :mod:`customize.training.data.image_folder`. They are converted to upright 8-bit
+if supported; see :mod:`customize.image_folder`. They are converted to upright 8-bit
 sRGB. An unreadable image raises an error.
 """
 
@@ -18,11 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from customize.decode_image import decode_image, format_size
 from customize.errors import DataError
-from customize.image_tensors import images_to_tensor
-from customize.training.data.captions import read_captions
-from customize.training.data.decode_image import decode_image, format_size
-from customize.training.data.image_folder import (
+from customize.image_folder import (
     count_images,
     has_exact_name,
     join_names,
@@ -30,6 +28,8 @@ from customize.training.data.image_folder import (
     scan_folder,
     warn_ignored,
 )
+from customize.image_tensors import images_to_tensor
+from customize.training.data.captions import read_captions
 
 _HASHED_ROWS = 256  # at a time
 
@@ -178,7 +178,7 @@ def read_image(path: Path) -> Image.Image:
     """Read an image file as upright 8-bit sRGB, composited on white.
 
     Raises:
-        DataError: See :func:`customize.training.data.decode_image.decode_image`.
+        DataError: See :func:`customize.decode_image.decode_image`.
     """
     return decode_image(path, "RGB")
 

@@ -10,18 +10,21 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
 from customize.errors import DataError
+from customize.image_folder import image_formats, list_suffixes
 from customize.safe_read import MAX_IMAGE_BYTES, open_regular
-from customize.training.data.image_folder import image_formats, list_suffixes
+from customize.user_warnings import warn_user
 
 _MIN_SIDE = 16
 
 
-def decode_image(path: Path, mode: str) -> Image.Image:
+def decode_image(path: Path, mode: str, *, animated: bool = False) -> Image.Image:
     """Decode an image file and apply its EXIF rotation.
 
     Args:
         path: The file.
         mode: "RGB": 8-bit sRGB, composited on white; "L": 8-bit grayscale, composited on black.
+        animated: Whether to take the first frame of an animation, with a warning, instead of
+            refusing it.
 
     Raises:
         DataError: The image is corrupt, animated, smaller than 16 pixels on a side, or too large to
@@ -34,21 +37,22 @@ def decode_image(path: Path, mode: str) -> Image.Image:
                 open_regular(path, MAX_IMAGE_BYTES) as file,
                 Image.open(file, formats=image_formats()[1]) as image,  # reads the header only
             ):
-                _check_header(image, path)
+                check_size(image.size, path)
+                if is_animated(image):
+                    _on_animation(path, animated)
                 image.verify()  # checksums, which decoding ignores; closes the file
         with (
             open_regular(path, MAX_IMAGE_BYTES) as file,
             Image.open(file, formats=image_formats()[1]) as image,
         ):
-            upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright) if mode == "RGB" else _to_gray(upright)
+            return to_rgb(image) if mode == "RGB" else _to_gray(ImageOps.exif_transpose(image))
     except DataError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(
             f"the picture has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be an attack",
             where=path,
-            fix="shrink it; training uses far fewer pixels",
+            fix="shrink it; models use far fewer pixels",
         ) from None
     except Image.UnidentifiedImageError:
         raise DataError(
@@ -64,20 +68,41 @@ def decode_image(path: Path, mode: str) -> Image.Image:
         ) from error
 
 
-def _check_header(image: Image.Image, path: Path) -> None:
-    # MPO is a JPEG with additional images, such as a depth map, and HEIF may have several images:
-    # the first one is used.
-    if getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF"):
-        raise DataError("the picture is animated", where=path, fix="save the wanted frame as a PNG")
-    if min(image.size) < _MIN_SIDE:
+def check_size(size: tuple[int, int], where: object) -> None:
+    """Refuse pictures of fewer than 16 pixels on a side.
+
+    Raises:
+        DataError: The picture is smaller.
+    """
+    if min(size) < _MIN_SIDE:
         raise DataError(
-            f"the picture is only {format_size(image.size)} pixels",
-            where=path,
+            f"the picture is only {format_size(size)} pixels",
+            where=where,
             fix=f"use images of at least {_MIN_SIDE} pixels on each side",
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def is_animated(image: Image.Image) -> bool:
+    """Whether an image has several frames.
+
+    MPO is a JPEG with additional images, such as a depth map, and HEIF may have several images: the
+    first one is used.
+    """
+    return getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF")
+
+
+def _on_animation(path: Path, accepted: bool) -> None:
+    if not accepted:
+        raise DataError("the picture is animated", where=path, fix="save the wanted frame as a PNG")
+    warn_user(f"{path} is animated; its first frame is used")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to upright 8-bit sRGB, composited on white.
+
+    The EXIF rotation and the embedded colour profile are applied.
+    """
+    image = ImageOps.exif_transpose(image)
     profile = image.info.get("icc_profile")
     image = _eight_bit(image)
     if not image.has_transparency_data:

@@ -88,7 +88,7 @@ def answer_logits(model: Qwen2VLModel, inputs: EncoderInputs, labels: Tensor) ->
         use_cache=False,
     )
     states = output.last_hidden_state[labels >= 0]
-    return states @ model.get_input_embeddings().weight.T / mllm.HIDDEN**0.5
+    return states @ model.get_input_embeddings().weight.T
 
 
 @torch.no_grad()

@@ -110,7 +110,23 @@ class ReferenceProcessor:
         """
         images = [image for group in groups for image in group.images]
         pixels = self.image_processor(images=images, return_tensors="pt")
-        grids = pixels["image_grid_thw"]
+        return self.assemble(groups, pixels["pixel_values"], pixels["image_grid_thw"], config)
+
+    def assemble(
+        self,
+        groups: Sequence[GroupRequest],
+        pixel_values: Tensor,
+        grids: Tensor,
+        config: ReferencesConfig,
+    ) -> EncoderInputs:
+        """Tokenize groups whose images are cut to patches already.
+
+        Args:
+            groups: One request for each row of the batch; only the number of images is read.
+            pixel_values: (patches, values), of all images in order.
+            grids: (images, 3): patches in time, height and width of each image.
+            config: Instruction and positions.
+        """
         merge = self.image_processor.merge_size
         rows: list[tuple[list[int], list[int], Tensor]] = []
         first = 0
@@ -137,7 +153,7 @@ class ReferenceProcessor:
             image_index=image_index,
             position_ids=position_ids,
             next_position=torch.stack([positions.max() + 1 for _, _, positions in rows]),
-            pixel_values=pixels["pixel_values"],
+            pixel_values=pixel_values,
             image_grid_thw=grids,
         )
 

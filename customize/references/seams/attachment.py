@@ -1,0 +1,220 @@
+"""What the seams of all denoisers share: reading reference tokens, and LoRA.
+
+The denoiser only references the adapter and never registers its modules, so moving or saving the
+denoiser leaves the adapter alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from customize.families.pipeline_components import uncompiled
+from customize.references.adapter import ReferenceAdapter
+
+#: Scale of the references, for all layers or as a function of a module's name.
+Scale = float | Callable[[str], float]
+
+
+@dataclass(frozen=True, eq=False)
+class RowTokens:
+    """The reference tokens of one call of a denoiser.
+
+    Attributes:
+        tokens: (rows, num_tokens, width), a row for each row of the latents.
+        scale: (rows,), factor of each row's scale, on the tokens' device; None: 1 for all.
+    """
+
+    tokens: Tensor
+    scale: Tensor | None = None
+
+
+#: Arguments of a call of the denoiser, by name -> the tokens of its rows. It should return one
+#: object for calls with the same tokens, whose keys and values are then computed once.
+RowSelector = Callable[[Mapping[str, Any]], RowTokens]
+
+
+class Attachment:
+    """An adapter that is attached to a denoiser.
+
+    Args:
+        denoiser: The denoiser that is called; may be compiled.
+        insert: ``insert(arguments, tokens)`` returns a call's arguments with tokens.
+
+    Attributes:
+        current: The tokens of the denoiser's latest call.
+    """
+
+    def __init__(
+        self, denoiser: Any, insert: Callable[[dict[str, Any], Tensor], dict[str, Any]]
+    ) -> None:
+        self.current: RowTokens | None = None
+        self._denoiser, self._insert = denoiser, insert
+        forward = inspect.signature(type(uncompiled(denoiser)).forward)
+        self._names = list(forward.parameters)[1:]
+
+    @contextmanager
+    def condition(self, tokens: Tensor | RowSelector) -> Iterator[None]:
+        """Give tokens to all calls of the denoiser.
+
+        Gradients reach the tokens. Without gradients, keys and values are computed once.
+
+        Args:
+            tokens: (rows, num_tokens, width), a row for each row of the latents; or a function of
+                a call's arguments.
+        """
+        constant = RowTokens(tokens) if isinstance(tokens, Tensor) else None
+        # `forward` rather than a hook: passes of other code that call it directly are included.
+        denoiser, before = self._denoiser, vars(self._denoiser).get("forward")
+        call = denoiser.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            arguments = dict(zip(self._names, args, strict=False)) | kwargs
+            self.current = tokens(arguments) if constant is None else constant
+            return call(**self._insert(arguments, self.current.tokens))
+
+        denoiser.forward = forward
+        try:
+            yield
+        finally:
+            self.current = None
+            # Hooks that were attached meanwhile have already removed it.
+            if vars(denoiser).get("forward") is forward:
+                if before is None:
+                    del denoiser.forward
+                else:
+                    denoiser.forward = before
+
+
+class ReferenceProjection(nn.Module):
+    """The keys or values of reference tokens in one attention layer.
+
+    Args:
+        linear: The adapter's projection.
+        attachment: Where the tokens are read.
+        scale: Factor of the result, for values.
+        is_value: Whether rows are scaled. Attention is linear in its values, so scaling them
+            scales its output.
+    """
+
+    def __init__(
+        self, linear: nn.Module, attachment: Attachment, scale: float = 1.0, *, is_value: bool
+    ) -> None:
+        super().__init__()
+        self._unregistered = (linear, attachment)
+        self._scale, self._is_value = scale, is_value
+        self._memo: dict[RowTokens, Tensor] = {}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Project (rows, ..., width) to (rows, ..., out)."""
+        attachment = self._unregistered[1]
+        current = attachment.current
+        if current is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._project(tokens, None if current is None else current.scale)
+        # Motion models repeat the tokens for each frame in every call, so what is kept is found by
+        # the tokens that the denoiser was given.
+        if current not in self._memo:
+            if len(self._memo) >= MAX_KEPT:
+                self._memo.clear()
+            self._memo[current] = self._project(current.tokens.to(tokens), current.scale)
+        projected = self._memo[current]
+        repeats = len(tokens) // len(projected)
+        projected = projected if repeats == 1 else projected.repeat_interleave(repeats, dim=0)
+        return projected.reshape(*tokens.shape[:-1], -1)
+
+    def _project(self, tokens: Tensor, row_scale: Tensor | None) -> Tensor:
+        linear: Any = self._unregistered[0]
+        projected = linear(tokens.to(linear.weight.device, linear.weight.dtype)).to(tokens)
+        if not self._is_value:
+            return projected
+        if self._scale != 1.0:
+            projected = self._scale * projected
+        return projected if row_scale is None else projected * _per_row(row_scale, projected)
+
+
+#: Number of different sets of tokens whose keys and values a layer keeps.
+MAX_KEPT = 128
+
+
+class AdaptedProjection(nn.Module):
+    """A projection of the denoiser with a LoRA of the adapter.
+
+    Args:
+        base_layer: The denoiser's module, which is unchanged.
+        update: The LoRA.
+        attachment: Where the rows' scales are read.
+        scale: Factor of the update. It and a row's scale are clamped to at most 1.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, update: nn.Module, attachment: Attachment, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._unregistered = (update, attachment)
+        self._scale = min(scale, 1.0)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Project (rows, ..., in) to (rows, ..., out)."""
+        update, attachment = self._unregistered
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        change = update(x).to(output.dtype)
+        if self._scale != 1.0:
+            change = self._scale * change
+        current = attachment.current
+        if current is not None and current.scale is not None:
+            change = change * _per_row(current.scale.clamp(max=1.0), change)
+        return output + change
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # such as the weight, whose dtype some code reads
+            return getattr(super().__getattr__("base_layer"), name)
+
+
+@contextmanager
+def replace_projections(
+    denoiser: nn.Module, adapter: ReferenceAdapter, attachment: Attachment, scale: Scale
+) -> Iterator[None]:
+    """Put the adapter's LoRAs on the projections of a denoiser.
+
+    Args:
+        denoiser: The uncompiled denoiser.
+        adapter: The adapter.
+        attachment: Where the rows' scales are read.
+        scale: Scale of the references.
+    """
+    replaced: list[tuple[nn.Module, str, nn.Module]] = []
+    try:
+        for name, update in adapter.updates().items():
+            layer_scale = scale_of(scale, name)
+            if layer_scale == 0.0:
+                continue
+            path, _, child = name.rpartition(".")
+            parent = denoiser.get_submodule(path)
+            module = parent.get_submodule(child)
+            parent._modules[child] = AdaptedProjection(module, update, attachment, layer_scale)
+            replaced.append((parent, child, module))
+        yield
+    finally:
+        for parent, child, module in replaced:
+            parent._modules[child] = module
+
+
+def scale_of(scale: Scale, name: str) -> float:
+    """Return the scale of the references in the module of this name."""
+    return float(scale(name) if callable(scale) else scale)
+
+
+def _per_row(factors: Tensor, output: Tensor) -> Tensor:
+    """Return factors (rows,) for an output with one or several entries for each row."""
+    repeats = len(output) // len(factors)
+    factors = factors if repeats == 1 else factors.repeat_interleave(repeats)
+    return factors.to(output).reshape(-1, *[1] * (output.ndim - 1))

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from customize.errors import ConfigError
 from customize.references.config import ReferencesConfig
 from customize.references.encoder_inputs import EncoderInputs
 from customize.references.projector import ReferenceProjector
+from customize.text import quote
 
+#: Types of MLLMs with this seam: a vision tower whose merged features replace embeddings.
+MLLMS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 #: Images that the vision tower reads at once.
 VISION_BATCH = 8
 
@@ -54,20 +58,25 @@ class ReferenceEncoder(nn.Module):
 
     Args:
         config: The number and width of tokens, attention and positions.
-        mllm: A ``Qwen2VLModel`` or ``Qwen2_5_VLModel`` with all its decoder layers. The last one
-            is moved to :attr:`final_layer`.
+        mllm: A ``Qwen2VLModel``, ``Qwen2_5_VLModel`` or ``Qwen3VLModel`` with all its decoder
+            layers. The last one is moved to :attr:`final_layer`.
+
+    Raises:
+        ConfigError: The MLLM is of another kind, or has too few decoder layers.
     """
 
     def __init__(self, config: ReferencesConfig, mllm: Any) -> None:
         super().__init__()
         self.config = config
+        _check_mllm(mllm)
         decoder = mllm.language_model
         hidden = decoder.config.hidden_size
         layer, norm = decoder.layers[-1], copy.deepcopy(decoder.norm)
         del decoder.layers[-1]
         layer.self_attn.layer_idx = 0
         decoder.config.num_hidden_layers -= 1
-        decoder.config.layer_types = decoder.config.layer_types[:-1]
+        if layer_types := getattr(decoder.config, "layer_types", None):
+            decoder.config.layer_types = layer_types[:-1]
         if not config.normalize_twice:
             decoder.norm = nn.Identity()
         self.mllm = mllm
@@ -93,15 +102,19 @@ class ReferenceEncoder(nn.Module):
         """Return the states (batch, length, hidden) before the final layer."""
         decoder = self.mllm.language_model
         embeds = self.mllm.get_input_embeddings()(inputs.input_ids)
-        features = self._image_features(inputs).to(embeds.dtype)
-        is_image = (inputs.image_index >= 0)[..., None].expand_as(embeds)
-        embeds = embeds.masked_scatter(is_image, features)
-        mask = causal_mask(inputs, 0, "causal", embeds.dtype)
+        features, deepstack = self._image_features(inputs)
+        is_image = inputs.image_index >= 0
+        embeds = embeds.masked_scatter(
+            is_image[..., None].expand_as(embeds), features.to(embeds.dtype)
+        )
+        # Features that Qwen3-VL adds to the states of its first layers.
+        added = {"visual_pos_masks": is_image, "deepstack_visual_embeds": deepstack}
         output = decoder(
             inputs_embeds=embeds,
-            attention_mask={"full_attention": mask},
+            attention_mask=causal_mask(inputs, 0, "causal", embeds.dtype),
             position_ids=inputs.position_ids,
             use_cache=False,
+            **(added if deepstack else {}),
         )
         states: Tensor = output.last_hidden_state
         return states
@@ -120,16 +133,20 @@ class ReferenceEncoder(nn.Module):
         tokens: Tensor = self.projector(self.final_layer(states, mask, rotary))
         return tokens
 
-    def _image_features(self, inputs: EncoderInputs) -> Tensor:
-        """Return the merged features (image tokens, hidden) of all images."""
+    def _image_features(self, inputs: EncoderInputs) -> tuple[Tensor, list[Tensor]]:
+        """Return the features of all images, and those for each of the first decoder layers.
+
+        All are (image tokens, hidden). MLLMs without DeepStack have none of the latter.
+        """
         patches = inputs.image_grid_thw.prod(1).tolist()
         pixels = inputs.pixel_values.to(self.dtype).split(patches)
-        features = []
+        outputs = []
         for first in range(0, len(pixels), VISION_BATCH):
             batch = slice(first, first + VISION_BATCH)
-            output = self.mllm.visual(torch.cat(pixels[batch]), inputs.image_grid_thw[batch])
-            features.append(output.pooler_output)
-        return torch.cat(features)
+            outputs.append(self.mllm.visual(torch.cat(pixels[batch]), inputs.image_grid_thw[batch]))
+        features = torch.cat([output.pooler_output for output in outputs])
+        levels = [getattr(output, "deepstack_features", None) or [] for output in outputs]
+        return features, [torch.cat(level) for level in zip(*levels, strict=True)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,6 +157,31 @@ class ReferenceEncoder(nn.Module):
     def device(self) -> torch.device:
         """Device of the reference tokens."""
         return self.final_layer.reference_tokens.device
+
+
+def _check_mllm(mllm: Any) -> None:
+    kind = mllm.config.model_type
+    if kind not in MLLMS:
+        raise ConfigError(
+            f"an MLLM of the type {quote(kind)} cannot read references",
+            where="mllm",
+            fix=f"give one of the type {', '.join(MLLMS)}",
+        )
+    text, vision = mllm.config.text_config, mllm.config.vision_config
+    # The final layer is no early layer, which the features of Qwen3-VL's vision tower are added to.
+    needed = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    if text.num_hidden_layers < needed:
+        raise ConfigError(
+            f"the MLLM has {text.num_hidden_layers} decoder layers, and needs at least {needed}",
+            where="mllm",
+            fix="give an MLLM with more decoder layers",
+        )
+    if getattr(text, "use_sliding_window", False):
+        raise ConfigError(
+            "the MLLM uses sliding-window attention, which hides images from reference tokens",
+            where="mllm",
+            fix="set use_sliding_window to false in its configuration",
+        )
 
 
 def causal_mask(

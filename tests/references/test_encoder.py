@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from customize.errors import ConfigError
+from customize.references.config import ReferencesConfig
+from customize.references.encoder import MLLMS, ReferenceEncoder
 from customize.references.encoder_inputs import GroupRequest
-from tests.references.tiny_mllm import tiny_encoder, tiny_processor
+from tests.references.tiny_mllm import tiny_encoder, tiny_mllm, tiny_processor
 
 PROCESSOR = tiny_processor()
 
@@ -21,11 +24,12 @@ def make_images(count: int, seed: int = 0, side: int = 40) -> list[Image.Image]:
     ]
 
 
+@pytest.mark.parametrize("kind", MLLMS)
 @pytest.mark.parametrize("positions", ["running", "image_grid"])
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 @torch.no_grad()
-def test_group_has_same_tokens_alone_and_in_a_padded_batch(positions, attention):
-    encoder = tiny_encoder(positions=positions, attention=attention)
+def test_group_has_same_tokens_alone_and_in_a_padded_batch(kind, positions, attention):
+    encoder = tiny_encoder(kind=kind, positions=positions, attention=attention)
     groups = [
         GroupRequest(make_images(3), prompt="a dog"),
         GroupRequest(make_images(1, 1, 64), prompt="a cat on a beach"),
@@ -99,8 +103,43 @@ def test_image_grid_positions():
     assert int(inputs.next_position[0]) == int(positions.max()) + 1
 
 
-def test_all_parts_get_gradients():
-    encoder = tiny_encoder()
+@pytest.mark.parametrize("kind", MLLMS)
+@torch.no_grad()
+def test_states_are_those_of_the_whole_mllm_without_its_last_layer(kind):
+    """The states before the final layer equal transformers' own, with the same positions."""
+    encoder = tiny_encoder(kind=kind, positions="image_grid")
+    inputs = PROCESSOR.make_inputs([GroupRequest(make_images(2, side=64))], encoder.config)
+    mllm = tiny_mllm(kind)
+    del mllm.language_model.layers[-1]
+    mllm.config.image_token_id = PROCESSOR.image_token_id
+    expected = mllm(
+        input_ids=inputs.input_ids,
+        pixel_values=inputs.pixel_values,
+        image_grid_thw=inputs.image_grid_thw,
+        mm_token_type_ids=(inputs.image_index >= 0).int(),
+        attention_mask=torch.ones_like(inputs.input_ids),
+        use_cache=False,
+    ).last_hidden_state
+    torch.testing.assert_close(encoder.read_images(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unsuitable_mllms_are_refused():
+    config = ReferencesConfig(family="sd", width=32)
+    other = tiny_mllm()
+    other.config.model_type = "llava"
+    with pytest.raises(ConfigError, match="'llava' cannot read references"):
+        ReferenceEncoder(config, other)
+    with pytest.raises(ConfigError, match="2 decoder layers, and needs at least 3"):
+        ReferenceEncoder(config, tiny_mllm("qwen3_vl", layers=2))
+    sliding = tiny_mllm()
+    sliding.config.text_config.use_sliding_window = True
+    with pytest.raises(ConfigError, match="sliding-window"):
+        ReferenceEncoder(config, sliding)
+
+
+@pytest.mark.parametrize("kind", MLLMS)
+def test_all_parts_get_gradients(kind):
+    encoder = tiny_encoder(kind=kind)
     encoder(PROCESSOR.make_inputs([GroupRequest(make_images(2))], encoder.config)).sum().backward()
     without = [name for name, p in encoder.named_parameters() if p.grad is None]
     assert without == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import timeit
 
 import diffusers
@@ -69,7 +70,7 @@ def draw(pipe, name, **call):
         "generator": noise,
     }
     specific = OTHERS[name][2]
-    if "strength" not in specific or "inpaint" in name:
+    if "height" in inspect.signature(type(pipe).__call__).parameters:
         arguments |= {"height": 32, "width": 32}
     if OTHERS[name][0] is tiny_wan:
         arguments |= {"num_frames": 1}

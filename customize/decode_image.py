@@ -50,7 +50,7 @@ def decode_image(path: Path, mode: str, *, animated: bool = False) -> Image.Imag
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(
-            f"the picture has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be an attack",
+            f"the image has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be an attack",
             where=path,
             fix="shrink it; models use far fewer pixels",
         ) from None
@@ -62,21 +62,21 @@ def decode_image(path: Path, mode: str, *, animated: bool = False) -> Image.Imag
         ) from None
     except Exception as error:  # decoders raise any exception on damaged data
         raise DataError(
-            f"the picture cannot be read: {error}",
+            f"the image cannot be read: {error}",
             where=path,
             fix="save it again from the original, or remove it",
         ) from error
 
 
 def check_size(size: tuple[int, int], where: object) -> None:
-    """Refuse pictures of fewer than 16 pixels on a side.
+    """Refuse images of fewer than 16 pixels on a side.
 
     Raises:
-        DataError: The picture is smaller.
+        DataError: The image is smaller.
     """
     if min(size) < _MIN_SIDE:
         raise DataError(
-            f"the picture is only {format_size(size)} pixels",
+            f"the image is only {format_size(size)} pixels",
             where=where,
             fix=f"use images of at least {_MIN_SIDE} pixels on each side",
         )
@@ -93,7 +93,7 @@ def is_animated(image: Image.Image) -> bool:
 
 def _on_animation(path: Path, accepted: bool) -> None:
     if not accepted:
-        raise DataError("the picture is animated", where=path, fix="save the wanted frame as a PNG")
+        raise DataError("the image is animated", where=path, fix="save the wanted frame as a PNG")
     warn_user(f"{path} is animated; its first frame is used")
 
 

@@ -50,7 +50,7 @@ class ImageFolder:
         images: Image files.
         captions: Files with one caption, with the suffixes .txt and .caption.
         metadata: Files with the captions of many images.
-        ignored: Ignored files with the reason: "b.heic", or "7.txt (no picture of that name)".
+        ignored: Ignored files with the reason: "b.heic", or "7.txt (no image of that name)".
     """
 
     path: Path
@@ -96,7 +96,7 @@ def scan_folder(folder: Path) -> ImageFolder:
         nested = [entry for entry in entries if entry.is_dir()]
     except OSError as error:
         raise DataError(
-            f"the folder of pictures cannot be read: {error.strerror}",
+            f"the folder of images cannot be read: {error.strerror}",
             where=folder,
             fix=suggest_paths(folder, f"give a folder with {list_suffixes()} files"),
         ) from None
@@ -113,7 +113,7 @@ def scan_folder(folder: Path) -> ImageFolder:
             if suffix in (*suffixes, *CAPTION_SUFFIXES):
                 result.ignored.append(f"{entry.name} (hidden)")
         elif suffix in suffixes:
-            result.images.append(_check_regular(entry, "picture"))
+            result.images.append(_check_regular(entry, "image"))
         elif suffix in CAPTION_SUFFIXES:
             result.captions.append(_check_regular(entry, "caption"))
         elif entry.name in METADATA_FILES:
@@ -123,7 +123,7 @@ def scan_folder(folder: Path) -> ImageFolder:
     if not result.images:
         others = [*(path.name for path in result.captions), *result.ignored]
         raise DataError(
-            "there are no pictures in the folder"
+            "there are no images in the folder"
             + (f", only {join_names(others)}" if others else ""),
             where=folder,
             fix=f"put {list_suffixes()} files directly in it",
@@ -165,8 +165,8 @@ def match_by_name(
 
 
 def count_images(names: Sequence[str]) -> str:
-    """Return "1 picture has" or "N pictures have"."""
-    return "1 picture has" if len(names) == 1 else f"{len(names)} pictures have"
+    """Return "1 image has" or "N images have"."""
+    return "1 image has" if len(names) == 1 else f"{len(names)} images have"
 
 
 def join_names(names: Sequence[str]) -> str:

@@ -30,6 +30,11 @@ def shorten(text: str, max_length: int) -> str:
     return text[: max(max_length - last - len(note), 0)] + note + text[len(text) - last :]
 
 
+def plural(count: int, noun: str) -> str:
+    """``"1 concept"``, ``"2 concepts"``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def quote(value: object, max_length: int = 200) -> str:
     """Return the repr of an untrusted value, of at most ``max_length`` characters."""
     if isinstance(value, str | bytes):

@@ -117,7 +117,7 @@ def test_load_custom_reads_a_written_merge(tmp_path: Path) -> None:
         ({"family": "sdx"}, "unknown model family.*did you mean sdxl or sd"),
         ({"weights": {"rx": 1}}, "given for rx.*did you mean rex"),
         ({"ignore": ["unt"]}, "ignore"),
-        ({"weights": [1]}, "1 weights were given for 2"),
+        ({"weights": [1]}, "1 weight for 2"),
     ],
 )
 def test_invalid_merges_are_refused(arguments: dict[str, Any], says: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.families import published_families
 from customize.near_names import suggest_names
+from customize.text import plural
 
 Weights = Sequence[float] | Mapping[str, Any] | None
 
@@ -101,7 +102,7 @@ def _rename_concepts(
         return list(concepts)
     if isinstance(names, str) or len(names) != len(concepts):
         raise ConfigError(
-            f"{names!r} does not name {len(concepts)} concepts",
+            f"{names!r} does not name {plural(len(concepts), 'concept')}",
             where="names",
             fix="give a list with a name for each concept, or None to keep its name",
         )

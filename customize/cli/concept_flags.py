@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from customize.errors import ConfigError
+from customize.text import plural
 
 if TYPE_CHECKING:
     from customize.concepts.formats.lora_file import LoraFile
@@ -80,7 +81,7 @@ def parse_weight_list(text: str | None, count: int) -> list[float]:
         )
     if len(weights) != count:
         raise ConfigError(
-            f"{len(weights)} weights for {count} concepts",
+            f"{plural(len(weights), 'weight')} for {plural(count, 'concept')}",
             where="--weights",
             fix="give one weight per concept, in the same order",
         )
@@ -105,7 +106,7 @@ def rename_concepts(
     names = [name.strip() for name in text.split(",")]
     if len(names) != len(concepts):
         raise ConfigError(
-            f"{len(names)} names for {len(concepts)} concepts",
+            f"{plural(len(names), 'name')} for {plural(len(concepts), 'concept')}",
             where="--names",
             fix="give one name per concept, in the same order; leave it empty to keep the name",
         )

@@ -10,6 +10,7 @@ import typer
 from customize.cli.interrupts import on_interrupt
 from customize.cli.plain_help import PlainCommand
 from customize.cli.shared_options import Concepts
+from customize.text import plural
 
 if TYPE_CHECKING:
     from customize.concepts.library.index import LibraryEntry
@@ -41,7 +42,7 @@ def list_concepts(library: LibrarySource) -> None:
     """List the concepts of a library and their triggers."""
     from rich.table import Table
 
-    from customize.cli.terminal import console, plural, print_line
+    from customize.cli.terminal import console, print_line
     from customize.concepts.library.library import Library
     from customize.text import one_line
 
@@ -110,7 +111,7 @@ def check(library: LibrarySource) -> None:
     columns although others are free, and missing or outdated layer inputs.
     The exit code is 1 if there are faults.
     """
-    from customize.cli.terminal import plural, print_line
+    from customize.cli.terminal import print_line
     from customize.concepts.library.library_check import check_library
 
     report = check_library(library)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from customize.errors import ConfigError, DataError
 from customize.safe_read import MAX_TABLE_BYTES, MAX_TEXT_BYTES, read_json, read_text
+from customize.text import plural
 
 if TYPE_CHECKING:
     from customize.training.data.dataset import TrainingImage
@@ -52,7 +53,7 @@ def read_prompts(
         lines = _read_lines(file)
         if len(lines) not in (1, len(samples)):
             raise DataError(
-                f"{len(lines)} prompts for {len(samples)} images",
+                f"{plural(len(lines), 'prompt')} for {plural(len(samples), 'image')}",
                 where=file,
                 fix="write one line per image in the order of file names, or one line for all",
             )

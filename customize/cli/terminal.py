@@ -47,8 +47,3 @@ def command_line() -> str:
     import shlex
 
     return shlex.join(["customize", *sys.argv[1:]])
-
-
-def plural(count: int, noun: str) -> str:
-    """``"1 concept"``, ``"2 concepts"``."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"

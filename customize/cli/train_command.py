@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from customize.cli.config_flags import add_config_flags
 from customize.cli.interrupts import on_interrupt
+from customize.text import plural
 
 if TYPE_CHECKING:
     from customize.training.config import TrainConfig
@@ -79,14 +80,14 @@ def describe_run(config: TrainConfig) -> dict[str, str]:
     }
     trained = ["denoiser attention"]
     trained += ["text encoder"] if config.train_text_encoder else []
-    trained += [f"{config.num_tokens} token embeddings"] if config.train_tokens else []
+    trained += [plural(config.num_tokens, "token embedding")] if config.train_tokens else []
     lines = {
         "concept": f"{config.name} (class {config.class_word}, trigger {config.trigger})",
         "base": config.base,
         "images": str(config.images),
         "method": methods[config.method],
         "trains": ", ".join(trained),
-        "steps": f"{config.steps} steps of {batch} images",
+        "steps": f"{plural(config.steps, 'step')} of {plural(batch, 'image')}",
     }
     if config.preserve:
         weights = (f"{name} (weight {weight:g})" for name, weight in config.preserve.items())

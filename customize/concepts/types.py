@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -19,10 +19,23 @@ from customize.concepts.concept_info import NAME_PATTERN, ConceptInfo, Method, p
 from customize.concepts.tokens.subjects import Subject
 from customize.core.lowrank import LowRank, all_finite
 from customize.errors import ConceptError
-from customize.text import quote
+from customize.text import plural, quote
 
 _MODULE = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Removed:
+    """A method of an earlier version: reading it raises an AttributeError with the replacement."""
+
+    def __init__(self, replacement: str) -> None:
+        self.replacement = replacement
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = f"{owner.__name__}.{name}"
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        raise AttributeError(f"{self.name} was replaced by {self.replacement}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +59,9 @@ class Concept:
     embeddings: Mapping[str, Tensor]
     source: Path | None = None
 
+    load = _Removed("customize.load_concept(path)")
+    save = _Removed("customize.save_concept(concept, path)")
+
     def __post_init__(self) -> None:
         if not self.updates or not all(self.updates.values()):
             raise ConceptError(f"the concept {self.info.name} has no updates")
@@ -65,16 +81,16 @@ class Concept:
             )
         if bool(self.embeddings) != bool(self.info.num_tokens):
             raise ConceptError(
-                f"the concept has {self.info.num_tokens} tokens and "
-                f"{len(self.embeddings)} sets of embeddings"
+                f"the concept has {plural(self.info.num_tokens, 'token')} and "
+                f"{plural(len(self.embeddings), 'set')} of embeddings"
             )
         count, layers = self.info.num_tokens, self.info.token_layers
         leading = (count, layers) if layers else (count,)
         for key, rows in self.embeddings.items():
             if rows.shape[:-1] != leading or rows.shape[-1] < 1:
                 raise ConceptError(
-                    f"embeddings of shape {tuple(rows.shape)} do not fit {count} tokens"
-                    + (f" in {layers} layers" if layers else ""),
+                    f"embeddings of shape {tuple(rows.shape)} do not fit {plural(count, 'token')}"
+                    + (f" in {plural(layers, 'layer')}" if layers else ""),
                     where=key,
                 )
             _check_values(rows, key)
@@ -102,7 +118,7 @@ class Concept:
 
     def __repr__(self) -> str:
         info = self.info
-        tokens = f"{info.num_tokens} tokens" if info.num_tokens else "no tokens"
+        tokens = plural(info.num_tokens, "token") if info.num_tokens else "no tokens"
         return (
             f"Concept({info.name}: {info.trigger}, a {info.class_word}, {tokens}; family "
             f"{info.family}, base {info.base}; {info.method}, rank {info.rank}; "

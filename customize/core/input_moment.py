@@ -74,7 +74,7 @@ class InputMoment:
                 "no inputs of the layer were recorded"
                 if not self.count
                 else f"the inputs of the layer have the energy {self.energy}",
-                fix="record them while the model draws pictures that are finite",
+                fix="record them while the model draws images that are finite",
             )
         test, sketch = (part.to("cpu", torch.float64) for part in (self._test, self._sketch))
         # A shift makes the small matrix positive and is subtracted at the end. It is ten times as

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from customize.core.precision import full_precision
 from customize.errors import ConceptError, ConfigError
+from customize.text import plural
 
 # Sum of ranks that `add_weighted_sum` multiplies at once: fast, and small beside a layer.
 _BATCH_RANK = 256
@@ -366,7 +367,7 @@ def check_mergeable(products: Sequence[LowRank], weights: Sequence[float]) -> No
         raise ConceptError("there is nothing to merge", fix="give at least one update")
     if len(weights) != len(products):
         raise ConfigError(
-            f"{len(weights)} weights were given for {len(products)} updates",
+            f"{plural(len(weights), 'weight')} for {plural(len(products), 'update')}",
             fix="give one weight for each",
         )
     for weight in weights:

@@ -100,6 +100,11 @@ def snr(alphas_cumprod: Tensor, t: Tensor) -> Tensor:
     return signal / (1.0 - signal)
 
 
+def unit_weights(t: Tensor) -> Tensor:
+    """Return a loss weight of 1 for each sample of t: (batch,), float32, on t's device."""
+    return torch.ones(t.shape[0], device=t.device)
+
+
 def min_snr_weight(snr: Tensor, gamma: float, prediction: str) -> Tensor:
     """Return the loss weight of min-SNR (arXiv 2303.09556) for a prediction type.
 

@@ -29,6 +29,7 @@ from customize.evaluation.scorer_models import (
     pixel_batches,
     split_batches,
 )
+from customize.text import plural
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _Preprocessor:
         """Yield pixels, token ids and attention mask in batches."""
         if len(images) != len(prompts):
             raise ConfigError(
-                f"{len(prompts)} prompts for {len(images)} images",
+                f"{plural(len(prompts), 'prompt')} for {plural(len(images), 'image')}",
                 fix="give one prompt per image",
             )
         pixels = pixel_batches(self.processor, images, self.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from customize.errors import PipelineError
 from customize.safe_read import check_regular_files
+from customize.text import plural
 
 # Images or prompts per call.
 BATCH_SIZE = 32
@@ -57,7 +58,7 @@ def load_model(
     missing = sorted(key for key in notes["missing_keys"] if not key.startswith(unused))
     if missing:
         raise PipelineError(
-            f"{title} lacks {len(missing)} weights, such as {missing[0]}",
+            f"{title} lacks {plural(len(missing), 'weight')}, such as {missing[0]}",
             where=model,
             fix=f"give the folder or hub id of a complete {kind} model",
         )

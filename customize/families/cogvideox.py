@@ -51,7 +51,7 @@ class CogVideoX(VideoVAEFamily, DDPMFamily):
         transformer = self.components.get("transformer")
         if transformer is not None and transformer.config.patch_size_t is not None:
             raise PipelineError(
-                "this is CogVideoX 1.5, which reads latent frames in pairs, so that a picture is "
+                "this is CogVideoX 1.5, which reads latent frames in pairs, so that an image is "
                 "no video to it",
                 where="transformer",
                 fix="use CogVideoX 2B or 5B",

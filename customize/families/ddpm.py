@@ -12,7 +12,7 @@ from torch import Tensor
 
 from customize.core import objectives
 from customize.errors import PipelineError
-from customize.families.family import Family, unit_weights
+from customize.families.family import Family
 from customize.families.pipeline_components import NO_CONFIG
 
 
@@ -40,7 +40,7 @@ class DDPMFamily(Family):
 
     def loss_weight(self, t: Tensor, min_snr_gamma: float | None) -> Tensor:
         if min_snr_gamma is None:
-            return unit_weights(t)
+            return objectives.unit_weights(t)
         snr = objectives.snr(self._alphas(t), t)
         return objectives.min_snr_weight(snr, min_snr_gamma, self.prediction)
 

@@ -319,10 +319,8 @@ class Family(DenoiserInputs):
         """
         vae = self.vae
         shift, scale = self._latent_scaling()
-        encoded = latents.to(vae.device, torch.float32) / scale + shift
-        return (
-            vae.decode(self._to_vae_layout(encoded).to(vae.dtype)).sample.float().clamp(-1.0, 1.0)
-        )
+        encoded = self._to_vae_layout(latents.to(vae.device, torch.float32) / scale + shift)
+        return vae.decode(encoded.to(vae.dtype)).sample.float().clamp(-1.0, 1.0)
 
     def denoiser_activations(self) -> int:
         """Return an upper bound of the denoiser's activations, in numbers, for one picture.
@@ -396,10 +394,5 @@ class Family(DenoiserInputs):
                 f"the denoiser takes {takes} channels where latents have {noisy.shape[1]}",
                 where=self.denoiser_key,
                 fix="use the model that draws from a prompt alone, not a variant for inpainting, "
-                "editing or animating pictures",
+                "editing or animating images",
             )
-
-
-def unit_weights(t: Tensor) -> Tensor:
-    """Return a loss weight of 1 for each sample of t: (batch,), float32, on t's device."""
-    return torch.ones(t.shape[0], device=t.device)

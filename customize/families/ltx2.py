@@ -45,7 +45,7 @@ class LTX2(VideoVAEFamily, RectifiedFlowFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder", "connectors")
     attention_mask = "added"
-    regions_unsupported = "the picture attends to the sound, which hears the whole prompt"
+    regions_unsupported = "the image attends to the sound, which hears the whole prompt"
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from customize.core import objectives
 from customize.errors import ConfigError, PipelineError
 from customize.families.denoiser_inputs import weights_per_token
-from customize.families.family import Family, unit_weights
+from customize.families.family import Family
 
 # At least the default number of prompt tokens of these pipelines.
 _PROMPT_TOKENS = 512
@@ -61,7 +61,7 @@ class RectifiedFlowFamily(Family):
                 where=f"family {self.name}",
                 fix="leave min-SNR out, and choose a timestep density instead",
             )
-        return unit_weights(t)
+        return objectives.unit_weights(t)
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
         scheduler = type(self.scheduler).from_config(self.scheduler.config)

@@ -30,7 +30,7 @@ from customize.pipeline.state import (
 )
 from customize.pipeline.transaction import apply_attachments
 from customize.pipeline.validation import check_base, check_vocabularies, warn_about_overlaps
-from customize.text import quote
+from customize.text import plural, quote
 
 
 def load(
@@ -75,7 +75,7 @@ def load(
             is_list = isinstance(names, Sequence) and not isinstance(names, str)
             if not is_list or len(names) != len(concepts):
                 raise ConfigError(
-                    f"{quote(names)} does not name {len(concepts)} concepts",
+                    f"{quote(names)} does not name {plural(len(concepts), 'concept')}",
                     where="names",
                     fix="give a list with a name for each, or None where it keeps its own",
                 )

@@ -16,6 +16,7 @@ from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.sources import get_family
 from customize.pipeline.stage import Stage
 from customize.pipeline.state import AttachedState, get_state
+from customize.text import plural
 
 _TITLES = ("name", "trigger", "class", "weight", "rank", "slices", "mode")
 
@@ -78,7 +79,7 @@ class Customization:
             for line in lines
         ]
         rule = "  ".join("-" * width for width in widths)
-        count = f"{len(self.rows)} concept" + ("s" if len(self.rows) > 1 else "")
+        count = plural(len(self.rows), "concept")
         merged = f", merged by {self.merge}" if len(self.rows) > 1 else ""
         return "\n".join([f"{count} on {self.model}{merged}", texts[0], rule, *texts[1:]])
 

@@ -16,6 +16,7 @@ from customize.errors import ConceptError, ConfigError
 from customize.families import Family
 from customize.near_names import suggest_names
 from customize.pipeline.state import AttachedConcept
+from customize.text import plural
 from customize.user_warnings import warn_user
 
 #: A number, or a dict by component and block: see
@@ -139,7 +140,7 @@ def _parse_weights(
         )
     elif len(weights) != len(concepts):
         raise ConfigError(
-            f"{len(weights)} weights were given for {len(concepts)} concepts",
+            f"{plural(len(weights), 'weight')} for {plural(len(concepts), 'concept')}",
             where="weights",
             fix="give one for each, or a dict from concept name to weight",
         )

@@ -21,6 +21,7 @@ from customize.families import Family, family_of
 from customize.families.pipeline_components import uncompiled
 from customize.pipeline.state import AttachedState
 from customize.pipeline.validation import explain_quantized_layers
+from customize.text import plural
 
 #: The denoisers that files go into: one for all, or an entry for each source.
 Into = str | Sequence[str | Sequence[str] | None] | None
@@ -139,7 +140,7 @@ def _parse_into(into: Into, count: int) -> list[tuple[str, ...]]:
             )
     if len(entries) != count:
         raise ConfigError(
-            f"{into!r:.100} does not say for {count} concepts where they go",
+            f"{into!r:.100} does not say for {plural(count, 'concept')} where they go",
             where="into",
             fix='give one component, such as "transformer_2", or a list with an entry for each '
             'concept: a component, ("transformer", "transformer_2") for both, or None',

@@ -34,6 +34,7 @@ from customize.pipeline.transaction import apply_attachments
 from customize.pipeline.update_cache import UpdateCache, update_factors
 from customize.pipeline.validation import check_base, check_vocabularies, warn_about_overlaps
 from customize.stages.check_prompts import Vocabulary, flatten_texts, prompt_arguments
+from customize.text import plural
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ class LibraryCache(StageSetting):
         sizes = (self.update_cache.size, self.update_cache.limit)
         size, limit = (f"{number / GIB:.3g}" for number in sizes)
         return (
-            f"library: {self.library.folder}, {len(entries)} concepts, {compatible} of them for "
-            f"this model; the latest prompt named {', '.join(active) or 'none'}; "
+            f"library: {self.library.folder}, {plural(len(entries), 'concept')}, {compatible} of "
+            f"them for this model; the latest prompt named {', '.join(active) or 'none'}; "
             f"{size} of {limit} GB in memory"
         )
 
@@ -293,8 +294,8 @@ def _find_named(
             near = ", ".join(cache.library.similar_triggers(trigger, cache.is_compatible))
             count = len(cache.library.entries)
             raise ConfigError(
-                f"the prompt names {token}, and none of the library's {count} concepts has that "
-                "trigger" + (f"; it has {near}" if near else ""),
+                f"the prompt names {token}, and none of the {plural(count, 'concept')} of the "
+                "library has that trigger" + (f"; it has {near}" if near else ""),
                 where=cache.library.folder,
                 fix="write one that is there, add the concept to the library, or leave out the "
                 "brackets where a plain word is meant",

@@ -20,7 +20,7 @@ from customize.errors import ConfigError, PipelineError
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.multidiffusion import RegionalPrompt, denoise_by_regions
-from customize.text import quote
+from customize.text import plural, quote
 
 # (rows, columns) -> weights of that shape, in [0, 1].
 WeightFunction = Callable[[int, int], Tensor]
@@ -112,7 +112,7 @@ def _regions_by_prompt(regions: Any, count: int) -> Sequence[Mapping[str, Any]]:
         )
     if len(dicts) != count:
         raise ConfigError(
-            f"{len(dicts)} dicts of regions were given for {count} prompts",
+            f"{plural(len(dicts), 'dict')} of regions for {plural(count, 'prompt')}",
             where="regions",
             fix="give one dict for all prompts, or one for each",
         )

@@ -22,7 +22,7 @@ from torch import Tensor
 from customize.atomic import write_atomic
 from customize.errors import SettingsError, StorageError, TrainingError, storage_error
 from customize.safe_read import MAX_SAFETENSORS_BYTES, read_safetensors
-from customize.text import one_line
+from customize.text import one_line, plural
 from customize.training.config import TrainConfig
 from customize.training.data.changed_images import IMAGE_SETTINGS, describe_changes
 from customize.training.field_values import format_value
@@ -62,7 +62,7 @@ class Checkpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Checkpoint(step {self.step}: {len(self.tensors)} tensors)"
+        return f"Checkpoint(step {self.step}: {plural(len(self.tensors), 'tensor')})"
 
 
 def checkpoint_folder(config: TrainConfig) -> Path:

@@ -60,7 +60,7 @@ def _draw_class_images(run: Run, config: TrainConfig, folder: Path) -> None:
     conditions = family.encode_prompts([config.class_prompt])
     empty = family.unconditional(family.encode_prompts([""]))
     shape = family.encode_images(torch.zeros(1, 3, run.resolution, run.resolution))[0].shape[1:]
-    for first in run.progress.track(range(0, len(paths), _CHUNK), "drawing class pictures"):
+    for first in run.progress.track(range(0, len(paths), _CHUNK), "drawing class images"):
         chunk = range(first, min(first + _CHUNK, len(paths)))
         if all(paths[number].is_file() for number in chunk):
             continue
@@ -75,7 +75,7 @@ def _draw_class_images(run: Run, config: TrainConfig, folder: Path) -> None:
             autocast=run.autocast,
         )
         for number, image in zip(chunk, images, strict=True):
-            write_png(image, paths[number], "class pictures")
+            write_png(image, paths[number], "class images")
 
 
 def _content_key(run: Run, config: TrainConfig) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,10 +21,13 @@ from customize.core.preservation import PRESERVATIONS, TEXT_COMPARISONS, select_
 from customize.errors import ConfigError
 from customize.training import field_values
 from customize.training.config_validation import config_error, find_contradictions, join_problems
-from customize.training.field_values import format_value, normalize_value
-from customize.training.settings_file import read_yaml, rename_settings
-
-_NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"
+from customize.training.field_values import normalize_value
+from customize.training.settings_file import (
+    NAME_PATTERN,
+    add_default_trigger,
+    read_yaml,
+    rename_settings,
+)
 
 
 class TrainConfig(BaseModel):
@@ -50,20 +52,20 @@ class TrainConfig(BaseModel):
     variant: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9_-]{1,32}$",
-        description="Variant of the base's weight files, such as fp16 (none: files without a"
+        description="Variant of the base's weight files, such as fp16 (default: files without a"
         " variant, or the only variant)",
     )
     base_config: str | None = Field(
         default=None,
         description="Folder or hub id with the configuration and tokenizers of a base in one file"
-        " (none: downloaded by diffusers)",
+        " (default: downloaded by diffusers)",
     )
     images: Path = Field(
         description="Folder of training images: JPEG, PNG, WebP, and AVIF and HEIC if installed"
     )
     output: Path = Field(description="Output folder for the concept and its checkpoints")
     name: str = Field(
-        pattern=_NAME,
+        pattern=NAME_PATTERN,
         description="Name of the concept: 1 to 64 of a-z, 0-9, - and _, such as rex",
     )
     trigger: str = Field(
@@ -78,8 +80,8 @@ class TrainConfig(BaseModel):
     caption: str | None = Field(
         default="a photo of {}",
         description="Caption template for images without a caption file, with {} for the trigger"
-        " (none: every image needs a .txt or .caption file, or a row in metadata.jsonl or"
-        " metadata.csv)",
+        "; with none, every image needs a .txt or .caption file, or a row in metadata.jsonl or"
+        " metadata.csv",
     )
     masks: Path | None = Field(
         default=None, description="Folder of masks with the images' file names; white is trained"
@@ -88,8 +90,8 @@ class TrainConfig(BaseModel):
         default=None,
         ge=16,
         le=8192,
-        description="Side of the square training images in pixels, 16 to 8192 (none: the family's"
-        " default)",
+        description="Side of the square training images in pixels, 16 to 8192 (default: the"
+        " family's)",
     )
     buckets: bool = Field(
         default=False, description="Crop to aspect-ratio buckets of equal area instead of a square"
@@ -106,7 +108,7 @@ class TrainConfig(BaseModel):
         default=8, ge=1, le=4096, description="Rank of the adapter, from 1 to the narrowest layer"
     )
     alpha: float | None = Field(
-        default=None, gt=0, description="LoRA alpha; the scale is alpha / rank (none: the rank)"
+        default=None, gt=0, description="LoRA alpha; the scale is alpha / rank (default: the rank)"
     )
     orthogonal_matrix: Literal["cosine", "gaussian_qr"] = Field(
         default="cosine",
@@ -132,8 +134,8 @@ class TrainConfig(BaseModel):
     slice: int | None = Field(
         default=None,
         ge=0,
-        description="Index of the slice of the orthogonal matrix, from 0 (none: the library's next"
-        " free slice; without a library, from a hash of the name)",
+        description="Index of the slice of the orthogonal matrix, from 0 (default: the library's"
+        " next free slice; without a library, from a hash of the name)",
     )
     library: Path | None = Field(
         default=None, description="Folder of the concepts to merge with; slices are reserved in it"
@@ -190,11 +192,12 @@ class TrainConfig(BaseModel):
     min_snr_gamma: float | None = Field(
         default=None,
         gt=0,
-        description="Gamma of min-SNR loss weighting for DDPM models, above 0, usually 5 (none:"
+        description="Gamma of min-SNR loss weighting for DDPM models, above 0, usually 5 (default:"
         " uniform weighting)",
     )
     timestep_density: Literal["uniform", "logit_normal", "mode", "cosmap"] | None = Field(
-        default=None, description="Sampling density of the timesteps (none: the family's default)"
+        default=None,
+        description="Sampling density of the timesteps (default: the family's)",
     )
     noise_offset: float = Field(
         default=0.0, ge=0, le=1, description="Strength of offset noise, 0 to 1, such as 0.1"
@@ -207,7 +210,7 @@ class TrainConfig(BaseModel):
     preserve: dict[str, float] = Field(
         default={"context_output": 0.5},
         description=f"Weights of class preservation losses: {', '.join(PRESERVATIONS)}, such as"
-        " class_text=1,output=0.5 (none: off)",
+        " class_text=1,output=0.5, or none",
     )
     preserve_phrases: tuple[str, ...] = Field(
         default=(),
@@ -224,13 +227,13 @@ class TrainConfig(BaseModel):
         default=0.0, ge=0, description="Weight of the prior preservation loss, 0 or more (0: off)"
     )
     prior_images: Path | None = Field(
-        default=None, description="Folder of class images (none: generated by the base)"
+        default=None, description="Folder of class images (default: generated by the base)"
     )
     prior_count: int = Field(
         default=100, ge=1, le=100_000, description="Number of class images, 1 or more"
     )
     prior_prompt: str | None = Field(
-        default=None, description='Caption of class images (none: "a photo of a CLASS_WORD")'
+        default=None, description='Caption of class images (default: "a photo of a CLASS_WORD")'
     )
 
     # Precision and device
@@ -255,7 +258,7 @@ class TrainConfig(BaseModel):
     device: str | None = Field(
         default=None,
         pattern=r"^[a-z]+(:[0-9]{1,3})?$",
-        description="Device, such as cpu or cuda:1 (none: the accelerator, otherwise cpu)",
+        description="Device, such as cpu or cuda:1 (default: the accelerator, otherwise cpu)",
     )
 
     # Checkpoints, samples and logs
@@ -286,7 +289,7 @@ class TrainConfig(BaseModel):
         default=None,
         ge=0,
         le=100,
-        description="Guidance scale of validation images, 0 to 100 (none: the pipeline's default)",
+        description="Guidance scale of validation images, 0 to 100 (default: the pipeline's)",
     )
     record_inputs: bool = Field(
         default=True, description="Record the layer inputs for fusion merges after training"
@@ -333,12 +336,8 @@ class TrainConfig(BaseModel):
     def _raise_config_error(
         cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]
     ) -> TrainConfig:
-        data = rename_settings(data) if isinstance(data, dict) else data
-        if isinstance(data, dict) and data.get("trigger") is None:
-            data = {key: value for key, value in data.items() if key != "trigger"}
-            name = data.get("name")
-            if isinstance(name, str) and re.fullmatch(_NAME, name):
-                data["trigger"] = f"<{name}>"  # an invalid name is reported by itself
+        if isinstance(data, dict):
+            data = add_default_trigger(rename_settings(data))
         try:
             return handler(data)
         except ValidationError as error:
@@ -362,12 +361,9 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> TrainConfig:
-        problems = [
-            f"{field} is {format_value(getattr(self, field))}: it {problem}"
-            for field, problem in find_contradictions(dict(self)).items()
-        ]
+        problems = find_contradictions(dict(self))
         if problems:
-            raise ConfigError(join_problems(problems))
+            raise join_problems(problems)
         return self
 
 

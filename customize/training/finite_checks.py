@@ -34,7 +34,7 @@ def check_latents(family: Family, latents: Iterable[Tensor], picture: str) -> No
         where="vae",
         fix=_broken_weight("vae", family.vae)
         or (
-            "get an unchanged copy of the base, or leave the picture out"
+            "get an unchanged copy of the base, or leave the image out"
             if dtype == "float32"
             else "give the autoencoder in float32; SDXL's overflows in half precision"
         ),
@@ -78,10 +78,10 @@ def check_sampled(family: Family, values: Tensor, component: str) -> None:
     if _all_finite([values]):
         return
     raise PipelineError(
-        f"the {component} gives values that are not finite while pictures are drawn",
+        f"the {component} gives values that are not finite while images are drawn",
         where=component,
         fix=_broken_weight(component, family.components[component])
-        or "set mixed_precision to bf16 or no; where pictures were fine before, lower the learning "
+        or "set mixed_precision to bf16 or no; where images were fine before, lower the learning "
         "rates",
     )
 
@@ -100,7 +100,7 @@ def suggest_base_fix(family: Family, fp16: bool) -> str:
             return fix
     if fp16:
         return "set mixed_precision to bf16 or no, as fp16 ends at 65504"
-    return "look at the base's own pictures, and get an unchanged copy of it"
+    return "look at the base's own images, and get an unchanged copy of it"
 
 
 def _all_finite(values: Iterable[Tensor]) -> bool:

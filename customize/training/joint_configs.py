@@ -10,7 +10,7 @@ from typing import Any
 from customize.errors import ConfigError
 from customize.safe_read import real_path
 from customize.training.config import TrainConfig, build_config, load_config
-from customize.training.config_validation import join_problems
+from customize.training.config_validation import Problem, join_problems
 from customize.training.field_values import contains_trigger, format_value
 from customize.training.settings_file import read_yaml, rename_settings
 
@@ -63,32 +63,49 @@ def check_joint_configs(configs: Sequence[TrainConfig]) -> None:
         raise ConfigError("there is no concept to learn", fix="give at least one configuration")
     first = configs[0]
     problems = [
-        f"{field} belongs to the run, but is {format_value(getattr(first, field))} for "
-        f"{first.name} and {format_value(getattr(other, field))} for {other.name}"
+        Problem(
+            field,
+            f"{field} belongs to the run, but is {format_value(getattr(first, field))} for "
+            f"{first.name} and {format_value(getattr(other, field))} for {other.name}",
+            "give both the same value",
+        )
         for other in configs[1:]
         for field in TrainConfig.model_fields
         if field not in PER_CONCEPT_SETTINGS and getattr(other, field) != getattr(first, field)
     ]
     for a, b in combinations(configs, 2):
         problems += [
-            f"{field} is {format_value(getattr(a, field))} for two concepts"
+            Problem(
+                field,
+                f"{field} is {format_value(getattr(a, field))} for two concepts",
+                "give each its own",
+            )
             for field in ("name", "trigger", "slice")
             if getattr(a, field) is not None and getattr(a, field) == getattr(b, field)
         ]
         output_a, output_b = real_path(a.output), real_path(b.output)
         if output_a.is_relative_to(output_b) or output_b.is_relative_to(output_a):
             problems.append(
-                f"output is {format_value(a.output)} for {a.name} and {format_value(b.output)} for "
-                f"{b.name}: neither folder may be inside the other"
+                Problem(
+                    "output",
+                    f"output is {format_value(a.output)} for {a.name} and "
+                    f"{format_value(b.output)} for {b.name}: neither folder may be inside the"
+                    " other",
+                    "choose separate folders",
+                )
             )
     for a, b in permutations(configs, 2):
         problems += [
-            f"{field} of {a.name} has the trigger of {b.name}, which only captions may have"
+            Problem(
+                field,
+                f"{field} of {a.name} has the trigger of {b.name}, which only captions may have",
+                "leave the trigger out there",
+            )
             for field in ("class_word", "prior_prompt")
             if a.trigger != b.trigger and contains_trigger(getattr(a, field) or "", b.trigger)
         ]
     if problems:
-        raise ConfigError(join_problems(problems))
+        raise join_problems(problems)
 
 
 def _shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def cache_images(
     masks: list[list[Tensor]] = []
     shape: tuple[int, ...] = ()
     cache: dict[str, tuple[Tensor, Tensor]] = {}
-    for sample, size in track(list(zip(samples, sizes, strict=True)), "encoding pictures"):
+    for sample, size in track(list(zip(samples, sizes, strict=True)), "encoding images"):
         loaded = dataset.load_image_and_mask(sample)
         variants = with_mirror_image(dataset.image_tensor(loaded, size))
         if keep_latents:
@@ -172,7 +172,7 @@ def encode_latents(
     images: Iterable[Tensor],
     device: torch.device,
     cache: dict[str, tuple[Tensor, Tensor]] | None = None,
-    name: str = "a picture",
+    name: str = "an image",
 ) -> list[tuple[Tensor, Tensor]]:
     """Encode images to latent distributions; equal images are encoded once.
 

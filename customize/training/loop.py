@@ -197,7 +197,7 @@ def _read_losses(
         problem = f"the loss is {means[position]} at step {bad_step}"
         if bad_step == 1:
             raise TrainingError(
-                f"{problem}, before the first update, so the cause is the base or the pictures",
+                f"{problem}, before the first update, so the cause is the base or the images",
                 fix=suggest_base_fix(run.family, run.config.mixed_precision == "fp16"),
             )
         fix = "lower the learning rates, or set mixed_precision to bf16 (--mixed-precision bf16)"

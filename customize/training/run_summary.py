@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from customize.families import Family
 from customize.image_folder import join_names
+from customize.text import plural
 from customize.training.config import TrainConfig
 from customize.training.data.buckets import bucket_sizes, nearest_bucket
 from customize.training.data.dataset import TrainingImage
@@ -68,7 +69,7 @@ def summarize_run(
         "captions": f"{len(samples) - templated} from files, {templated} from the template",
         "masks": str(masks or "none"),
         "size": f"{resolution} x {resolution}, the centre square",
-        "steps, epochs": f"{config.steps} steps of {batch} images, "
+        "steps, epochs": f"{plural(config.steps, 'step')} of {plural(batch, 'image')}, "
         f"{epochs:.{0 if epochs >= 10 else 1}f} epochs",
     }
     if config.steps < _FEW_STEPS:
@@ -108,7 +109,7 @@ def warn_about_data(
     small = [s.path.name for s in samples if min(s.size) < resolution * 0.75]
     if small and not config.buckets:
         warnings.warn(
-            f"{_pictures(small)} smaller than {resolution} x {resolution} pixels and enlarged, "
+            f"{_count_images(small)} smaller than {resolution} x {resolution} pixels and enlarged, "
             f"which blurs: {join_names(small)}",
             stacklevel=2,
         )
@@ -157,5 +158,5 @@ def _pieces(tokenizer: object, word: str) -> list[str]:
     return [tokenizer.decode([number]).strip() for number in ids]  # type: ignore[attr-defined]
 
 
-def _pictures(names: Sequence[str]) -> str:
-    return "1 picture is" if len(names) == 1 else f"{len(names)} pictures are"
+def _count_images(names: Sequence[str]) -> str:
+    return "1 image is" if len(names) == 1 else f"{len(names)} images are"

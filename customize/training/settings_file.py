@@ -1,7 +1,8 @@
-"""Reading of settings from YAML files."""
+"""Reading of settings from YAML files, and names and triggers that settings may leave out."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from customize.errors import ConfigError
 from customize.near_names import find_near_names, suggest_paths
 from customize.safe_read import MAX_TEXT_BYTES, read_bytes
 
+#: What the name of a concept is: 1 to 64 of these characters.
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,63}$"
 _MAX_VALUES = 20_000
 #: Names of settings in earlier versions -> current names.
 RENAMED_SETTINGS = {
@@ -104,6 +107,20 @@ def rename_settings(settings: Mapping[str, Any], where: object | None = None) ->
                 f"{old} and {new} are the same setting", where=where, fix=f"use {new} only"
             )
     return {RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()}
+
+
+def add_default_trigger(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Set a trigger that is missing or None to the name in angle brackets.
+
+    It stays missing where the name is invalid, which is a problem of its own.
+    """
+    if settings.get("trigger") is not None:
+        return dict(settings)
+    settings = {key: value for key, value in settings.items() if key != "trigger"}
+    name = settings.get("name")
+    if isinstance(name, str) and re.fullmatch(NAME_PATTERN, name):
+        settings["trigger"] = f"<{name}>"
+    return settings
 
 
 def _count_values(node: yaml.Node, known: dict[int, int]) -> int:

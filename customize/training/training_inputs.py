@@ -57,7 +57,7 @@ def read_data(
     """
     resolution = resolution_before_loading(configs[0], components)
     data = TrainingData([], [])
-    with progress.phase("reading pictures", after=1.0):
+    with progress.phase("reading images", after=1.0):
         for config in configs:
             keep_in_memory = resolution is not None and not config.buckets
             data.images.append(

@@ -115,7 +115,7 @@ class ValidationImages:
                 for i in range(len(prompts))
             ]
         except PipelineError as error:  # only a training loss that is not finite stops the run
-            warnings.warn(f"no validation pictures at step {step}: {error}", stacklevel=2)
+            warnings.warn(f"no validation images at step {step}: {error}", stacklevel=2)
             return
         save_image_row(self.last, self.config.output / "validation" / f"step-{step}.png")
         log_images(self.run.accelerator.trackers, self.last, prompts, step)
@@ -189,7 +189,7 @@ def save_image_row(pictures: Sequence[Image.Image], path: Path) -> None:
     row = Image.new("RGB", (width * len(pictures), height))
     for number, picture in enumerate(pictures):
         row.paste(picture, (number * width, 0))
-    write_png(row, path, "validation pictures")
+    write_png(row, path, "validation images")
 
 
 def write_png(picture: Image.Image, path: Path, description: str) -> None:

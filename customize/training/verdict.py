@@ -56,10 +56,10 @@ def format_verdict(info: ConceptInfo, identity: IdentityResult | None = None) ->
         judged, advice = "hardly anything learned", _TOO_LITTLE
     else:
         judged = "learned"
-        advice = "" if identity else "look at the samples; if they copy the pictures, fewer steps"
+        advice = "" if identity else "look at the samples; if they copy the images, fewer steps"
     if identity is not None:
         reason += f", and {identity.text}"
         if not identity.shows:
-            judged = "the pictures' subject is not learned" if judged == "learned" else judged
+            judged = "the images' subject is not learned" if judged == "learned" else judged
             advice = "; ".join(filter(None, (identity.advice, advice))) or _TOO_LITTLE
     return f"{info.name}: {judged}: {reason}." + (f" Next: {advice}." if advice else "")

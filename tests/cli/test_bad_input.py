@@ -93,15 +93,15 @@ def caption(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "make", "says"),
     [
-        ("bad.png", corrupt, "the picture cannot be read"),
-        ("bad.png", truncated, "the picture cannot be read"),
-        ("bad.jpg", truncated, "the picture cannot be read"),
-        ("bad.webp", truncated, "the picture cannot be read"),
+        ("bad.png", corrupt, "the image cannot be read"),
+        ("bad.png", truncated, "the image cannot be read"),
+        ("bad.jpg", truncated, "the image cannot be read"),
+        ("bad.webp", truncated, "the image cannot be read"),
         ("bad.jpg", Path.touch, "damaged or not an image"),
         ("bad.png", lambda path: Image.new("RGB", (1, 1)).save(path), "only 1 x 1 pixels"),
         ("bad.webp", animated, "animated"),
         ("bad.png", bomb, "may be an attack"),
-        ("bad.png", caption, "1 picture has a caption without the trigger <max>: bad.png"),
+        ("bad.png", caption, "1 image has a caption without the trigger <max>: bad.png"),
     ],
 )
 def test_unusable_images(
@@ -130,7 +130,7 @@ def test_cmyk_and_16_bit_images_train(run: Run, world: World, tmp_path: Path) ->
 
 def test_folder_without_images(run: Run, world: World, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    train(run, world, tmp_path, "no pictures in the folder", str(tmp_path / "photos"))
+    train(run, world, tmp_path, "no images in the folder", str(tmp_path / "photos"))
     train(run, world, tmp_path, "No such file", "none", images=tmp_path / "none")
 
 

@@ -107,7 +107,7 @@ def test_invalid_weight_lists(text: str) -> None:
 def test_weight_lists_have_one_number_per_concept() -> None:
     assert parse_weight_list("1, 0.8", 2) == [1.0, 0.8]
     assert parse_weight_list(None, 2) == [1.0, 1.0]
-    with pytest.raises(ConfigError, match="1 weights for 2 concepts"):
+    with pytest.raises(ConfigError, match="1 weight for 2 concepts"):
         parse_weight_list("1", 2)
 
 

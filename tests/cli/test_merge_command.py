@@ -237,7 +237,7 @@ def test_only_the_same_merge_is_overwritten(run: Run, world: World, tmp_path: Pa
 def test_contradicting_arguments_are_refused(run: Run, world: World, tmp_path: Path) -> None:
     output = ("--output", tmp_path / "m")
     refused(run("merge", world.rex, world.rex, *output), "two concepts are called rex")
-    refused(run("merge", world.rex, world.tom, "--weights", "1", *output), "1 weights for 2")
+    refused(run("merge", world.rex, world.tom, "--weights", "1", *output), "1 weight for 2")
     refused(
         run("merge", world.rex, "--merge", "slerp", *output),
         "unknown merge method 'slerp'",

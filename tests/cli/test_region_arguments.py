@@ -115,7 +115,7 @@ def test_fuse_attention_memory_and_names(run: Run, world: World, tmp_path: Path)
     assert result.code == 0 and "note" not in result.err, result
     named = json.loads((tmp_path / "named" / "0001.json").read_text())["concepts"]
     assert [item["trigger"] for item in named] == ["<ann>", "<tom>"]
-    refused(run(*call, "--names", "ann"), "1 names for 2 concepts", "--names")
+    refused(run(*call, "--names", "ann"), "1 name for 2 concepts", "--names")
     refused(run(*call, "--attention", "natve"), "unknown attention backend", "did you mean native")
     refused(run(*call, "--memory", "4"), "invalid memory size", "8GB")
     plain = ("generate", "--base", world.base, "--prompt", "a dog", *SMALL)

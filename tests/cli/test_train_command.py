@@ -184,7 +184,7 @@ def test_errors_are_one_line_after_the_plan(run: Run, world: World, tmp_path: Pa
     (tmp_path / "photos").mkdir()
     result = run("train", *arguments(world, tmp_path))
     assert (result.code, len(result.err.splitlines())) == (2, 1)
-    assert "there are no pictures in the folder" in result.err
+    assert "there are no images in the folder" in result.err
     assert not (tmp_path / "max").exists()
 
 

@@ -87,10 +87,19 @@ def test_missing_layers_or_tokens_are_refused() -> None:
             replace(concept, updates=products)
     with pytest.raises(ConceptError, match="2 tokens and 0 sets"):
         replace(concept, embeddings={})
-    with pytest.raises(ConceptError, match="0 tokens and 1 sets"):
+    with pytest.raises(ConceptError, match="0 tokens and 1 set"):
         replace(concept, info=facts(num_tokens=0))
     with pytest.raises(ConceptError, match="3, 6"):
         replace(concept, embeddings={"text_encoder": torch.ones(3, 6)})
+
+
+@pytest.mark.parametrize("name", ["load", "save"])
+def test_methods_of_earlier_versions_name_their_replacement(name: str) -> None:
+    message = rf"Concept\.{name} was replaced by customize\.{name}_concept\("
+    for owner in (Concept, small()):
+        assert not hasattr(owner, name)
+        with pytest.raises(AttributeError, match=message):
+            getattr(owner, name)
 
 
 def test_basis_is_stored_by_its_original_keys() -> None:

@@ -97,7 +97,7 @@ def test_missing_weights_are_refused(
 ) -> None:
     """transformers would fill them in at random, and say so in a log alone."""
     copied(saved[name], tmp_path, lambda weights: {k: w for k, w in weights.items() if k != key})
-    with pytest.raises(PipelineError, match=rf"lacks 1 weights, such as {key}"):
+    with pytest.raises(PipelineError, match=rf"lacks 1 weight, such as {key}"):
         SCORERS[name](tmp_path)
 
 

@@ -186,7 +186,7 @@ def test_failed_calls_change_nothing(make, fuse):
         (ConceptError, "have the same trigger <rex>", [concept(pipe, "ann", trigger="<rex>")], {}),
         (ConceptError, "two concepts are called tom", [tom, tom], {}),
         (ConceptError, "another concept called rex", [tom, concept(pipe, index=2)], {}),
-        (ConfigError, "1 weights were given for 2", [tom, rex], {"weights": [1.0]}),
+        (ConfigError, "1 weight for 2", [tom, rex], {"weights": [1.0]}),
         (ConfigError, "weight of tom is nan", [tom], {"weights": [float("nan")]}),
         (ConfigError, "weight of tom is '1'", [tom], {"weights": ["1"]}),
         (ConfigError, "neither attached nor", [tom], {"weights": {"ann": 1.0}}),

@@ -142,7 +142,7 @@ def test_blocks_of_a_transformer(tmp_path):
         ),
         (
             {"unet": {"up": {"block_1": [1, 2, 3, 4, 5]}}},
-            r"5 weights were given for rex\.unet.* give a list of 2",
+            r"5 weights for rex\.unet.* give a list of 2",
         ),
         ({"down": float("nan")}, r"the weight of rex\.down is nan"),
         ({"mid": "1"}, r"the weight of rex\.mid is '1'"),

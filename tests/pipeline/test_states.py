@@ -139,7 +139,7 @@ def test_shared_slices_warn_once():
 
 def test_names_must_be_a_list():
     pipe = tiny_sd()
-    with pytest.raises(ConfigError, match=r"3 does not name 1 concepts"):
+    with pytest.raises(ConfigError, match=r"3 does not name 1 concept"):
         pipe.load_custom(concept(pipe), names=3)
 
 

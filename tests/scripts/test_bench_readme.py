@@ -18,7 +18,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from scripts.make_bench_readme import README, RESULTS, ROOT, TABLES, read_figure, render
+from scripts.bench_tables import TABLES
+from scripts.bench_tables.results import RESULTS, ROOT, read_figure
+from scripts.make_bench_readme import README, render
 
 READMES = sorted(
     path.relative_to(ROOT).as_posix()

@@ -235,7 +235,7 @@ def test_unknown_triggers_are_refused(library, tmp_path):
     draw(pipe, "<rex>")
     before = everything(pipe)
     with pytest.raises(
-        ConfigError, match=r"names <Rexx>, and none of .* 3 concepts .* it has <rex>"
+        ConfigError, match=r"names <Rexx>, and none of the 3 concepts .* it has <rex>"
     ):
         draw(pipe, "<Rexx> and <tom>")
     with pytest.raises(ConfigError, match="names <zebra>"):
@@ -246,7 +246,7 @@ def test_unknown_triggers_are_refused(library, tmp_path):
     draw(pipe, "1 < 2 > 0, <3, <lora:x:0.5>, <|endoftext|>, < rex >, <>")
     (tmp_path / "empty").mkdir()
     pipe.load_custom(library=tmp_path / "empty")
-    with pytest.raises(ConfigError, match="none of the library's 0 concepts"):
+    with pytest.raises(ConfigError, match="none of the 0 concepts of the library"):
         draw(pipe, "<rex>")
     draw(pipe, "a dog")
 
@@ -313,7 +313,7 @@ def test_concepts_of_other_models_are_refused(copied):
         (lambda rex: shutil.copytree(rex, rex.parent / "rex-2"), "calls 2 concepts .* rex, rex-2"),
         (lambda rex: _lora(rex, 0), "is empty"),
         (lambda rex: _lora(rex, 2, float("nan")), "NaN"),
-        (lambda rex: shutil.rmtree(rex), "none of the library's 2 concepts"),
+        (lambda rex: shutil.rmtree(rex), "none of the 2 concepts of the library"),
     ],
 )
 def test_unusable_concepts_are_refused_and_change_nothing(copied, spoil, message):

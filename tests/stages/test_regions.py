@@ -320,7 +320,7 @@ WRONG = {
     "shared": ({"red car": LEFT, "car": RIGHT}, "share words"),
     "covered": ({"<rex>": (0.2, 0.2, 0.4, 0.4), "car": (0, 0, 1, 1)}, "is covered by others"),
     "none": ({}, "regions= is empty"),
-    "list": ([REGIONS, REGIONS], "2 dicts of regions were given for 1 prompts"),
+    "list": ([REGIONS, REGIONS], "2 dicts of regions for 1 prompt"),
     "a box": (LEFT, "regions must be a dict, not a tuple"),
 }
 

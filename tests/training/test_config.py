@@ -134,9 +134,13 @@ def test_near_names_of_unknown_settings_are_suggested():
     error = refused(learning_rat=1, batchsize=2, zzz=3)
     lines = error.problem.splitlines()
     assert lines[0] == "3 settings are wrong:"
-    assert "'learning_rat' is not a setting; did you mean learning_rate" in lines[1]
-    assert "did you mean batch_size" in lines[2]
+    assert lines[1] == "'learning_rat' is not a setting;"
+    assert lines[2] == "'batchsize' is not a setting;"
     assert lines[3] == "'zzz' is not a setting"
+    assert error.fix == (
+        "learning_rat: did you mean learning_rate?; batchsize: did you mean batch_size?; zzz: leave"
+        " it out"
+    )
 
 
 def test_all_problems_are_reported_at_once():
@@ -146,7 +150,24 @@ def test_all_problems_are_reported_at_once():
     assert lines[0] == "6 settings are wrong:"
     names = sorted(line.split()[0] for line in lines[1:])
     assert names == ["base", "class_word", "images", "name", "output", "rank"]
-    assert "images is missing (Folder of training images" in str(caught.value)
+    assert "images is missing" in lines[3]
+    assert "images: set images. Folder of training images" in caught.value.fix
+
+
+def test_each_problem_has_a_fix():
+    missing = refused(rank=0)
+    assert str(missing).endswith("equal to 1. Fix: change rank. " + describe("rank") + ".")
+    near = refused(orthogonal_matrix="cosin")
+    assert near.fix == "did you mean cosine? " + describe("orthogonal_matrix")
+    caption = refused(caption="a dog")
+    assert caption.fix.startswith('write "a photo of {}". Caption template')
+    assert refused(slice=1, method="lora").fix.startswith("leave it out, or set method")
+    several = refused(slice=1, method="lora", warmup_steps=9, steps=9)
+    assert "warmup_steps: lower it, or raise steps" in several.fix
+
+
+def describe(name):
+    return TrainConfig.model_fields[name].description
 
 
 @pytest.mark.parametrize(

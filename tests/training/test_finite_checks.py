@@ -81,7 +81,7 @@ def test_class_images_that_are_not_finite_are_refused(tmp_path):
 def test_validation_images_that_are_not_finite_are_warned_of(tmp_path):
     pipe = broken("vae", "decoder.conv_in.weight")
     changes = {"validation_prompts": ("a <rex>",), "validation_steps": 2, "steps": 2}
-    with pytest.warns(UserWarning, match=r"no validation pictures at step 2: the vae gives"):
+    with pytest.warns(UserWarning, match=r"no validation images at step 2: the vae gives"):
         run(pipe, tmp_path, **changes)
     assert not list(tmp_path.rglob("step-*.png"))
 

@@ -189,4 +189,4 @@ def test_the_script_reports_invalid_input_in_one_line(tmp_path):
         timeout=300,
     )
     assert finished.returncode == 2
-    assert finished.stderr.strip().splitlines()[-1].startswith("error: there are no pictures")
+    assert finished.stderr.strip().splitlines()[-1].startswith("error: there are no images")

@@ -418,7 +418,7 @@ def test_a_checkpoint_of_other_concepts_or_settings_is_refused(tmp_path):
         with pytest.raises(SettingsError, match=message):
             learn(pipe, configs)
     extra = make_pictures(tmp_path / "cats", 3)
-    with pytest.raises(SettingsError, match=r"tom's pictures have changed: 2\.png is new"):
+    with pytest.raises(SettingsError, match=r"tom's images have changed: 2\.png is new"):
         learn(pipe, two_configs(tmp_path, tom={"images": extra}, **BUSY))
 
 

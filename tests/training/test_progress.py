@@ -35,7 +35,7 @@ def test_each_phase_has_a_line_in_a_log_file(tmp_path, capsys):
     assert "\r" not in err and all(" [00:" in line for line in err.splitlines())
     for phase in (
         *("images ", "captions ", "recording the directions that all"),
-        *("drawing class pictures: 1/1", "encoding pictures: 5/5", "encoding prompts"),
+        *("drawing class images: 1/1", "encoding images: 5/5", "encoding prompts"),
         *("drawing the first samples", "learning: 20/20", "measuring", "saving rex"),
         *("recording the layer inputs of rex", "loss on fixed noise"),
     ):

@@ -592,7 +592,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
         train(config, pipe.components, progress=False, on_step=crash_at(5))
     picture(9).save(tmp_path / "images" / "9.png")
     other = settings(tmp_path, checkpoint_every=4, rank=2)
-    message = r"rank was 4 and is 2; the pictures have changed: 9\.png is new"
+    message = r"rank was 4 and is 2; the images have changed: 9\.png is new"
     with pytest.raises(SettingsError, match=message):
         train(other, pipe.components, progress=False)
     anew = settings(tmp_path, checkpoint_every=4, rank=2, resume=False)

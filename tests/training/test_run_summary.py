@@ -59,7 +59,7 @@ def test_data_that_is_unlikely_to_be_learned_is_warned_of(family, tmp_path):
         (tmp_path / "b" / "images").mkdir(parents=True, exist_ok=True)
         picture(0, 20).save(tmp_path / "b" / "images" / name)
     small, twice = collect_warnings(settings(tmp_path / "b", steps=800), family)
-    assert "2 pictures are smaller than 32 x 32 pixels" in small and "a.png, b.png" in small
+    assert "2 images are smaller than 32 x 32 pixels" in small and "a.png, b.png" in small
     assert "1 of 2 images are duplicates: b.png as a.png" in twice
 
 

@@ -25,7 +25,7 @@ def test_the_verdict_is_one_line(learned, judgement, advice):
 def test_a_judge_overrides_the_loss():
     bad = IdentityResult(False, "the last sample does not show rex (distance 0.90)", "a class word")
     line = format_verdict(info({"base": 1.0, "learned": 0.5}), bad)
-    assert line.startswith("rex: the pictures' subject is not learned: ")
+    assert line.startswith("rex: the images' subject is not learned: ")
     assert line.endswith("does not show rex (distance 0.90). Next: a class word.")
     too_little = format_verdict(info({"base": 1.0, "learned": 0.99}), bad)
     assert too_little.endswith("Next: a class word; try more steps, or higher learning rates.")

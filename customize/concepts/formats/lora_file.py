@@ -43,7 +43,7 @@ from customize.concepts.types import Adaptation, Lora, LoraInfo, VectorUpdate
 from customize.core.lowrank import LowRank, from_dense, slice_rows, stack_rows, to_dense
 from customize.errors import ConceptError
 from customize.families import Family
-from customize.text import one_line
+from customize.text import one_line, plural
 
 #: (component, module) -> base weight of the layer without adapters, (out, in) or (out, in, kh, kw).
 BaseWeights = Callable[[str, str], Tensor]
@@ -73,7 +73,7 @@ class LoraFile:
     is_partial: bool = False
 
     def __repr__(self) -> str:
-        return f"LoraFile({self.name}: {len(self.groups)} layers in {self.where})"
+        return f"LoraFile({self.name}: {plural(len(self.groups), 'layer')} in {self.where})"
 
     @property
     def source(self) -> Path:

@@ -98,7 +98,7 @@ def check_config(config: Config, where: object) -> None:
         if config.get(field):
             raise ConceptError(
                 f"the adapter's configuration sets {field}, which {effect}: a plain LoRA of its "
-                "tensors would give other pictures",
+                "tensors would give other images",
                 where=where,
                 fix=_FIX_AS_LORA,
             )
@@ -162,7 +162,7 @@ def _check_initialization(start: Any, where: object) -> None:
     )
     raise ConceptError(
         f"the adapter was initialized with init_lora_weights={str(start)[:MAX_NAME]}, {reason}: a "
-        "plain LoRA of its tensors would give other pictures",
+        "plain LoRA of its tensors would give other images",
         where=where,
         fix=_FIX_INITIALIZATION,
     )

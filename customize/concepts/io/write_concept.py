@@ -68,7 +68,7 @@ def save_concept(
         return write_folder(concept, path, samples or ())
     if samples:
         raise ConfigError(
-            "a single file has no model card for pictures",
+            "a single file has no model card for images",
             where="samples",
             fix="save a folder, or leave them out",
         )

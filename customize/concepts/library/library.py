@@ -39,7 +39,7 @@ from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import find_near_names, suggest_paths
 from customize.safe_read import MAX_SAFETENSORS_BYTES, open_regular, path_exists, real_path
-from customize.text import one_line
+from customize.text import one_line, plural
 
 # Files of a concept besides safetensors: those that are validated, and those that are not.
 _VALIDATED = (INFO_FILE, PEFT_FILES[1])
@@ -80,7 +80,7 @@ class Library:
     def __repr__(self) -> str:
         names = sorted(entry.name for entry in self.entries.values())
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        return f"Library({str(self.folder)!r}: {len(names)} concepts: {shown or 'none'})"
+        return f"Library({str(self.folder)!r}: {plural(len(names), 'concept')}: {shown or 'none'})"
 
     def refresh(self) -> None:
         """Scan the folder again; only new and changed files are read.

@@ -27,6 +27,7 @@ from customize.concepts.slices.slice_reservations import read_reservations
 from customize.concepts.types import Concept, Lora
 from customize.core.bases import count_shared_directions
 from customize.errors import ConceptError, CustomizeError
+from customize.text import plural
 
 MatrixKey = tuple[str, int, int]
 
@@ -65,7 +66,7 @@ def check_library(folder: str | Path) -> LibraryReport:
     layers = _LAYERS if len(library.entries) <= _LARGE else 1
     if library.num_stale_rows:
         count = library.num_stale_rows
-        notes.append(f"{count} rows of the index were missing or outdated, and were rebuilt")
+        notes.append(f"{plural(count, 'row')} of the index, missing or outdated, rebuilt")
     if not library.is_index_saved:
         notes.append("the index cannot be written, so it is rebuilt at each start")
     for entry in library.entries.values():

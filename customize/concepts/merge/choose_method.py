@@ -11,7 +11,7 @@ from customize.concepts.types import Adaptation
 from customize.core.merges import FUSION, MERGES, SUM
 from customize.errors import ConfigError
 from customize.near_names import suggest_names
-from customize.text import quote
+from customize.text import plural, quote
 
 #: Fusion if every concept has recorded inputs, else the sum.
 AUTO = "auto"
@@ -60,7 +60,7 @@ def check_concept_count(method: str, count: int) -> None:
     least = 1 if method == AUTO else MERGES[method].min_concepts
     if 0 < count < least:
         raise ConfigError(
-            f"the merge {method} needs at least {least} concepts, not {count}",
+            f"the merge {method} needs at least {plural(least, 'concept')}, not {count}",
             where="merge",
             fix="leave the method out; use --rank to reduce the rank of a LoRA file",
         )

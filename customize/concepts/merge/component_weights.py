@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from customize.core.scalars import as_float
 from customize.errors import ConfigError
 from customize.near_names import suggest_names
-from customize.text import quote
+from customize.text import plural, quote
 
 _UNET = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 #: The key for layers that no other key of a dict matches; without it their weight is 1.
@@ -199,7 +199,7 @@ def _expand_list(
         )
     if len(values) not in (1, count):
         raise ConfigError(
-            f"{len(values)} weights were given for {where}, which has {count} blocks",
+            f"{plural(len(values), 'weight')} for {where}, which has {plural(count, 'block')}",
             where="weights",
             fix=f"give a list of {count} numbers, or one number",
         )

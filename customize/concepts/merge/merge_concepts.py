@@ -24,7 +24,7 @@ from customize.core.scalars import as_float
 from customize.core.truncation import truncate_randomized
 from customize.errors import ConceptError, ConfigError
 from customize.near_names import suggest_names
-from customize.text import quote
+from customize.text import plural, quote
 
 
 def merge_concepts(
@@ -140,7 +140,7 @@ def plan_merge(
     check_compatible(concepts)
     if len(weights) != len(concepts):
         raise ConfigError(
-            f"{len(weights)} weights were given for {len(concepts)} concepts",
+            f"{plural(len(weights), 'weight')} for {plural(len(concepts), 'concept')}",
             where="weights",
             fix="give one weight for each concept",
         )
@@ -161,8 +161,8 @@ def plan_merge(
     declaration.check_settings(settings)
     if declaration.needs_inputs and len(inputs) != len(concepts):
         raise ConfigError(
-            f"the merge {method} of {len(concepts)} concepts needs as many records of layer "
-            f"inputs, not {len(inputs)}",
+            f"the merge {method} of {plural(len(concepts), 'concept')} needs as many records of "
+            f"layer inputs, not {len(inputs)}",
             where="inputs",
             fix="give the record of each concept, as customize.record_inputs returns them",
         )

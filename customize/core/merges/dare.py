@@ -12,13 +12,18 @@ from customize.core.merges.method import MergeMethod, Setting
 from customize.core.merges.pruning import dense_updates, density_setting, sum_in_place
 from customize.core.precision import full_precision
 
-DENSITY = density_setting(0.5)
+DEFAULT_DENSITY = 0.5
+DENSITY = density_setting(DEFAULT_DENSITY)
 SEED = Setting(name="seed", help="Random seed for DARE", default=0, is_integer=True, is_seed=True)
 
 
 @full_precision()
 def dare(
-    updates: Sequence[LowRank], weights: Sequence[float], *, density: float = 0.5, seed: int = 0
+    updates: Sequence[LowRank],
+    weights: Sequence[float],
+    *,
+    density: float = DEFAULT_DENSITY,
+    seed: int = 0,
 ) -> LowRank:
     """Drop entries at random, rescale the others, and sum (DARE, arXiv 2311.03099, section 3).
 

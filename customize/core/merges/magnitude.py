@@ -14,12 +14,13 @@ from customize.core.merges.pruning import (
 )
 from customize.core.precision import full_precision
 
-DENSITY = density_setting(0.5)
+DEFAULT_DENSITY = 0.5
+DENSITY = density_setting(DEFAULT_DENSITY)
 
 
 @full_precision()
 def magnitude(
-    updates: Sequence[LowRank], weights: Sequence[float], *, density: float = 0.5
+    updates: Sequence[LowRank], weights: Sequence[float], *, density: float = DEFAULT_DENSITY
 ) -> LowRank:
     """``sum_i weights[i] * prune(updates[i])``, with the largest entries of each update kept.
 

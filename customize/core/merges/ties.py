@@ -11,11 +11,14 @@ from customize.core.merges.method import MergeMethod
 from customize.core.merges.pruning import dense_updates, density_setting, keep_largest
 from customize.core.precision import full_precision
 
-DENSITY = density_setting(0.2)
+DEFAULT_DENSITY = 0.2
+DENSITY = density_setting(DEFAULT_DENSITY)
 
 
 @full_precision()
-def ties(updates: Sequence[LowRank], weights: Sequence[float], *, density: float = 0.2) -> LowRank:
+def ties(
+    updates: Sequence[LowRank], weights: Sequence[float], *, density: float = DEFAULT_DENSITY
+) -> LowRank:
     """Trim, elect signs, and take the disjoint mean (TIES, arXiv 2306.01708, algorithm 1).
 
     Each weighted update is trimmed to its largest entries. For each entry of the weight, the sign

@@ -76,7 +76,7 @@ def read_captions(
             forbidden word.
     """
     beside, unmatched = match_by_name(folder.captions, folder.images)
-    unused = [f"{file.name} (no picture of that name)" for file in unmatched]
+    unused = [f"{file.name} (no image of that name)" for file in unmatched]
     listed: dict[str, str] = {}
     metadata = sorted(folder.metadata, key=lambda file: METADATA_FILES.index(file.name))
     for file in metadata:
@@ -163,7 +163,7 @@ def _check_captions(
         raise DataError(
             f"{count_images(names)} a caption with the trigger {word}: {join_names(names)}",
             where=folder,
-            fix="name the class there; class pictures show it without the concept",
+            fix="name the class there; class images show it without the concept",
         )
 
 
@@ -204,7 +204,7 @@ def _read_metadata(path: Path, pictures: set[str]) -> dict[str, str] | None:
             if name in captions:
                 problem = f"lists {name} again"
             elif name not in pictures:
-                problem = f"names {name}, which is not a picture in the folder"
+                problem = f"names {name}, which is not an image in the folder"
             elif not _is_text(text):
                 problem = f"has a lone surrogate for {name}, an escape from \\ud800 to \\udfff"
         if problem:

@@ -11,7 +11,7 @@ from typing import Any
 ImageHashes = Mapping[str, str] | str | None
 
 #: Key in a run's settings -> name in messages.
-IMAGE_SETTINGS = {"pictures": "pictures", "class_pictures": "class pictures"}
+IMAGE_SETTINGS = {"pictures": "images", "class_pictures": "class images"}
 
 _MAX_NAMES = 3
 
@@ -30,7 +30,7 @@ def describe_changes(before: Any, now: Any, kind: str) -> str:
     Args:
         before: :data:`ImageHashes` of the checkpoint.
         now: :data:`ImageHashes` of the run.
-        kind: ``"pictures"`` or ``"class pictures"``.
+        kind: ``"images"`` or ``"class images"``.
     """
     if combined_hash(before) == combined_hash(now):
         return ""
@@ -39,7 +39,7 @@ def describe_changes(before: Any, now: Any, kind: str) -> str:
     changes = {
         "new": [name for name in now if name not in before],
         "gone": [name for name in before if name not in now],
-        "changed (the picture, its caption or its mask)": [
+        "changed (the image, its caption or its mask)": [
             name for name in now if name in before and now[name] != before[name]
         ],
     }

@@ -167,7 +167,7 @@ def load_image_and_mask(sample: TrainingImage) -> ImageAndMask:
     loaded = ImageAndMask(image, mask)
     if content_hash(loaded, sample.caption) != sample.digest:
         raise DataError(
-            "the picture or its mask changed after the run began",
+            "the image or its mask changed after the run began",
             where=sample.path,
             fix="run again when no other program writes to the folder",
         )
@@ -197,7 +197,7 @@ def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
     mask = decode_image(path, "L")
     if mask.size != size:
         raise DataError(
-            f"the mask is {format_size(mask.size)} pixels and its picture {format_size(size)}",
+            f"the mask is {format_size(mask.size)} pixels and its image {format_size(size)}",
             where=path,
             fix="give both the same size",
         )
@@ -243,7 +243,7 @@ def mask_tensor(
         return torch.ones(1, height, width)
     mask = _crop_and_resize(full_mask, (width, height), Image.Resampling.BOX)
     if mask.getextrema() == (0, 0):
-        raise _black_mask_error("the part of the picture that is trained", sample.path)
+        raise _black_mask_error("the part of the image that is trained", sample.path)
     return torch.from_numpy(np.array(mask, dtype=np.float32))[None] / 255.0
 
 
@@ -290,7 +290,7 @@ def _black_mask_error(part: str, path: Path) -> DataError:
     return DataError(
         f"the mask is black all over {part}, so no pixel would be trained",
         where=path,
-        fix="paint the subject white, or crop picture and mask around it",
+        fix="paint the subject white, or crop image and mask around it",
     )
 
 
@@ -304,7 +304,7 @@ def _match_masks(folder: Path, paths: Sequence[Path], images: Sequence[Path]) ->
     """
     mask_folder = scan_folder(folder)
     masks, unmatched = match_by_name(mask_folder.images, images)
-    unused = [f"{path.name} (no picture of that name)" for path in unmatched]
+    unused = [f"{path.name} (no image of that name)" for path in unmatched]
     warn_ignored(
         folder, [*unused, *(path.name for path in mask_folder.captions), *mask_folder.ignored]
     )
@@ -315,7 +315,7 @@ def _match_masks(folder: Path, paths: Sequence[Path], images: Sequence[Path]) ->
             files[1], picture
         ):
             raise DataError(
-                f"{files[0].name} and {files[1].name} are masks of the same picture",
+                f"{files[0].name} and {files[1].name} are masks of the same image",
                 where=folder,
                 fix="keep one of them",
             )
@@ -324,6 +324,6 @@ def _match_masks(folder: Path, paths: Sequence[Path], images: Sequence[Path]) ->
         raise DataError(
             f"{count_images(missing)} no mask: {join_names(missing)}",
             where=folder,
-            fix="give each picture a mask of the same stem, such as 1.png for 1.jpg",
+            fix="give each image a mask of the same stem, such as 1.png for 1.jpg",
         )
     return {path: masks[path][0] for path in paths}

@@ -225,9 +225,9 @@ def test_two_files_are_loaded_as_a_pair(tmp_path: Path) -> None:
     [
         ("transformer_3", "no denoiser 'transformer_3'.*choose from transformer, transformer_2"),
         ("text_encoder", "no denoiser 'text_encoder'"),
-        ([], "does not say for 1 concepts where they go"),
+        ([], "does not say for 1 concept where they go"),
         ([3], "3 is not the name of a component"),
-        (7, "does not say for 1 concepts"),
+        (7, "does not say for 1 concept"),
     ],
 )
 def test_invalid_into_is_refused(into: Any, message: str, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_sum_and_average_agree_with_dense_updates(concepts, method, share) -> No
 def test_invalid_merges_are_refused(concepts: list[Concept]) -> None:
     with pytest.raises(ConceptError, match="nothing to merge"):
         merge_concepts([], [])
-    with pytest.raises(ConfigError, match="1 weights were given for 2"):
+    with pytest.raises(ConfigError, match="1 weight for 2"):
         merge_concepts(concepts, [1.0])
     with pytest.raises(ConfigError, match="weight of tom is nan"):
         merge_concepts(concepts, [1.0, float("nan")])

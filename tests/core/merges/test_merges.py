@@ -165,7 +165,7 @@ def test_updates_and_weights_that_do_not_match_are_refused(name):
         merge([], [])
     with pytest.raises(ConceptError, match="nothing to merge"):
         merge([], [1.0])
-    with pytest.raises(ConfigError, match="1 weights were given for 2"):
+    with pytest.raises(ConfigError, match="1 weight for 2"):
         merge([p, p], [1.0])
     with pytest.raises(ConfigError, match="inf"):
         merge([p], [math.inf])

@@ -22,7 +22,7 @@ NAMES = st.dictionaries(st.text(min_size=1, max_size=5), st.sampled_from("abc"),
 
 @given(NAMES, NAMES)
 def test_each_changed_image_is_named_or_counted(before, now):
-    description = describe_changes(before, now, "pictures")
+    description = describe_changes(before, now, "images")
     assert bool(description) == (combined_hash(before) != combined_hash(now))
     if "more" not in description and description and "order" not in description:
         assert all(name in description for name in before.keys() ^ now.keys())
@@ -31,21 +31,21 @@ def test_each_changed_image_is_named_or_counted(before, now):
 def test_messages_list_changed_images():
     before = {f"{n}.png": "x" for n in range(9)}
     now = {"1.png": "y", **{f"{n}.png": "x" for n in range(4, 9)}, "new.png": "z"}
-    assert describe_changes(before, now, "pictures") == (
-        "the pictures have changed: new.png is new, 0.png, 2.png, 3.png are gone, 1.png is changed "
-        "(the picture, its caption or its mask)"
+    assert describe_changes(before, now, "images") == (
+        "the images have changed: new.png is new, 0.png, 2.png, 3.png are gone, 1.png is changed "
+        "(the image, its caption or its mask)"
     )
     five = {f"{n}.png": "x" for n in range(4)}
-    assert "4.png, 5.png, 6.png and 2 more are gone" in describe_changes(before, five, "pictures")
+    assert "4.png, 5.png, 6.png and 2 more are gone" in describe_changes(before, five, "images")
     back = dict(reversed([("a", "1"), ("b", "2")]))
-    assert "order is different" in describe_changes({"a": "1", "b": "2"}, back, "pictures")
+    assert "order is different" in describe_changes({"a": "1", "b": "2"}, back, "images")
 
 
 def test_digests_of_earlier_versions_are_compared_as_a_whole():
     files = {"0.png": "x", "1.png": "y"}
-    assert not describe_changes(combined_hash(files), files, "pictures")
+    assert not describe_changes(combined_hash(files), files, "images")
     assert settings_differences({"pictures": "0123"}, {"pictures": files}) == [
-        "the pictures, their captions or their masks have changed"
+        "the images, their captions or their masks have changed"
     ]
     assert not settings_differences({"avoid": 4, "density": None}, {"num_shared_directions": 4})[1:]
     assert not settings_differences({"avoid": 4}, {"num_shared_directions": 4})
@@ -66,6 +66,6 @@ def test_a_finished_concept_reports_changes_without_publishing_file_names(tmp_pa
     assert isinstance(json.loads(facts)["training"]["settings"]["pictures"], str)
     train(config, pipe.components, progress=False)  # the same
     Image.new("RGB", (32, 32), "red").save(pictures[0])
-    message = f"the pictures have changed: {pictures[0].name} is changed"
+    message = f"the images have changed: {pictures[0].name} is changed"
     with pytest.raises(SettingsError, match=message):
         train(config, pipe.components, progress=False)

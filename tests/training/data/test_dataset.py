@@ -79,7 +79,7 @@ def test_all_image_suffixes_in_any_case_sorted_by_name(tmp_path):
 def test_folder_without_images_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     error = refused(read_one, tmp_path)
-    assert "no pictures" in str(error) and error.where == str(tmp_path)
+    assert "no images" in str(error) and error.where == str(tmp_path)
     (tmp_path / "more.png").mkdir()
     error = str(refused(read_one, tmp_path))
     assert "only notes.txt, more.png (subfolders are not searched)" in error
@@ -105,7 +105,7 @@ def test_images_of_other_formats_are_ignored_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert read_one(tmp_path).path.name == "a.png"
     assert "b.HEIC (needs pip install pillow-heif), c.gif (save it as PNG)" in caplog.text
-    assert "d.txt (no picture of that name)" in caplog.text
+    assert "d.txt (no image of that name)" in caplog.text
 
 
 def test_unreadable_folder_is_refused(tmp_path):
@@ -136,7 +136,7 @@ def test_captions_without_the_trigger_are_all_named(tmp_path):
     (tmp_path / "a.txt").write_text("a dog")
     (tmp_path / "c.txt").write_text("rex the dog")
     error = refused(read_one, tmp_path)
-    assert "2 pictures have a caption without the trigger <rex>: a.png, c.png" in str(error)
+    assert "2 images have a caption without the trigger <rex>: a.png, c.png" in str(error)
     assert len(read_training_images(tmp_path, trigger=None, caption="a dog")) == 3
 
 
@@ -145,7 +145,7 @@ def test_triggers_are_found_in_any_case_as_they_are_expanded(tmp_path):
     (tmp_path / "a.txt").write_text("a <REX>")
     assert read_one(tmp_path).caption == "a <REX>"
     error = refused(read_training_images, tmp_path, trigger=None, forbidden=["<rex>"])
-    assert "1 picture has a caption with the trigger <rex>: a.png" in str(error)
+    assert "1 image has a caption with the trigger <rex>: a.png" in str(error)
 
 
 def test_captions_with_lone_surrogates_are_refused(tmp_path):
@@ -163,7 +163,7 @@ def test_missing_captions_are_all_named(tmp_path):
     (tmp_path / "a.txt").write_text("<rex>")
     (tmp_path / "b.txt").write_text(" \n")
     error = refused(read_one, tmp_path, caption=None)
-    assert "2 pictures have no caption: b.png, c.png" in str(error)
+    assert "2 images have no caption: b.png, c.png" in str(error)
 
 
 def test_caption_that_is_not_utf8_is_refused(tmp_path):
@@ -181,7 +181,7 @@ def test_caption_that_is_not_utf8_is_refused(tmp_path):
         ('{"file_name": "a.png"}', "is not {"),
         ('{"file_name": "a.png", "text": 5}', "is not {"),
         ('{"file_name": "a.png", "text": "<rex>"}', "lists a.png again"),
-        ('{"file_name": "../a.png", "text": "<rex>"}', "not a picture in the folder"),
+        ('{"file_name": "../a.png", "text": "<rex>"}', "not an image in the folder"),
         ("[" * 100_000, "is not {"),
     ],
 )
@@ -231,7 +231,7 @@ def test_ambiguous_caption_files_are_ignored(tmp_path, caplog):
         assert all(
             s.templated for s in read_training_images(tmp_path, trigger="<rex>", caption="a {}")
         )
-    assert "A.PNG.txt (no picture of that name)" in caplog.text
+    assert "A.PNG.txt (no image of that name)" in caplog.text
 
 
 def test_images_of_one_stem_share_a_caption(tmp_path):
@@ -275,7 +275,7 @@ def test_unused_files_are_named(tmp_path, caplog):
     assert [sample.path.name for sample in samples] == ["0.png", "1.jfif"]
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"Left out in {tmp_path}: 7.txt (no picture of that name), .b.png (hidden), c.tiff (save it"
+        f"Left out in {tmp_path}: 7.txt (no image of that name), .b.png (hidden), c.tiff (save it"
         " as PNG), metadata.parquet, notes.md, photo (no suffix)"
     )
 
@@ -285,7 +285,7 @@ def test_long_lists_of_names_are_truncated(tmp_path, caplog):
     for number in range(300):
         (tmp_path / f"x{number:03}.txt").write_text("x")
     read_one(tmp_path)
-    assert "x009.txt (no picture of that name) and 290 more" in caplog.text
+    assert "x009.txt (no image of that name) and 290 more" in caplog.text
     assert len(caplog.text) < 1000
 
 
@@ -341,7 +341,7 @@ def test_csv_tables_round_trip(captions, delimiter, swapped, tmp_path_factory):
     ("row", "says"),
     [
         ("a.png,<rex> again", "lists a.png again"),
-        ("b.png,<rex>", "b.png, which is not a picture in the folder"),
+        ("b.png,<rex>", "b.png, which is not an image in the folder"),
         ("a.png,<rex>, sitting", "has 3 columns and the header 2"),
         ("a.png", "has 1 columns and the header 2"),
         ('a.png,"<rex>', "is not valid CSV"),
@@ -368,7 +368,7 @@ def test_mask_names_ignore_case_and_unused_masks_are_named(masked, caplog):
     (masks / "a.png").rename(masks / "A.PNG")
     saved(masks, "z.png", Image.new("L", (40, 30), 255))
     assert read_one(pictures, masks=masks).mask is not None
-    assert "z.png (no picture of that name)" in caplog.text
+    assert "z.png (no image of that name)" in caplog.text
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
@@ -579,7 +579,7 @@ def test_missing_masks_are_refused(masked):
     saved(masked[0], "b.png")
     saved(masked[0], "c.png")
     error = refused(read_one, masked[0], masks=masked[1])
-    assert "2 pictures have no mask: b.png, c.png" in str(error)
+    assert "2 images have no mask: b.png, c.png" in str(error)
 
 
 def test_two_masks_for_one_image_are_refused(masked):
@@ -590,7 +590,7 @@ def test_two_masks_for_one_image_are_refused(masked):
 def test_masks_of_another_size_are_refused(masked):
     path = saved(masked[1], "a.png", Image.new("L", (30, 40), 255))
     error = refused(read_one, masked[0], masks=masked[1])
-    assert "the mask is 30 x 40 pixels and its picture 40 x 30" in str(error)
+    assert "the mask is 30 x 40 pixels and its image 40 x 30" in str(error)
     assert error.where == str(path)
 
 

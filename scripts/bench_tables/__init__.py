@@ -1,0 +1,54 @@
+"""The tables of scripts/bench/README.md: a function for each, which returns Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scripts.bench_tables import loading, merges, stages, storybook, training
+from scripts.bench_tables.markdown import format_table
+from scripts.bench_tables.results import RESULTS, read_result
+
+
+def results_table() -> str:
+    """The commands, machines and versions of all results."""
+    rows = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = read_result(path.stem)
+        machine, versions = result["machine"], result["versions"]
+        rows.append(
+            [
+                f"[{path.name}](results/{path.name})",
+                f"`{result['command']}`",
+                f"{machine['cpu']}, {machine['cores']} cores",
+                f"{versions['torch']}; {versions['diffusers']}",
+            ]
+        )
+    return format_table(["Result", "Command", "Machine", "torch; diffusers"], rows, 4)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "results": results_table,
+    "demo": storybook.demo_table,
+    "storybook": storybook.storybook_table,
+    "merge_identity": merges.merge_identity_table,
+    "merge_methods": merges.merge_methods_table,
+    "merge_solver": merges.merge_solver_table,
+    "crosstalk": merges.crosstalk_table,
+    "merge_speed": loading.merge_speed_table,
+    "merge_growth": loading.merge_growth_table,
+    "truncate": loading.truncate_table,
+    "load_many": loading.load_many_table,
+    "regions": stages.regions_table,
+    "decor": stages.decor_table,
+    "decor_defaults": stages.decor_defaults_table,
+    "decor_options": stages.decor_options_table,
+    "mixing": stages.mixing_table,
+    "class_preservation": training.class_preservation_table,
+    "composition": training.composition_table,
+    "library": loading.library_table,
+    "train_step": training.train_step_table,
+    "families": training.families_table,
+    "attention": loading.attention_table,
+    "memory": loading.memory_table,
+    "import_time": loading.import_time_table,
+}

@@ -48,6 +48,21 @@ def pipe(request):
     return TINY_FAMILIES[request.param]()
 
 
+#: Family -> tensors of a run of 5 steps, which several tests compare with.
+PLAIN_RUNS = {}
+
+
+@pytest.fixture
+def plain_run(pipe, request, tmp_path):
+    family = request.node.callspec.params["pipe"]
+    if family not in PLAIN_RUNS:
+        torch.manual_seed(1)
+        config = settings(tmp_path, "plain", steps=5)
+        concept = train(config, pipe.components, progress=False, pipeline_config=pipe.config)
+        PLAIN_RUNS[family] = tensors(concept)
+    return PLAIN_RUNS[family]
+
+
 def test_concepts_with_the_same_seed_start_apart(tmp_path):
     first, second = (
         train(
@@ -154,14 +169,7 @@ def test_token_init_starts_the_first_token_at_a_word(tmp_path):
     assert bool((cosine > 0.99999).all())
 
 
-def test_a_run_repeats_bit_for_bit_with_any_global_random_state(pipe, tmp_path):
-    torch.manual_seed(1)
-    first = train(
-        settings(tmp_path, "a", steps=5),
-        pipe.components,
-        progress=False,
-        pipeline_config=pipe.config,
-    )
+def test_a_run_repeats_bit_for_bit_with_any_global_random_state(pipe, plain_run, tmp_path):
     torch.manual_seed(2)
     state = torch.get_rng_state()
     second = train(
@@ -171,18 +179,19 @@ def test_a_run_repeats_bit_for_bit_with_any_global_random_state(pipe, tmp_path):
         pipeline_config=pipe.config,
     )
     assert torch.equal(torch.get_rng_state(), state)
-    assert same(tensors(first), tensors(second))
+    assert same(plain_run, tensors(second))
     third = train(
         settings(tmp_path, "c", seed=1, steps=5),
         pipe.components,
         progress=False,
         pipeline_config=pipe.config,
     )
-    assert not same(tensors(first), tensors(third))
+    assert not same(plain_run, tensors(third))
 
 
 def test_a_resumed_run_gives_the_uninterrupted_result(pipe, tmp_path):
-    changes = {"checkpoint_every": 4, "flip": True, "caption_dropout": 0.3, "noise_offset": 0.1}
+    changes = {"steps": 6, "checkpoint_every": 2}
+    changes |= {"flip": True, "caption_dropout": 0.3, "noise_offset": 0.1}
     whole = train(
         settings(tmp_path, "a", **changes),
         pipe.components,
@@ -197,7 +206,7 @@ def test_a_resumed_run_gives_the_uninterrupted_result(pipe, tmp_path):
             pipe.components,
             progress=False,
             pipeline_config=pipe.config,
-            on_step=crash_at(10),
+            on_step=crash_at(5),
         )
     assert_unchanged(before, pipe.components, pipe.config)
     assert [p.name for p in (config.output / ".checkpoints").iterdir()] != []
@@ -210,17 +219,11 @@ def test_a_resumed_run_gives_the_uninterrupted_result(pipe, tmp_path):
         pipeline_config=pipe.config,
         on_step=lambda done, _: steps.append(done),
     )
-    assert steps == [9, 10, 11, 12]
+    assert steps == [5, 6]
     assert same(tensors(whole), tensors(resumed))
 
 
-def test_validation_and_checkpoints_do_not_change_the_result(pipe, tmp_path):
-    plain = train(
-        settings(tmp_path, "a", steps=5),
-        pipe.components,
-        progress=False,
-        pipeline_config=pipe.config,
-    )
+def test_validation_and_checkpoints_do_not_change_the_result(pipe, plain_run, tmp_path):
     config = settings(
         tmp_path,
         "b",
@@ -231,7 +234,7 @@ def test_validation_and_checkpoints_do_not_change_the_result(pipe, tmp_path):
         validation_steps=2,
     )
     busy = train(config, pipe.components, progress=False, pipeline_config=pipe.config)
-    assert same(tensors(plain), tensors(busy))
+    assert same(plain_run, tensors(busy))
     pictures = sorted((config.output / "validation").iterdir())
     assert [p.name for p in pictures] == ["step-2.png", "step-4.png", "step-5.png"]
     with Image.open(pictures[0]) as image:
@@ -279,7 +282,8 @@ def calls_of(module, count=lambda args, kwargs: 1):
 def test_frozen_encoders_run_once(pipe, tmp_path):
     texts = calls_of(pipe.text_encoder)
     pictures = calls_of(pipe.vae.encoder)
-    config = settings(tmp_path, train_text_encoder=False, train_tokens=False, caption_dropout=0.5)
+    frozen = {"train_text_encoder": False, "train_tokens": False}
+    config = settings(tmp_path, **frozen, caption_dropout=0.5, steps=4)
     concept = train(config, pipe.components, progress=False, pipeline_config=pipe.config)
     assert len(texts) == 2  # the caption and the empty caption
     assert len(pictures) == 3

@@ -137,10 +137,9 @@ def test_near_names_of_unknown_settings_are_suggested():
     assert lines[1] == "'learning_rat' is not a setting;"
     assert lines[2] == "'batchsize' is not a setting;"
     assert lines[3] == "'zzz' is not a setting"
-    assert error.fix == (
-        "learning_rat: did you mean learning_rate?; batchsize: did you mean batch_size?; zzz: leave"
-        " it out"
-    )
+    assert error.fix.startswith("learning_rat: did you mean learning_rate")
+    assert "; batchsize: did you mean batch_size" in error.fix
+    assert error.fix.endswith("; zzz: leave it out")
 
 
 def test_all_problems_are_reported_at_once():
@@ -150,7 +149,7 @@ def test_all_problems_are_reported_at_once():
     assert lines[0] == "6 settings are wrong:"
     names = sorted(line.split()[0] for line in lines[1:])
     assert names == ["base", "class_word", "images", "name", "output", "rank"]
-    assert "images is missing" in lines[3]
+    assert "images is missing;" in lines
     assert "images: set images. Folder of training images" in caught.value.fix
 
 
@@ -182,12 +181,12 @@ def describe(name):
         ({"prior_prompt": "a <REX> dog"}, "contains the trigger <rex>"),
         (
             {"preserve": {"class_text": 1}, "train_tokens": False, "train_text_encoder": False},
-            "no text encoder is trained; set train_tokens or train_text_encoder to true",
+            "no text encoder is trained. Fix: set train_tokens or train_text_encoder to true",
         ),
         ({"preserve": {"output": 1}, "class_word": "<rex>"}, "class_word contains the trigger"),
         (
             {"preserve_phrases": ["a {}"], "preserve": {"output": 1}},
-            "is not used; set preserve to class_text, context_text or context_output",
+            "is not used. Fix: set preserve to class_text, context_text or context_output",
         ),
         ({"preserve_pooling": "published"}, "applies to class_text only"),
         (

@@ -16,6 +16,7 @@ from customize.errors import ConfigError
 from customize.references.config import ReferencesConfig
 
 _SYSTEM = "You are a helpful assistant."
+_BLACK_SIDE = 512  # pixels
 _VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -49,18 +50,36 @@ class EncoderInputs:
 
 
 @dataclass(frozen=True, eq=False)
+class ImagePatches:
+    """An image as the vision tower reads it.
+
+    Attributes:
+        values: (patches, channels * temporal patch * patch^2), float32.
+        grid: (3,), int64: patches in time, height and width.
+    """
+
+    values: Tensor
+    grid: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class GroupRequest:
     """What the encoder reads of one group.
 
     Attributes:
-        images: RGB images, at least one.
+        images: RGB images or their patches, at least one.
         attributes: For each image the attribute to take from it, such as "colour"; "" for all.
         prompt: The prompt, for encoders that read it.
     """
 
-    images: Sequence[Image.Image]
+    images: Sequence[Image.Image | ImagePatches]
     attributes: Sequence[str] = ()
     prompt: str = ""
+
+
+def unconditional_request() -> GroupRequest:
+    """Return what stands for no references: a black picture without a prompt, as in EasyRef."""
+    return GroupRequest([Image.new("RGB", (_BLACK_SIDE, _BLACK_SIDE))])
 
 
 class ReferenceProcessor:
@@ -99,6 +118,13 @@ class ReferenceProcessor:
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
+    def cut_images(self, images: Sequence[Image.Image]) -> list[ImagePatches]:
+        """Resize RGB images and cut them to patches."""
+        pixels = self.image_processor(images=list(images), return_tensors="pt")
+        grids = pixels["image_grid_thw"]
+        parts = pixels["pixel_values"].split(grids.prod(1).tolist())
+        return [ImagePatches(part, grid) for part, grid in zip(parts, grids, strict=True)]
+
     def make_inputs(
         self, groups: Sequence[GroupRequest], config: ReferencesConfig
     ) -> EncoderInputs:
@@ -108,9 +134,14 @@ class ReferenceProcessor:
             groups: One request for each row of the batch.
             config: Instruction and positions.
         """
-        images = [image for group in groups for image in group.images]
-        pixels = self.image_processor(images=images, return_tensors="pt")
-        return self.assemble(groups, pixels["pixel_values"], pixels["image_grid_thw"], config)
+        patches = [
+            image if isinstance(image, ImagePatches) else self.cut_images([image])[0]
+            for group in groups
+            for image in group.images
+        ]
+        grids = torch.stack([image.grid for image in patches])
+        values = torch.cat([image.values for image in patches])
+        return self.assemble(groups, values, grids, config)
 
     def assemble(
         self,

@@ -23,9 +23,9 @@ from customize.atomic import write_atomic
 from customize.errors import SettingsError, StorageError, TrainingError, storage_error
 from customize.safe_read import MAX_SAFETENSORS_BYTES, read_safetensors
 from customize.text import one_line, plural
-from customize.training.config import TrainConfig
 from customize.training.data.changed_images import IMAGE_SETTINGS, describe_changes
 from customize.training.field_values import format_value
+from customize.training.loop_settings import LoopSettings
 from customize.training.settings_file import rename_settings
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
@@ -65,7 +65,7 @@ class Checkpoint:
         return f"Checkpoint(step {self.step}: {plural(len(self.tensors), 'tensor')})"
 
 
-def checkpoint_folder(config: TrainConfig) -> Path:
+def checkpoint_folder(config: LoopSettings) -> Path:
     """Return a concept's folder for checkpoints; a run uses that of its first concept."""
     return config.output / ".checkpoints"
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from customize.base.device import choose_device
 from customize.core.precision import model_autocast
 from customize.errors import ConfigError, CustomizeError
-from customize.training.config import TrainConfig
+from customize.training.loop_settings import LoopSettings
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ _STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 MIXED_PRECISION_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def create_accelerator(config: TrainConfig) -> Any:
+def create_accelerator(config: LoopSettings) -> Any:
     """Create the ``accelerate.Accelerator`` of this process, with the tracker of the settings.
 
     Warns if accelerate is configured for a mixed precision or gradient accumulation that differs
@@ -85,7 +85,7 @@ def run_on_main_process(accelerator: Any, action: Callable[[], T]) -> T:
     return result[0]
 
 
-def training_device(config: TrainConfig, accelerator: Any) -> torch.device:
+def training_device(config: LoopSettings, accelerator: Any) -> torch.device:
     """Return the device of the settings, or accelerate's default.
 
     Raises:
@@ -110,7 +110,7 @@ def training_device(config: TrainConfig, accelerator: Any) -> torch.device:
     return device
 
 
-def create_autocast(config: TrainConfig, device: torch.device) -> Autocast:
+def create_autocast(config: LoopSettings, device: torch.device) -> Autocast:
     """Return a function that makes the autocast context; a null context without mixed precision."""
     if config.mixed_precision == "no":
         return nullcontext

@@ -17,17 +17,14 @@ from customize.training.checkpoint import (
     Checkpoint,
     capture_state,
     check_finite,
-    check_slices_match,
-    checkpoint_folder,
     latest_step,
     restore_state,
     save_checkpoint,
 )
-from customize.training.class_preservation import PreservationTargets
 from customize.training.distributed import average_gradients, stop_signals
-from customize.training.finite_checks import suggest_base_fix
-from customize.training.losses import ImageLosses
-from customize.training.run import Run
+from customize.training.loop_settings import LoopSettings
+from customize.training.progress import Progress
+from customize.training.training_task import TrainingTask
 
 #: Called after each step with its number, from 1, and its loss, a scalar on the device.
 OnStep = Callable[[int, Tensor], object]
@@ -42,20 +39,42 @@ class StepImages(Protocol):
         """Draw the images if they are due after this step."""
 
 
+class LoopRun(Protocol):
+    """What the loop reads of a run."""
+
+    @property
+    def config(self) -> LoopSettings:
+        """The settings of the loop."""
+
+    @property
+    def accelerator(self) -> Any:
+        """The ``accelerate.Accelerator`` of this process."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters and losses."""
+
+    @property
+    def progress(self) -> Progress:
+        """Shows the bar."""
+
+
 def run_training_loop(
-    run: Run,
-    targets: PreservationTargets,
+    run: LoopRun,
+    task: TrainingTask,
     checkpoint: Checkpoint | None,
+    folder: Path,
     settings: Mapping[str, Any],
     step_images: Sequence[StepImages],
     on_step: OnStep | None,
 ) -> tuple[list[list[float]], float]:
-    """Train the parameters of the run in place up to ``config.steps``.
+    """Train the parameters of a task in place up to ``config.steps``.
 
     Args:
         run: The run, with everything attached and encoded.
-        targets: Outputs of the base model for the preservation losses.
+        task: The parameters and their losses.
         checkpoint: Checkpoint to resume from; None: start at the first step.
+        folder: Folder of the run's checkpoints.
         settings: Settings to write into checkpoints.
         step_images: Images to draw while training; their time does not count.
         on_step: Called after each step.
@@ -64,22 +83,19 @@ def run_training_loop(
         Pairs of step and mean loss, and the seconds per step.
 
     Raises:
-        SettingsError: The checkpoint is of other slices.
+        SettingsError: The checkpoint does not fit the task.
         TrainingError: A loss or a trained parameter is not finite.
         TrainingStopped: A stop signal arrived, and a checkpoint is written.
     """
-    config, accelerator, trainable = run.config, run.accelerator, run.trainable
-    losses = ImageLosses(run, targets)
-    parameters = trainable.named_parameters()
+    config, accelerator = run.config, run.accelerator
+    parameters = task.named_parameters()
     weights = list(parameters.values())
-    groups = trainable.parameter_groups(run.family, config)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, fused=run.device.type in _FUSED)
+    optimizer = torch.optim.AdamW(task.parameter_groups(), lr=0.0, fused=run.device.type in _FUSED)
     scaler = torch.amp.GradScaler(run.device.type, enabled=config.mixed_precision == "fp16")
-    folder = checkpoint_folder(config)
     history: list[list[float]] = []
-    sketches = trainable.slice_sketches()
+    fixed = task.fixed_tensors()
     if checkpoint is not None:
-        check_slices_match(checkpoint, sketches, folder)
+        task.check_checkpoint(checkpoint, folder)
         restore_state(checkpoint, parameters, optimizer, scaler)
         history = [list(pair) for pair in checkpoint.history]
 
@@ -103,25 +119,24 @@ def run_training_loop(
             total = torch.zeros((), device=run.device)
             for micro_batch in range(accumulation):
                 batch = micro_batch * accelerator.num_processes + accelerator.process_index
-                for loss in losses.compute(step, batch, batches):
+                for loss in task.losses(step, batch, batches):
                     scaler.scale(loss).backward()
                     total += loss.detach()
-            with run.autocast():
-                text_loss = targets.text_loss(step)
-            if text_loss is not None:
-                scaler.scale(text_loss).backward()
-                total += text_loss.detach()
+            step_loss = task.step_loss(step)
+            if step_loss is not None:
+                scaler.scale(step_loss).backward()
+                total += step_loss.detach()
 
             if accelerator.num_processes > 1:
                 average_gradients(accelerator, weights)
             scaler.unscale_(optimizer)
-            trainable.add_penalty_grad()
+            task.adjust_gradients()
             if config.max_grad_norm:
                 clip_grad_norm_(weights, config.max_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            trainable.clamp_norms_()
+            task.constrain_parameters()
 
             # Nothing above waits for the device. Reading the losses does, so it is done rarely.
             unread_losses.append(total)
@@ -133,7 +148,9 @@ def run_training_loop(
             stopping = bool(received) and accelerator.num_processes == 1
             saving = config.checkpoint_every and (is_last or done % config.checkpoint_every == 0)
             if is_last or saving or stopping or done % config.log_every == 0:
-                mean_loss, stopping = _read_losses(run, unread_losses, bool(received), step, folder)
+                mean_loss, stopping = _read_losses(
+                    run, task, unread_losses, bool(received), step, folder
+                )
                 unread_losses.clear()
                 history.append([done, mean_loss])
                 bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
@@ -141,9 +158,7 @@ def run_training_loop(
                 accelerator.log({"loss": mean_loss} | rates, step=done)
             pause_started = time.perf_counter()
             if (saving or stopping) and accelerator.is_main_process:
-                state = capture_state(
-                    done, parameters, optimizer, scaler, settings, history, sketches
-                )
+                state = capture_state(done, parameters, optimizer, scaler, settings, history, fixed)
                 save_checkpoint(folder, state, config.keep_checkpoints)
             if stopping and not is_last:
                 raise TrainingStopped(
@@ -182,7 +197,12 @@ def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> f
 
 
 def _read_losses(
-    run: Run, losses: Sequence[Tensor], stop: bool, step: int, folder: Path
+    run: LoopRun,
+    task: TrainingTask,
+    losses: Sequence[Tensor],
+    stop: bool,
+    step: int,
+    folder: Path,
 ) -> tuple[float, bool]:
     """The mean loss over steps and processes, and whether any process received a stop signal.
 
@@ -198,7 +218,7 @@ def _read_losses(
         if bad_step == 1:
             raise TrainingError(
                 f"{problem}, before the first update, so the cause is the base or the images",
-                fix=suggest_base_fix(run.family, run.config.mixed_precision == "fp16"),
+                fix=task.suggest_fix(),
             )
         fix = "lower the learning rates, or set mixed_precision to bf16 (--mixed-precision bf16)"
         saved_step = latest_step(folder)

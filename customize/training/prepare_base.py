@@ -79,7 +79,7 @@ def load_base(
     for concept_config in run.configs:
         run.resolution = check_family_support(family, concept_config)
     if run.owns_base:
-        _freeze(family.components)
+        freeze(family.components)
         offload(family, family.unused, free=True)
     else:
         run.cleanup.enter_context(restored_afterwards(components))
@@ -92,7 +92,8 @@ def load_base(
             quantize_model(denoiser, config.quantize, dtype, run.device)
 
 
-def _freeze(components: Mapping[str, Any]) -> None:
+def freeze(components: Mapping[str, Any]) -> None:
+    """Set all models to evaluation mode, without gradients."""
     for model in components.values():
         if isinstance(model, nn.Module):
             model.requires_grad_(False)
@@ -132,7 +133,7 @@ def restored_afterwards(components: Mapping[str, Any]) -> Iterator[None]:
         for model in models.values()
     ]
     try:
-        _freeze(models)
+        freeze(models)
         yield
     finally:
         for model, device, modes, requires_grad in states:

@@ -26,6 +26,7 @@ from customize.training.checkpoint import (
 )
 from customize.training.class_preservation import PreservationTargets
 from customize.training.compile_blocks import check_compiler, compiled_blocks
+from customize.training.concept_task import ConceptTask
 from customize.training.config import TrainConfig
 from customize.training.distributed import (
     create_accelerator,
@@ -291,7 +292,13 @@ def train_and_save(
     accelerator.wait_for_everyone()
 
     history, seconds_per_step = run_training_loop(
-        run, targets, state.checkpoint, settings[0], [*validations, *samples], on_step
+        run,
+        ConceptTask(run, targets),
+        state.checkpoint,
+        checkpoint_folder(run.config),
+        settings[0],
+        [*validations, *samples],
+        on_step,
     )
 
     words = [word for config in run.configs for word in (config.trigger, config.class_word)]

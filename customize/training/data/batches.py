@@ -90,7 +90,7 @@ def choose_images(
     if groups is None:
         slots = range(turn * size, (turn + 1) * size)
         positions = [slot // concepts for slot in slots if slot % concepts == concept]
-        indices = [_order(seed, i // count, count, stream)[i % count] for i in positions]
+        indices = [pass_order(seed, i // count, count, stream)[i % count] for i in positions]
     elif turn % concepts == concept:
         indices = _choose_from_group(seed, turn // concepts, size, groups, stream)
     else:
@@ -130,7 +130,8 @@ def draw_noise(
 
 
 @lru_cache(maxsize=8)
-def _order(seed: int, epoch: int, count: int, stream: str) -> tuple[int, ...]:
+def pass_order(seed: int, epoch: int, count: int, stream: str) -> tuple[int, ...]:
+    """Return the random order of ``count`` items in a pass over them."""
     generator = Generator().manual_seed(stream_seed(seed, "order", stream, epoch))
     return tuple(torch.randperm(count, generator=generator).tolist())
 
@@ -145,13 +146,13 @@ def _choose_from_group(
     """
     count = len(groups)
     epoch, position = divmod(turn, count)
-    turns = _order(seed, epoch, count, f"{stream} groups")
+    turns = pass_order(seed, epoch, count, f"{stream} groups")
     group = groups[turns[position]]
     group_size = sum(other == group for other in groups)
     earlier = epoch * group_size + sum(groups[index] == group for index in turns[:position])
     chosen: list[int] = []
     for i in range(earlier * size, (earlier + 1) * size):
-        order = _order(seed, i // group_size, count, stream)
+        order = pass_order(seed, i // group_size, count, stream)
         chosen.append([index for index in order if groups[index] == group][i % group_size])
     return chosen
 

@@ -202,7 +202,7 @@ def read_mask(path: Path, size: Size, square: bool = True) -> Image.Image:
             fix="give both the same size",
         )
     trained = (min(size), min(size)) if square else size
-    if _crop_and_resize(mask, trained, Image.Resampling.BOX).getextrema() == (0, 0):
+    if crop_and_resize(mask, trained, Image.Resampling.BOX).getextrema() == (0, 0):
         raise _black_mask_error("the centre square" if square else "it", path)
     return mask
 
@@ -217,7 +217,7 @@ def image_tensor(sample: TrainingImage | ImageAndMask, size: Size | int) -> Tens
     Returns:
         (3, height, width), float32 in [-1, 1].
     """
-    image = _crop_and_resize(sample.image, _size(size), Image.Resampling.LANCZOS)
+    image = crop_and_resize(sample.image, _size(size), Image.Resampling.LANCZOS)
     return images_to_tensor([image])[0].contiguous()
 
 
@@ -241,7 +241,7 @@ def mask_tensor(
     full_mask = (loaded or load_image_and_mask(sample)).mask
     if full_mask is None:
         return torch.ones(1, height, width)
-    mask = _crop_and_resize(full_mask, (width, height), Image.Resampling.BOX)
+    mask = crop_and_resize(full_mask, (width, height), Image.Resampling.BOX)
     if mask.getextrema() == (0, 0):
         raise _black_mask_error("the part of the image that is trained", sample.path)
     return torch.from_numpy(np.array(mask, dtype=np.float32))[None] / 255.0
@@ -263,12 +263,12 @@ def content_hash(loaded: ImageAndMask, caption: str) -> str:
 def _resize(loaded: ImageAndMask, side: int) -> ImageAndMask:
     size, mask = (side, side), loaded.mask
     return ImageAndMask(
-        _crop_and_resize(loaded.image, size, Image.Resampling.LANCZOS),
-        None if mask is None else _crop_and_resize(mask, size, Image.Resampling.BOX),
+        crop_and_resize(loaded.image, size, Image.Resampling.LANCZOS),
+        None if mask is None else crop_and_resize(mask, size, Image.Resampling.BOX),
     )
 
 
-def _crop_and_resize(image: Image.Image, size: Size, filter_: Image.Resampling) -> Image.Image:
+def crop_and_resize(image: Image.Image, size: Size, filter_: Image.Resampling) -> Image.Image:
     """Crop the largest centre part with the aspect ratio of a size, and resize it.
 
     Resampling from a box equals scaling and cropping, without the memory for the scaled image.

@@ -28,7 +28,7 @@ from customize.safe_read import MAX_TABLE_BYTES, read_bytes
 from customize.text import quote
 from customize.training.data import dataset
 from customize.training.data.captions import read_captions
-from customize.training.data.image_folder import (
+from customize.image_folder import (
     image_formats,
     join_names,
     list_suffixes,

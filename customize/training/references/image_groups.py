@@ -23,11 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from customize.errors import DataError
-from customize.near_names import suggest_paths
-from customize.safe_read import MAX_TABLE_BYTES, read_bytes
-from customize.text import quote
-from customize.training.data import dataset
-from customize.training.data.captions import read_captions
 from customize.image_folder import (
     image_formats,
     join_names,
@@ -35,6 +30,11 @@ from customize.image_folder import (
     scan_folder,
     warn_ignored,
 )
+from customize.near_names import suggest_paths
+from customize.safe_read import MAX_TABLE_BYTES, read_bytes
+from customize.text import quote
+from customize.training.data import dataset
+from customize.training.data.captions import read_captions
 
 _MAX_ATTRIBUTE = 100  # characters
 _KEYS = {"group", "image", "caption", "attribute", "references"}

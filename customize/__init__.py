@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from customize.api.inspect_files import inspect
     from customize.api.merge_files import merge
     from customize.api.train_concept import train
+    from customize.api.train_references import train_references
     from customize.concepts.io.read_concept import load_concept
     from customize.concepts.io.write_concept import save_concept
     from customize.concepts.library.library import Library
@@ -50,6 +51,7 @@ _LATER = {
     "merge": "customize.api.merge_files",
     "save_concept": "customize.concepts.io.write_concept",
     "train": "customize.api.train_concept",
+    "train_references": "customize.api.train_references",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "record_inputs",
     "save_concept",
     "train",
+    "train_references",
     "unload_custom",
 ]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,11 @@ class ReferenceAdapter(nn.Module):
             for name, (out, width_in) in layers.projections.items():
                 _add_submodule(self, name, LowRankUpdate(out, width_in, rank, alpha / rank))
 
-    def key(self, attention: str) -> nn.Module:
+    def key(self, attention: str) -> Any:
         """Return the projection of reference tokens to keys of an attention layer."""
         return self.get_submodule(f"{attention}.to_k_ref")
 
-    def value(self, attention: str) -> nn.Module:
+    def value(self, attention: str) -> Any:
         """Return the projection of reference tokens to values of an attention layer."""
         return self.get_submodule(f"{attention}.to_v_ref")
 

@@ -69,15 +69,16 @@ class Attachment:
             tokens: (rows, num_tokens, width), a row for each row of the latents; or a function of
                 a call's arguments.
         """
-        constant = RowTokens(tokens) if isinstance(tokens, Tensor) else None
+        source = RowTokens(tokens) if isinstance(tokens, Tensor) else tokens
         # `forward` rather than a hook: passes of other code that call it directly are included.
         denoiser, before = self._denoiser, vars(self._denoiser).get("forward")
         call = denoiser.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(zip(self._names, args, strict=False)) | kwargs
-            self.current = tokens(arguments) if constant is None else constant
-            return call(**self._insert(arguments, self.current.tokens))
+            current = source if isinstance(source, RowTokens) else source(arguments)
+            self.current = current
+            return call(**self._insert(arguments, current.tokens))
 
         denoiser.forward = forward
         try:

@@ -14,7 +14,7 @@ from customize.errors import ConfigError, CustomizeError
 from customize.families import Family, family_of
 from customize.references.encoder import ReferenceEncoder
 from customize.references.encoder_inputs import ReferenceProcessor
-from customize.references.model import WEIGHTS_FILE, ReferenceModel, mllm_class_of
+from customize.references.model import ReferenceModel
 from customize.references.seams import make_adapter, seam_of
 from customize.safe_read import MAX_TABLE_BYTES, check_regular_files, map_float_tensors, read_json
 from customize.text import one_line
@@ -28,6 +28,9 @@ from customize.training.distributed import MIXED_PRECISION_DTYPES
 from customize.training.prepare_base import freeze, offload, restored_afterwards
 from customize.training.references.config import ReferenceTrainConfig
 from customize.training.references.reference_run import ReferenceRun
+
+#: "model_type" of a configuration -> class in transformers.
+_MLLMS = {"qwen2_vl": "Qwen2VLModel", "qwen2_5_vl": "Qwen2_5_VLModel"}
 
 
 def load_base(
@@ -129,11 +132,19 @@ def load_mllm(folder: Path) -> nn.Module:
     Raises:
         ConfigError: The folder is missing or damaged, or has another kind of model.
     """
+    import transformers
+
     fix = "give the folder of a Qwen2-VL with .safetensors weights"
     try:
         check_regular_files(folder)
-        mllm_class = mllm_class_of(read_json(folder / "config.json", MAX_TABLE_BYTES))
-        mllm: nn.Module = mllm_class.from_pretrained(
+        kind = read_json(folder / "config.json", MAX_TABLE_BYTES).get("model_type")
+        if kind not in _MLLMS:
+            raise ConfigError(
+                f"an MLLM of the type {kind} cannot read references",
+                where=folder,
+                fix=f"give a folder of the type {' or '.join(_MLLMS)}",
+            )
+        mllm: nn.Module = getattr(transformers, _MLLMS[kind]).from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     except CustomizeError:
@@ -177,10 +188,8 @@ def initial_digest(config: ReferenceTrainConfig, model: ReferenceModel | None) -
     if model is not None:
         parts = (model.encoder, model.adapter)
         return tensors_digest(value for part in parts for value in part.state_dict().values())
-    if config.init is not None:
-        files = [config.init / WEIGHTS_FILE]
-    else:
-        files = sorted(config.mllm.glob("*.safetensors")) if config.mllm else []
+    folder = config.init or config.mllm
+    files = sorted(folder.rglob("[!.]*.safetensors")) if folder else []
     digests = []
     for file in files:
         try:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from customize.atomic import is_partial, write_atomic
+from customize.atomic import fsync_folder, is_partial, partial_folder, write_atomic
 from customize.errors import SettingsError, StorageError, storage_error
-from customize.references.model import CONFIG_FILE, ReferenceModel
+from customize.references.model import ReferenceModel
 from customize.safe_read import MAX_TABLE_BYTES, read_json
 from customize.training.checkpoint import (
     BASE_CONFIG,
@@ -23,7 +23,7 @@ from customize.training.checkpoint import (
 from customize.training.data.changed_images import combined_hash
 from customize.training.references.config import ENCODER_SETTINGS, ReferenceTrainConfig
 
-FACTS_FILE = "training.json"
+FACTS_FILE, CONFIG_FILE = "training.json", "references.json"
 _RUN_FILES = {".checkpoints", "validation", "logs"}
 _MAX_HISTORY = 200  # pairs of step and loss
 _MAX_NAMED_IMAGES = 2000
@@ -122,6 +122,28 @@ def find_reference_state(
             "them",
         )
     return None, None
+
+
+def save_references(model: ReferenceModel, folder: Path) -> None:
+    """Write references into the output folder, which has the files of the run as well.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FACTS_FILE).unlink(missing_ok=True)  # of the references that are replaced
+        with partial_folder(folder / "references") as partial:
+            model.save_pretrained(partial / "new")
+            names = [path.name for path in (partial / "new").iterdir()]
+            for name in sorted(names, key=lambda name: name == CONFIG_FILE):  # it comes last
+                target = folder / name
+                if target.is_dir():
+                    target.rename(partial / f"old-{name}")
+                (partial / "new" / name).replace(target)
+            fsync_folder(folder)
+    except OSError as error:
+        raise storage_error(error, folder) from error
 
 
 def write_training_facts(

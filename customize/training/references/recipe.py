@@ -45,6 +45,7 @@ from customize.training.references.output import (
     check_reference_output,
     find_reference_state,
     reference_settings,
+    save_references,
     write_training_facts,
 )
 from customize.training.references.reference_inputs import (
@@ -240,7 +241,7 @@ def train_and_save(
     )
     if accelerator.is_main_process:
         with run.progress.phase("saving the references"):
-            run.model.save_pretrained(config.output)
+            save_references(run.model, config.output)
             write_training_facts(config, settings, history, seconds_per_step)
     accelerator.wait_for_everyone()
     return run.model

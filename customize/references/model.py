@@ -126,7 +126,11 @@ def mllm_class_of(mllm_config: Mapping[str, Any]) -> Any:
     """
     import transformers
 
-    classes = {"qwen2_vl": "Qwen2VLModel", "qwen2_5_vl": "Qwen2_5_VLModel"}
+    classes = {
+        "qwen2_vl": "Qwen2VLModel",
+        "qwen2_5_vl": "Qwen2_5_VLModel",
+        "qwen3_vl": "Qwen3VLModel",
+    }
     kind = mllm_config.get("model_type") if isinstance(mllm_config, Mapping) else None
     if kind not in classes:
         raise ConfigError(

@@ -20,7 +20,7 @@ from customize.errors import ConfigError
 from customize.references.config import INSTRUCTION, ReferencesConfig
 from customize.safe_read import real_path
 from customize.training import field_values
-from customize.training.config_validation import config_error, join_problems
+from customize.training.config_validation import Problem, config_error, join_problems
 from customize.training.field_values import format_value, normalize_value
 from customize.training.references.stages import STAGES, Stage
 from customize.training.settings_file import read_yaml
@@ -78,13 +78,13 @@ class ReferenceTrainConfig(BaseModel):
     )
     caption: str | None = Field(
         default=None,
-        description="Caption of images without one (none: every image needs a caption)",
+        description="Caption of images without one (default: every image needs a caption)",
     )
     resolution: int | None = Field(
         default=None,
         ge=16,
         le=8192,
-        description="Side of the square targets in pixels, 16 to 8192 (none: the family's default)",
+        description="Side of the square targets in pixels, 16 to 8192 (default: the family's)",
     )
     buckets: bool = Field(
         default=False, description="Crop to aspect-ratio buckets of equal area instead of a square"
@@ -116,7 +116,7 @@ class ReferenceTrainConfig(BaseModel):
         default=128, ge=0, le=4096, description="Rank of the LoRA on the attention projections"
     )
     lora_alpha: float | None = Field(
-        default=None, gt=0, description="LoRA alpha; the scale is alpha / rank (none: the rank)"
+        default=None, gt=0, description="LoRA alpha; the scale is alpha / rank (default: the rank)"
     )
 
     # References of a target
@@ -149,14 +149,14 @@ class ReferenceTrainConfig(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="Learning rate (none: the stage's, 1e-4 in alignment, 4e-5 in single, 2e-5 in"
+        description="Learning rate (default: the stage's, 1e-4 in alignment, 4e-5 in single, 2e-5 in"
         " multi)",
     )
     adapter_learning_rate: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Learning rate of the denoiser's adapter (none: the learning rate)",
+        description="Learning rate of the denoiser's adapter (default: the learning rate)",
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="Schedule after warm-up; linear and cosine decay to 0"
@@ -171,11 +171,11 @@ class ReferenceTrainConfig(BaseModel):
     min_snr_gamma: float | None = Field(
         default=None,
         gt=0,
-        description="Gamma of min-SNR loss weighting for DDPM models, above 0, usually 5 (none:"
+        description="Gamma of min-SNR loss weighting for DDPM models, above 0, usually 5 (default:"
         " uniform weighting)",
     )
     timestep_density: Literal["uniform", "logit_normal", "mode", "cosmap"] | None = Field(
-        default=None, description="Sampling density of the timesteps (none: the family's default)"
+        default=None, description="Sampling density of the timesteps (default: the family's)"
     )
 
     # Precision and device
@@ -192,7 +192,7 @@ class ReferenceTrainConfig(BaseModel):
     device: str | None = Field(
         default=None,
         pattern=r"^[a-z]+(:[0-9]{1,3})?$",
-        description="Device, such as cpu or cuda:1 (none: the accelerator, otherwise cpu)",
+        description="Device, such as cpu or cuda:1 (default: the accelerator, otherwise cpu)",
     )
 
     # Checkpoints, validation and logs
@@ -207,13 +207,13 @@ class ReferenceTrainConfig(BaseModel):
     )
     validation_images: Path | None = Field(
         default=None,
-        description="Groups of the validation sheets, as images (none: the training groups)",
+        description="Groups of the validation sheets, as images (default: the training groups)",
     )
     validation_groups: int = Field(
         default=4, ge=0, le=64, description="Number of groups in a validation sheet (0: no sheets)"
     )
     validation_prompts: tuple[str, ...] = Field(
-        default=(), description="Prompts for each group (none: the caption of its target)"
+        default=(), description="Prompts for each group (default: the caption of its target)"
     )
     validation_every: int = Field(
         default=0, ge=0, description="Steps between validation sheets (0: only after training)"
@@ -225,7 +225,7 @@ class ReferenceTrainConfig(BaseModel):
         default=None,
         ge=0,
         le=100,
-        description="Guidance scale of validation sheets, 0 to 100 (none: the pipeline's default)",
+        description="Guidance scale of validation sheets, 0 to 100 (default: the pipeline's)",
     )
     tracker: Literal[
         "none",
@@ -305,17 +305,18 @@ class ReferenceTrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_contradictions(self) -> ReferenceTrainConfig:
-        problems = [
-            f"{field} is {format_value(getattr(self, field))}: it {problem}"
-            for field, problem in self._contradictions().items()
-            if problem
-        ]
+        problems = []
+        for field, text in self._contradictions().items():
+            if text:
+                problem, _, fix = str(text).partition("; ")
+                value = format_value(getattr(self, field))
+                problems.append(Problem(field, f"{field} is {value}: it {problem}", fix))
         if problems:
-            raise ConfigError(join_problems(problems))
+            raise join_problems(problems)
         return self
 
     def _contradictions(self) -> dict[str, str | bool]:
-        """Setting -> the problem and its fix, starting with a verb; false if there is none."""
+        """Setting -> what is wrong; its fix, starting with a verb, or false."""
         encoder_settings = sorted(self.model_fields_set & {*ENCODER_SETTINGS})
         output, images = real_path(self.output), self.images and real_path(self.images)
         return {
@@ -338,7 +339,7 @@ class ReferenceTrainConfig(BaseModel):
             "drop_images": self.drop_images + self.drop_text + self.drop_both > 1
             and "is above 1 together with drop_text and drop_both; lower them",
             "warmup_steps": self.warmup_steps >= self.steps
-            and f"must be below the number of steps, {self.steps}",
+            and f"must be below the number of steps, {self.steps}; lower it, or raise steps",
         }
 
 

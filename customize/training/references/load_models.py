@@ -12,12 +12,12 @@ from torch import nn
 from customize.base.load_pipeline import load_pipeline
 from customize.errors import ConfigError, CustomizeError
 from customize.families import Family, family_of
-from customize.references.encoder import ReferenceEncoder
+from customize.references.encoder import MLLMS, ReferenceEncoder
 from customize.references.encoder_inputs import ReferenceProcessor
 from customize.references.model import ReferenceModel
 from customize.references.seams import make_adapter, seam_of
 from customize.safe_read import MAX_TABLE_BYTES, check_regular_files, map_float_tensors, read_json
-from customize.text import one_line
+from customize.text import one_line, quote
 from customize.training.base_fingerprint import (
     tensors_digest,
     weight_digests,
@@ -28,9 +28,6 @@ from customize.training.distributed import MIXED_PRECISION_DTYPES
 from customize.training.prepare_base import freeze, offload, restored_afterwards
 from customize.training.references.config import ReferenceTrainConfig
 from customize.training.references.reference_run import ReferenceRun
-
-#: "model_type" of a configuration -> class in transformers.
-_MLLMS = {"qwen2_vl": "Qwen2VLModel", "qwen2_5_vl": "Qwen2_5_VLModel"}
 
 
 def load_base(
@@ -127,7 +124,7 @@ def check_model(model: ReferenceModel, family: Family, where: object) -> None:
 
 
 def load_mllm(folder: Path) -> nn.Module:
-    """Load a Qwen2-VL or Qwen2.5-VL in float32 on the CPU, from safetensors only.
+    """Load a Qwen2-VL, Qwen2.5-VL or Qwen3-VL in float32 on the CPU, from safetensors only.
 
     Raises:
         ConfigError: The folder is missing or damaged, or has another kind of model.
@@ -138,13 +135,13 @@ def load_mllm(folder: Path) -> nn.Module:
     try:
         check_regular_files(folder)
         kind = read_json(folder / "config.json", MAX_TABLE_BYTES).get("model_type")
-        if kind not in _MLLMS:
+        if kind not in MLLMS:
             raise ConfigError(
-                f"an MLLM of the type {kind} cannot read references",
+                f"an MLLM of the type {quote(kind)} cannot read references",
                 where=folder,
-                fix=f"give a folder of the type {' or '.join(_MLLMS)}",
+                fix=f"give the folder of one of the type {', '.join(MLLMS)}",
             )
-        mllm: nn.Module = getattr(transformers, _MLLMS[kind]).from_pretrained(
+        mllm: nn.Module = transformers.AutoModel.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
     except CustomizeError:

@@ -149,8 +149,8 @@ class ReferenceTrainConfig(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="Learning rate (default: the stage's, 1e-4 in alignment, 4e-5 in single, 2e-5 in"
-        " multi)",
+        description="Learning rate (default: the stage's, 1e-4 in alignment, 4e-5 in single, 2e-5"
+        " in multi)",
     )
     adapter_learning_rate: float | None = Field(
         default=None,

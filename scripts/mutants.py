@@ -105,9 +105,19 @@ def run_group(group: str, args: argparse.Namespace) -> int:
     mutmut.collect_source_file_mutation_data = collect_selected
     if args.again:
         forget_survivors(collect_selected(mutant_names=())[0])
+    os.register_at_fork(after_in_child=clear_caches)
     if not args.report:
         mutmut._run((), args.jobs)
     return print_report(collect_selected(mutant_names=())[0])
+
+
+def clear_caches() -> None:
+    """Forget what cached functions returned before: tests of a mutant run in a fork."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "customize":
+            for value in vars(module).values():
+                if hasattr(type(value), "cache_clear"):
+                    value.cache_clear()
 
 
 def forget_survivors(mutants: Sequence[tuple[Any, str, int | None]]) -> None:

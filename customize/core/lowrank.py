@@ -274,8 +274,6 @@ def _concatenate_factors(
 
 def _dense_factor(p: LowRank) -> Tensor | None:
     """Return the dense factor of an update from :func:`from_dense`, without its scale."""
-    if p.rank != min(p.shape):
-        return None
     if p.rank == p.shape[0] and _is_identity(p.up):
         return p.down
     return p.up if p.rank == p.shape[1] and _is_identity(p.down) else None

@@ -104,7 +104,7 @@ def dora_delta(weight: Tensor, update: LowRank, magnitude: Tensor) -> Tensor:
         raise ConceptError(f"an update of shape {update.shape} is not one of {tuple(base.shape)}")
     changed = base + to_dense(update).float().reshape(base.shape)
     sides = [magnitude.shape[0], *[1] * (base.ndim - 1)] if magnitude.ndim == 1 else magnitude.shape
-    axes = [dim for dim, side in enumerate(sides) if side != 1]
+    axes = [dim for dim, side in enumerate(sides) if side != 1] or [0]  # of one row
     if len(sides) != base.ndim or axes not in ([0], [1]) or sides[axes[0]] != base.shape[axes[0]]:
         raise ConceptError(
             f"magnitudes of shape {tuple(magnitude.shape)} do not fit a weight of shape "

@@ -108,7 +108,5 @@ def _axis_weights(cells: int, low: float, high: float, edge: float) -> Tensor:
 
 def _ramp_integral(x: Tensor, center: float, edge: float) -> Tensor:
     """Integrate a ramp of width ``edge`` around ``center`` from -infinity to x."""
-    if edge == 0.0:
-        return (x - center).clamp(min=0.0)
     distance = (x - (center - edge / 2)).clamp(min=0.0)
     return torch.where(distance < edge, distance.square() / (2 * edge), distance - edge / 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,14 +96,14 @@ def apply_attachments(
         for component, model in models.items()
     }
     new = _merge(family, state, after, merge_plan, dtypes)
-    old = _merge(family, state, before, plan_before, dtypes)
+    old_weights = _plan_layers(family, before, plan_before, fused=True)
+    old_vectors = sum_vectors(before, plan_before.method)
     layers = {
         (component, module)
-        for updates in (new.adapters, new.weights, old.adapters, old.weights)
+        for updates in (new.adapters, new.weights, old_weights, *(a.layers for a in state.adapters))
         for component, modules in updates.items()
         for module in modules
     }
-    layers |= adapted.keys()  # with an update cache some may be idle
     check_layers(models, sorted(layers), wrapping=not _can_swap(state, new.adapters))
     with_adapter = {
         component
@@ -124,13 +124,15 @@ def apply_attachments(
     with torch.inference_mode(is_inference), torch.no_grad(), materialize(models):
         check_fusable(models, new.weights, state.weight_originals)
         check_vectors(models, new.vectors, state.vector_originals)
-        vector_originals = check_set_vectors(models, old.vectors, state.vector_originals)
-        weight_originals = check_fused_weights(models, old.weights, state.weight_originals)
-        # Others may have scaled our adapter, by diffusers' set_adapters; idle layers have no scale.
+        vector_originals = check_set_vectors(models, old_vectors, state.vector_originals)
+        weight_originals = check_fused_weights(models, old_weights, state.weight_originals)
+        # Others may have scaled our adapter, by diffusers' set_adapters; idle layers have rank 0.
         factors = {
-            (component, module): layer.scaling[ADAPTER_NAME] / update.scale
-            for (component, module), layer in adapted.items()
-            if (update := old.adapters.get(component, {}).get(module)) is not None
+            key: layer.scaling[ADAPTER_NAME]
+            * layer.r[ADAPTER_NAME]
+            / layer.lora_alpha[ADAPTER_NAME]
+            for key, layer in adapted.items()
+            if len(layer.lora_A[ADAPTER_NAME].weight)
         }
         settings = {
             key: (
@@ -150,12 +152,13 @@ def apply_attachments(
             state.merge_plan = merge_plan
         except BaseException:
             lost = {component for adapter in deleted for component in adapter.models}
+            # Without a check of their range: a cast of the model may have left numbers infinite.
+            merged = _merge_adapters(family, state, before, plan_before, dtypes, checked=False)
             remaining = {
-                component: modules
-                for component, modules in old.adapters.items()
-                if component not in lost
+                component: modules for component, modules in merged.items() if component not in lost
             }
-            _rebuild(family, state, before, replace(old, adapters=remaining), dtypes)
+            old = _Updates(remaining, old_weights, old_vectors)
+            _rebuild(family, state, before, old, dtypes)
             state.adapters += deleted  # so that they are still known to be missing
             for (component, module), (active, scale, flags) in settings.items():
                 layer = models[component].get_submodule(module)
@@ -255,14 +258,34 @@ def _merge(
     Raises:
         ConfigError: An update leaves the range of its adapter's dtype.
     """
+    weights = _plan_layers(family, attached, merge_plan, fused=True)
+    vectors = sum_vectors(attached, merge_plan.method)
+    adapters = _merge_adapters(family, state, attached, merge_plan, dtypes, checked=True)
+    return _Updates(adapters, weights, vectors)
 
-    def merge_adapters() -> AdapterUpdates:
+
+def _merge_adapters(
+    family: Family,
+    state: AttachedState,
+    attached: Mapping[str, AttachedConcept],
+    merge_plan: MergePlan,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    checked: bool,
+) -> AdapterUpdates:
+    """Merge the concepts beside the weights, or find the result in the update cache.
+
+    Raises:
+        ConfigError: ``checked``, and an update leaves the range of its adapter's dtype.
+    """
+
+    def merge() -> AdapterUpdates:
         layers = _plan_layers(family, attached, merge_plan, fused=False)
         updates = {
             component: {module: layer.truncate() for module, layer in modules.items()}
             for component, modules in layers.items()
         }
-        for component, modules in updates.items():
+        for component, modules in updates.items() if checked else ():
             check_range(component, modules, dtypes[component], layers[component])
         return updates
 
@@ -272,13 +295,11 @@ def _merge(
                 module: _prepare_copy(update, dtypes[component], on_cuda)
                 for module, update in modules.items()
             }
-            for component, modules in merge_adapters().items()
+            for component, modules in merge().items()
         }
 
-    weights = _plan_layers(family, attached, merge_plan, fused=True)
-    vectors = sum_vectors(attached, merge_plan.method)
     if state.update_cache is None:
-        return _Updates(merge_adapters(), weights, vectors)
+        return merge()
     # Not `.device`, for which diffusers walks over all modules.
     on_cuda = next(family.denoiser.parameters()).is_cuda
     options = (
@@ -287,11 +308,11 @@ def _merge(
         tuple((name, item.weight, item.fused) for name, item in attached.items()),
         *dtypes.values(),
         on_cuda,
+        checked,
     )
     statistics = merge_plan.input_statistics if MERGES[merge_plan.method].needs_inputs else {}
     inputs = [*(item.concept for item in attached.values()), *statistics.values()]
-    adapters = state.update_cache.get_merged_updates(options, inputs, merge_for_cache)
-    return _Updates(adapters, weights, vectors)
+    return state.update_cache.get_merged_updates(options, inputs, merge_for_cache)
 
 
 def _prepare_copy(update: LowRank, dtype: torch.dtype, on_cuda: bool) -> LowRank:

@@ -124,3 +124,29 @@ def test_captured_energy_is_the_share_in_a_span():
     mixed = torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0]])
     assert captured_energy(factor, mixed) == pytest.approx(1.0)
     assert captured_energy(factor, mixed[:1]) == pytest.approx(0.5)
+
+
+def test_rows_have_length_ten_where_nothing_is_left():
+    factor = torch.eye(64)[:4] / 2.0  # of energy 1 exactly, in the directions that are avoided
+    assert residual_energy(factor, 8) == 0.0
+    down = scaled_down_projection(BASES["cosine"], factor, block(0, 56, 4), 0, avoid=8)
+    torch.testing.assert_close(down.norm(dim=1), torch.full((4,), 10.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_energy_that_a_factor_does_not_contain_is_spread_evenly(dtype):
+    """By traces with the dense second moment, in float64, for a weight of small outputs."""
+    _, factor = inputs_of(48)
+    seen = factor[:6].to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight, down = 1e-2 * torch.randn(20, 48, generator=generator), random_directions(4, 48)
+    rows = seen.double()
+    unseen = 1 - float(rows.square().sum())
+    moment = rows.T @ rows + unseen / 48 * torch.eye(48)
+
+    def energy(matrix):
+        return float((matrix.double() @ moment @ matrix.double().T).trace())
+
+    assert 0.005 < unseen < 0.5
+    found = relative_output_change(down, seen, weight, 0.7)
+    assert found == pytest.approx(0.7**2 * energy(down) / (4 * energy(weight)), rel=1e-5)

@@ -93,7 +93,7 @@ def test_cosine_golden_values():
     assert (cosine(320, range(4), 0)[:3] - golden).abs().max() < 1e-7
 
 
-def _words(seed: int, width: int, stream: int) -> list[int]:
+def _words(seed: int, width: int, stream: int, count: int) -> list[int]:
     """The hash once more, in plain integers."""
 
     def mix(z: int) -> int:
@@ -106,13 +106,13 @@ def _words(seed: int, width: int, stream: int) -> list[int]:
     state = 0
     for word in (seed, width, stream):
         state = mix(((state ^ word) + gamma) & MASK)
-    return [mix((state + (i + 1) * gamma) & MASK) for i in range(width)]
+    return [mix((state + (i + 1) * gamma) & MASK) for i in range(count)]
 
 
 @settings(deadline=None, max_examples=25)
 @given(width=st.integers(1, 40), seed=st.integers(0, MASK))
 def test_cosine_is_the_documented_signed_permuted_transform(width, seed):
-    signs, rows, columns = (_words(seed, width, stream) for stream in (1, 2, 3))
+    signs, rows, columns = (_words(seed, width, stream, width) for stream in (1, 2, 3))
     row_order, column_order = (
         sorted(range(width), key=words.__getitem__) for words in (rows, columns)
     )
@@ -220,3 +220,37 @@ def test_blocks_beyond_the_capacity_are_refused(index):
 def test_invalid_arguments_are_refused(basis, width, columns, seed, message):
     with pytest.raises(ConfigError, match=message):
         basis(width, columns, seed)
+
+
+def test_columns_given_twice_in_a_tensor_are_refused():
+    for basis in BASES.values():
+        with pytest.raises(ConfigError, match=r"\[3, 3\] contains a column twice"):
+            basis(8, torch.tensor([3, 3]), 0)
+
+
+@ALL
+def test_a_slice_without_columns_is_empty(basis):
+    assert basis(8, [], 0).shape == (8, 0)
+
+
+@settings(deadline=None, max_examples=10)
+@given(width=st.integers(2, 12), seed=st.integers(0, MASK))
+def test_gaussian_qr_orthogonalizes_the_documented_normal_numbers(width, seed):
+    """Box-Muller of the hash in plain Python, and the columns by Gram and Schmidt."""
+    radii, angles = (
+        [((word >> 11) + 0.5) / 2**53 for word in _words(seed, width, stream, width * width)]
+        for stream in (4, 5)
+    )
+    normal = [
+        math.sqrt(-2 * math.log(radius)) * math.cos(2 * math.pi * angle)
+        for radius, angle in zip(radii, angles, strict=True)
+    ]
+    columns = torch.tensor(normal, dtype=torch.float64).reshape(width, width).T
+    expected: list[torch.Tensor] = []
+    for column in columns:
+        for _ in range(2):  # once more against rounding
+            for other in expected:
+                column = column - (column @ other) * other
+        expected.append(column / column.norm())
+    found = gaussian_qr(width, range(width), seed)
+    assert (found - torch.stack(expected, dim=1)).abs().max() < 1e-6

@@ -232,3 +232,24 @@ def test_small_responses_are_divided_too():
     small = {name: {"a": LowRank(0.01 * concept(0).up, concept(0).down)} for name in ("c", "d")}
     table = overlap_matrix(small)
     assert table[0, 1] == pytest.approx(update_overlap(small["c"]["a"], small["d"]["a"]))
+
+
+def test_the_shapes_that_do_not_match_are_named():
+    with pytest.raises(ConceptError, match=r"shapes \(4, 32\), \(2, 40\) do not read"):
+        row_overlap([torch.zeros(4, 32), torch.zeros(2, 40)])
+
+
+def test_one_concept_responds_to_its_own_inputs():
+    p, inputs = concept(0), torch.eye(32)[:3]
+    norms = response_norms({"a": {"x": p}}, {"a": {"x": inputs}})
+    expected = (to_dense(p) @ inputs.T).norm().item()
+    assert norms["x"].tolist() == [[pytest.approx(expected)]]
+    assert relative_responses(norms).tolist() == [[1.0]]
+
+
+def test_overlaps_of_a_layer_that_the_first_concept_lacks():
+    concepts = {"a": {"x": concept(0)}, "b": {"y": concept(1)}, "c": {"y": concept(1, seed=9)}}
+    table = overlap_matrix(concepts)
+    overlap = ratio(concepts["b"]["y"], concepts["c"]["y"])
+    assert table[1, 2].item() == pytest.approx(overlap, rel=1e-5) and overlap > 0.1
+    assert table[0, 1] == table[0, 2] == 0.0

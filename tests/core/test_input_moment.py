@@ -52,3 +52,30 @@ def test_missing_or_non_finite_inputs_are_refused():
     moment.add(torch.full((1, 4), math.nan))
     with pytest.raises(ConceptError, match="energy nan"):
         moment.factor(2)
+
+
+def test_weak_directions_keep_their_share_down_to_a_millionth():
+    """Powers of two, mixed by a Hadamard matrix, so that every sum is exact in float32."""
+    hadamard = torch.ones(1, 1)
+    for _ in range(4):
+        hadamard = torch.cat(
+            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
+        )
+    sizes = 2.0 ** -torch.arange(16.0)
+    moment = InputMoment(16)
+    moment.add(sizes[:, None] * hadamard)
+    factor = moment.factor(16)
+    assert factor.dtype == torch.float32
+    shares = sizes.double().square() / sizes.double().square().sum()
+    expected = shares[shares > 1e-6]
+    torch.testing.assert_close(factor.double().square().sum(1), expected, rtol=1e-2, atol=0)
+    direction = factor[-1] / factor[-1].norm()
+    assert abs(float(direction @ hadamard[len(expected) - 1]) / 4) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_sketch_gives_at_most_its_number_of_directions():
+    generator = torch.Generator().manual_seed(0)
+    moment = InputMoment(40, columns=4)
+    moment.add(torch.randn(100, 3, generator=generator) @ torch.randn(3, 40, generator=generator))
+    assert moment.factor(2).shape == (2, 40)
+    assert moment.factor(10).shape == (3, 40)

@@ -12,6 +12,7 @@ from customize.core.lowrank import (
     LowRank,
     add_weighted_sum,
     all_finite,
+    check_same_weight,
     distance,
     from_dense,
     from_factors,
@@ -22,6 +23,7 @@ from customize.core.lowrank import (
     slice_rows,
     stack_rows,
     to_dense,
+    to_float64,
     weighted_sum,
 )
 from customize.errors import ConceptError
@@ -260,3 +262,103 @@ def test_convolution_factors_have_kernels_of_one_pixel():
 def test_the_repr_contains_shape_rank_scale_and_dtype():
     p = LowRank(torch.ones(4, 2), torch.ones(2, 5), 0.25)
     assert repr(p) == "LowRank(4x5, rank 2, scale 0.25, torch.float32)"
+
+
+def half_precision(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def test_scales_are_multiplied_in_float32():
+    """One third of a bfloat16 number is not a bfloat16 number."""
+    p = LowRank(half_precision(5, 2, seed=0), half_precision(2, 7, seed=1), 1 / 3)
+    whole = from_dense(half_precision(5, 7, seed=2))
+    whole = LowRank(whole.up, whole.down, 1 / 3)
+    same_up = LowRank(p.up, half_precision(2, 7, seed=3), 1 / 3)
+    for update in (to_dense(whole), *stack_rows([p, same_up]).__dict__.values()):
+        assert not isinstance(update, torch.Tensor) or update.dtype == torch.float32
+    assert close(to_dense(whole), dense(whole), 1e-7)
+    assert close(to_dense(stack_rows([p, same_up])), torch.cat([dense(p), dense(same_up)]), 1e-6)
+    merged = weighted_sum([p, same_up], [1.0, 0.7])
+    assert merged.up.dtype == merged.down.dtype == torch.float32
+    assert close(dense(merged), dense(p) + 0.7 * dense(same_up), 1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_downs_of_products_with_one_up_are_added(count):
+    torch.manual_seed(0)
+    up = torch.randn(9, 2)
+    products = [LowRank(up.clone(), torch.randn(2, 8), 0.5 * k + 1) for k in range(count)]
+    weights = [1.0, -2.0, 0.3][:count]
+    merged = weighted_sum(products, weights)
+    assert merged.rank == 2 and torch.equal(merged.up, up)
+    assert close(dense(merged), sum(w * dense(p) for p, w in zip(products, weights, strict=True)))
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (3, 5), (5, 3)])
+def test_only_an_identity_is_taken_for_one(shape):
+    """A factor of ones on its diagonal, or of one other number, multiplies like any other."""
+    torch.manual_seed(0)
+    side = min(shape)
+    for square in (
+        torch.eye(side),
+        2 * torch.eye(side),
+        torch.eye(side).flip(0),
+        torch.ones(side, side).triu(),
+    ):
+        whole = torch.randn(shape)
+        left = LowRank(square, whole, 0.5) if shape[0] == side else None
+        right = LowRank(whole, square, 0.5) if shape[1] == side else None
+        for p in filter(None, (left, right)):
+            assert close(to_dense(p), dense(p))
+            total = torch.zeros(shape)
+            add_weighted_sum(total, [p], [-1.5])
+            assert close(total, -1.5 * dense(p))
+
+
+def test_sums_are_added_to_totals_of_inference_mode():
+    torch.manual_seed(0)
+    p = LowRank(torch.randn(4, 2), torch.randn(2, 5), 0.5)
+    with torch.inference_mode():
+        total = torch.ones(4, 5)
+    add_weighted_sum(total, [p, from_dense(to_dense(p))], [1.0, 2.0])
+    assert close(total, 1 + 3 * dense(p))
+
+
+def test_every_product_of_a_sum_has_a_weight():
+    p = LowRank(torch.ones(3, 2), torch.ones(2, 4))
+    for weights in ([1.0], [1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="zip"):
+            add_weighted_sum(torch.zeros(3, 4), [p, p], weights)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (3, 6), (4, 4)])
+@pytest.mark.parametrize("rank", [2, 3, 5, 8])
+def test_row_factors_are_as_thin_as_the_product(shape, rank):
+    torch.manual_seed(0)
+    p = LowRank(torch.randn(shape[0], rank), torch.randn(rank, shape[1]), -0.5)
+    factor = row_factor(p)
+    assert factor.shape == (min(shape[0], rank), shape[1])
+    assert close(factor.T @ factor, dense(p).T @ dense(p), 1e-12)
+
+
+def test_slices_of_several_precisions_are_one_in_any_order():
+    down = half_precision(2, 7, seed=0)
+    ups = [half_precision(9, 2, seed=seed).float() for seed in (1, 2, 3)]
+    for downs in ((down, down.float(), down.double()), (down.double(), down.float(), down)):
+        products = [LowRank(up, d) for up, d in zip(ups, downs, strict=True)]
+        merged = weighted_sum(products, [1.0] * 3)
+        assert merged.rank == 2
+        assert close(dense(merged), sum(dense(p) for p in products))
+
+
+def test_updates_stay_on_their_device():
+    """The device ``meta`` stands for any other than the CPU: it has shapes, but no numbers."""
+    there = torch.empty(3, 4, device="meta")
+    assert to_float64(there).device.type == "meta" and to_float64(there).dtype == torch.float64
+    p = from_dense(there)
+    assert p.up.device.type == p.down.device.type == "meta"
+    here = LowRank(torch.ones(3, 3), torch.ones(3, 4))
+    for products in ([here, p], [p, here], [here, here, p]):
+        with pytest.raises(ConceptError, match="do not belong to one weight"):
+            check_same_weight(products)
+    check_same_weight([p, p])

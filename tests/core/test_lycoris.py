@@ -192,3 +192,30 @@ def test_initial_adapters_are_parts_of_the_weight(shape):
     assert_near(exact(olora), 0.5 * q[:, :2] @ r[:2], 1e-5)
     with pytest.raises(ValueError, match="gaussian"):
         initial_adapter(weight, 2, 1.0, "gaussian")
+
+
+def test_scales_of_both_factors_multiply():
+    p, q = LowRank(random(7, 2), random(2, 9), 0.5), LowRank(random(7, 3), random(3, 9), 3.0)
+    both = hadamard_product(p, q)
+    assert both.rank == 6 and both.scale == 1.5
+    assert_near(exact(both), exact(p) * exact(q), 1e-5)
+
+
+def test_products_of_half_precision_are_computed_in_float32():
+    p = LowRank(random(7, 2).bfloat16(), random(2, 9).bfloat16(), 0.5)
+    q = LowRank(random(7, 3, seed=1), random(3, 9, seed=1))
+    for a, b in ((p, q), (q, p), (p, p)):
+        both = hadamard_product(a, b)
+        assert both.up.dtype == both.down.dtype == torch.float32
+        assert_near(exact(both), exact(a) * exact(b), 1e-5)
+        both = kronecker_product(a, b)
+        assert both.up.dtype == both.down.dtype == torch.float32
+        assert_near(exact(both), torch.kron(exact(a), exact(b)), 1e-5)
+
+
+def test_dora_of_a_weight_of_one_row():
+    weight, update = random(1, 4), LowRank(random(1, 1), random(1, 4))
+    changed = weight.double() + exact(update)
+    expected = 3.0 * changed / changed.norm() - weight.double()
+    for magnitude in (torch.tensor([3.0]), torch.tensor([[3.0]])):
+        assert_near(dora_delta(weight, update, magnitude).double(), expected)

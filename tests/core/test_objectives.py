@@ -331,3 +331,13 @@ def test_offset_noise_is_added_for_each_sample_and_channel():
     assert found.dtype == torch.float16 and found.shape == noise.shape
     assert torch.allclose(found.float(), expected.expand(2, 3, 4, 4), atol=1e-3)
     assert add_offset_noise(noise.to("meta"), 0.5).device.type == "meta"
+
+
+def test_schedules_in_float64_give_targets_in_float32():
+    x0, noise = batch(0)
+    t, exact = torch.tensor([1, 500, 999]), ALPHAS.double()
+    found = target("v_prediction", x0, noise, exact, t)
+    assert found.dtype == torch.float32
+    signal = exact[t].sqrt()[:, None, None, None]
+    expected = signal * noise.double() - (1 - signal.square()).sqrt() * x0.double()
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)

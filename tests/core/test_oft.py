@@ -222,3 +222,46 @@ def test_odd_blocks_are_rotated_in_one_stage_only() -> None:
 def test_rotations_keep_their_dtype() -> None:
     for dtype in (torch.float32, torch.float64):
         assert cayley_rotations(random(2, 3, 3).to(dtype), 0.5).dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_generators_of_rotations_are_square(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConceptError, match="are not square"):
+        cayley_rotations(random(*shape), None)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("side", "count"), [(4, 3), (32, 2)])
+def test_columns_are_rotated_by_peft_or_by_its_transpose(
+    side: int, count: int, swapped: bool
+) -> None:
+    """Each row times the dense matrix ``R^T``, or R for files of OneTrainer and sd-scripts."""
+    weight, entries = random(3, side * count), 0.1 * random(count, side * (side - 1) // 2)
+    eye = torch.eye(side, dtype=torch.float64)
+    turns = []
+    for row in entries.double():
+        upper = torch.zeros(side, side, dtype=torch.float64)
+        upper[torch.triu(torch.ones(side, side), 1).bool()] = row
+        skew = upper - upper.T
+        turns.append((eye - skew) @ torch.linalg.inv(eye + skew))
+    whole = torch.block_diag(*turns)
+    expected = weight.double() @ (whole if swapped else whole.T) - weight.double()
+    found = oft_column_delta(weight, entries, terms=None, swapped=swapped)
+    assert_near(found.double(), expected, 1e-5)
+
+
+def test_entries_of_one_dimension_are_refused() -> None:
+    with pytest.raises(ConceptError, match="are not of square blocks"):
+        oft_column_delta(random(4, 6), random(3), terms=5)
+    with pytest.raises(ConceptError, match="are not of square blocks"):
+        oft_column_delta(random(4, 6), random(2, 1, 3), terms=5)
+
+
+def test_one_stage_rotates_blocks_of_adjacent_columns() -> None:
+    """Blocks of odd width cannot be halved, so the columns of a single stage are not reordered."""
+    weight, blocks = random(3, 6), 0.3 * random(1, 2, 3, 3)
+    eye, skews = torch.eye(3, dtype=torch.float64), 0.5 * (blocks - blocks.mT)[0].double()
+    whole = torch.block_diag(*((eye - q) @ torch.linalg.inv(eye + q) for q in skews))
+    expected = weight.double() @ whole.T - weight.double()
+    found = boft_column_delta(weight, blocks, torch.ones(3, 1))
+    assert_near(found.double(), expected, 1e-5)

@@ -182,3 +182,10 @@ def test_a_moment_of_nearly_parallel_inputs_has_a_factor_in_every_dtype(dtype):
     factor = seen.factor(32)
     assert 0.999 < float(factor.square().sum()) <= 1.0 + 1e-5
     assert float(torch.cosine_similarity(factor[0], main, dim=0).abs()) > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_run_in_the_given_precision(dtype):
+    with model_autocast("cpu", dtype):
+        assert (W @ W.T).dtype == dtype
+    assert (W @ W.T).dtype == torch.float32

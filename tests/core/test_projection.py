@@ -144,3 +144,78 @@ def test_confidence_is_zero_for_the_whole_space():
     both = torch.stack([torch.eye(4), torch.eye(4)[:1].expand(4, 4)])
     sure = overlap_confidence(torch.eye(4).expand(2, 4, 4), principal_directions(both))
     assert sure.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]
+
+
+def test_directions_of_centred_rows_are_those_of_the_differences():
+    noise = torch.Generator().manual_seed(4)
+    rows = torch.randn(5, 12, generator=noise) + 20.0
+    mean = rows.mean(0, keepdim=True)
+    found = principal_directions(rows, mean)
+    assert found.shape == (4, 12)
+    assert near(found @ found.T, torch.eye(4))
+    assert near(project_out(rows - mean, found, 1.0), torch.zeros_like(rows))
+    # A mean for each row is subtracted from its row.
+    shifts = torch.randn(5, 12, generator=noise)
+    found = principal_directions(rows + shifts, rows)
+    assert near(project_out(shifts, found, 1.0), torch.zeros_like(rows)) and len(found) == 5
+
+
+def test_rounding_errors_of_rows_near_their_mean_are_no_direction():
+    """What is left after the mean is compared with the rows' size, not with itself."""
+    noise = torch.Generator().manual_seed(4)
+    rows = torch.randn(1, 12, generator=noise).expand(3, 12)
+    residue = 1e-6 * torch.randn(3, 12, generator=noise)
+    assert principal_directions(rows, rows + residue).shape == (0, 12)
+    rows = torch.randn(3, 12, generator=noise)
+    # The mean's precision counts as well: bfloat16 has errors of 1/256 of the size.
+    assert principal_directions(rows, rows.bfloat16()).shape == (0, 12)
+    assert principal_directions(rows, rows.bfloat16().float()).shape == (3, 12)
+    # The largest singular value is the measure: 8 equal rows of length 1 have sqrt(8).
+    rows = torch.eye(12)[:1].expand(8, 12)
+    for size, count in ((2.9e-5, 1), (2.7e-5, 0)):
+        mean = rows.clone()
+        mean[0, 5] += size
+        assert principal_directions(rows, mean).shape == (count, 12)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_directions_do_not_depend_on_the_size_of_rows(size):
+    noise = torch.Generator().manual_seed(4)
+    rows = torch.randn(2, 12, generator=noise)
+    rows = torch.cat([rows, rows.sum(0, keepdim=True)])  # of rank 2 but for rounding
+    found = principal_directions(size * rows)
+    assert found.shape == (2, 12)
+    assert near(project_out(rows, found, 1.0), torch.zeros_like(rows))
+
+
+def test_rows_of_zeros_have_no_directions():
+    assert principal_directions(torch.zeros(3, 5)).shape == (0, 5)
+    assert principal_directions(torch.zeros(2, 3, 5)).shape == (2, 0, 5)
+
+
+def test_ranks_of_a_batch_are_counted_for_each_matrix():
+    batch = torch.zeros(3, 4, 6)
+    batch[0, 0, 0], batch[1, :2, :2], batch[2] = 1.0, torch.eye(2), 0.0
+    found = principal_directions(batch)
+    assert found.shape == (3, 2, 6)
+    assert found.square().sum((1, 2)).tolist() == pytest.approx([1.0, 2.0, 0.0])
+
+
+def test_the_strength_two_reverses_a_component():
+    directions = torch.eye(4)[:1]
+    found = project_out(torch.tensor([[3.0, 1.0, 0.0, 2.0]]), directions, 2.0)
+    assert found.tolist() == [[-3.0, 1.0, 0.0, 2.0]]
+
+
+def test_confidence_and_strength_of_batches_equal_those_of_single_matrices():
+    noise = torch.Generator().manual_seed(4)
+    rows = torch.randn(2, 3, 5, 9, generator=noise)
+    directions = principal_directions(torch.randn(2, 9, generator=noise))
+    sure, strength = overlap_confidence(rows, directions), max_strength(rows, directions, 0.95)
+    assert sure.shape == (2, 3, 5) and strength.shape == (2, 3)
+    for i in range(2):
+        for j in range(3):
+            assert near(sure[i, j], overlap_confidence(rows[i, j], directions))
+            assert near(strength[i, j], max_strength(rows[i, j], directions, 0.95))
+    assert strength.min() < strength.max() - 0.01
+    assert max_strength(rows[:, :, :0], directions, 0.9).tolist() == [[1.0] * 3] * 2

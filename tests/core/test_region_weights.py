@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -135,3 +138,18 @@ def test_blending_is_in_float32_and_needs_as_many_weights_as_predictions():
     assert blend(values[:1], [one]).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="zip"):
         blend(values, [one])
+
+
+def test_weights_of_large_grids_are_exact_to_float32():
+    """By the integral of the trapezoid over each of 4096 cells, in exact fractions."""
+    found = box_weights((0.25, 0.0, 0.75, 1.0), 1, 4096, 0.125)[0]
+
+    def integral(x, center):
+        distance = max(x - (center - Fraction(1, 16)), Fraction(0))
+        is_rising = distance < Fraction(1, 8)
+        return distance**2 * 4 if is_rising else distance - Fraction(1, 16)
+
+    bounds = [Fraction(cell, 4096) for cell in range(4097)]
+    covered = [integral(x, Fraction(1, 4)) - integral(x, Fraction(3, 4)) for x in bounds]
+    expected = [float(4096 * (b - a)) for a, b in pairwise(covered)]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-7, rtol=0)

@@ -85,3 +85,12 @@ def test_float64_is_kept_by_the_randomized_truncation():
     for rank in (0, -1, 2.5, True, None):
         with pytest.raises(ConfigError, match="truncated to rank"):
             truncate_randomized(from_dense(torch.ones(60, 70)), rank)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3)])
+def test_ranks_above_the_smaller_side_keep_the_product(shape):
+    torch.manual_seed(0)
+    p = LowRank(torch.randn(shape[0], 5), torch.randn(5, shape[1]), 0.5)
+    cut = truncate(p, 4)
+    assert cut.rank == 3
+    assert close(dense(cut), dense(p))

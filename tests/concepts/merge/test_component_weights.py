@@ -127,3 +127,89 @@ def test_layer_of_weight_0_counts_as_unchanged(method):
             to_dense(actual["unet"][module]), to_dense(expected["unet"][module])
         )
     assert merge_concepts([lora("rex", 1)], [BlockWeights((("unet", 0.0),), "")]) == {}
+
+
+@pytest.mark.parametrize(
+    ("weight", "layer", "expected"),
+    [
+        ({"down.block_0": 0.5}, "down_blocks.0.attentions.1.proj_in", 0.5),
+        ({"down.block_0": 0.5}, "down_blocks.1.resnets.0.conv1", 1.0),
+        ({"unet.down.block_1": 0.5}, "down_blocks.1.resnets.0.conv1", 0.5),
+        ({"unet.down.block_0.attentions": 0.5}, "down_blocks.0.attentions.1.proj_in", 0.5),
+        ({"unet.down.block_0.attentions": 0.5}, "down_blocks.0.resnets.1.conv1", 1.0),
+        # The default of a dict may come before its other keys.
+        ({"unet": {"": 0.3, "down": 0.5}}, "down_blocks.1.resnets.0.conv1", 0.5),
+        ({"": 0.3, "unet": 0.5}, "down_blocks.1.resnets.0.conv1", 0.5),
+        # Where there are more residual layers than attentions, the last weight goes on.
+        ({"up": {"block_0": [0.4, 0.8]}}, "up_blocks.0.resnets.2.conv1", 0.8),
+    ],
+)
+def test_keys_joined_with_dots_and_defaults(weight, layer, expected):
+    names = [name for name in UNET if name != "up_blocks.0.attentions.2.proj_in"]
+    parsed = parse_weight("rex", weight, {**LAYERS, "unet": names}, ["unet"])
+    assert layer_weight(parsed, "unet", layer) == expected
+
+
+@pytest.mark.parametrize(
+    ("weight", "where", "suggestion"),
+    [
+        ({"dwn": 0.5}, "'dwn' in the weights of rex:", "down"),
+        ({"down": {"blok_0": 0.5}}, "'blok_0' in the weights of rex.down:", "block_0"),
+        ({"unet": {"midd": 0.5}}, "'midd' in the weights of rex.unet:", "mid"),
+        ({"down": {"block_0": {"atentions": 1}}}, "weights of rex.down.block_0:", "attentions"),
+        ({"down.block_7": 0.5}, "'down.block_7' in the weights of rex:", ""),
+        ({"no.block_0": 0.5}, "'no.block_0' in the weights of rex:", ""),
+    ],
+)
+def test_unknown_keys_are_named_with_the_nearest_one(weight, where, suggestion):
+    with pytest.raises(ConfigError) as caught:
+        parse_weight("rex", weight, LAYERS, ["unet"])
+    assert caught.value.where == "weights"
+    assert where in caught.value.problem and suggestion in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("weight", "where"),
+    [
+        ({"": "x"}, "the weight of rex is"),
+        ({"down": "x"}, "the weight of rex.down is"),
+        ({"down": {"": "x"}}, "the weight of rex.down is"),
+        ({"down": {"block_0": "x"}}, "the weight of rex.down.block_0 is"),
+        ({"up": {"block_1": [0.4, "x", 1.0]}}, "the weight of rex.up.block_1 is"),
+        ({"up": [0.4, 0.5]}, "2 weights were given for rex.up, which has 3 blocks"),
+    ],
+)
+def test_invalid_numbers_are_named_by_their_keys(weight, where):
+    with pytest.raises(ConfigError, match=where):
+        parse_weight("rex", weight, LAYERS, ["unet"])
+
+
+def test_weights_are_shown_as_they_were_given():
+    weight = {"": 0.3, "unet": {"": 0.2, "down": {"block_0": [0.5, 0.7]}}, "text_encoder": 0}
+    parsed = parse_weight("rex", weight, LAYERS, ["unet"])
+    assert f"{parsed}" == "unet 0.2, unet.down.block_0 0.5/0.7, text_encoder 0, else 0.3"
+    # The modules of a list are no keys of the dict.
+    assert parsed.keys == ("", "unet", "unet.down_blocks.0", "text_encoder")
+    assert parse_weight("rex", {"up": [0.5]}, LAYERS, ["unet"]).keys == ("unet.up_blocks",)
+
+
+def test_short_names_are_those_of_a_unet():
+    layers = {
+        "transformer": ["mid.to_q", "block_0.to_q", "encoder.layers.0.to_q"],
+        "text_encoder": [
+            "text_model.encoder.layers.0.q_proj",
+            "text_model.encoder.layers.1.q_proj",
+        ],
+    }
+
+    def parse(weight):
+        return parse_weight("rex", weight, layers, ["transformer"])
+
+    assert parse({"mid": 0.5}).for_layer("transformer", "mid.to_q") == 0.5
+    assert parse({"block_0": 0.5}).for_layer("transformer", "block_0.to_q") == 0.5
+    # Only a text encoder's blocks may be named without its encoder.
+    with pytest.raises(ConfigError, match="unknown key 'layers'"):
+        parse({"layers": 0.5})
+    weight = parse({"text_encoder": {"layers": [0.2, 0.4]}})
+    for prefix in ("", "text_model."):
+        assert weight.for_layer("text_encoder", f"{prefix}encoder.layers.1.q_proj") == 0.4

@@ -136,3 +136,26 @@ def test_updates_without_recorded_inputs_are_summed():
     p, q = LowRank(torch.ones(3, 1), torch.ones(1, 4)), LowRank(torch.eye(3), torch.ones(3, 4))
     merged = fuse_recorded([p, q], [1.0, 2.0], RecordedInputs([None, None], [torch.eye(4)]))
     assert torch.equal(to_dense(merged), to_dense(weighted_sum([p, q], [1.0, 2.0])))
+
+
+def test_updates_of_half_precision_are_fused_in_float32():
+    """A weight of one third times a bfloat16 number is not a bfloat16 number."""
+    generator = torch.Generator().manual_seed(3)
+    up, down = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((5, 2), (2, 7)))
+    rows = torch.randn(9, 7, generator=generator)
+    fused = fusion([LowRank(up, down)], [1 / 3], [rows], ridge=1e-9)
+    assert fused.up.dtype == fused.down.dtype == torch.float32
+    expected = up.double() @ down.double() / 3
+    torch.testing.assert_close(to_dense(fused).double(), expected, atol=1e-6, rtol=0)
+
+
+def test_recorded_updates_are_fused_without_any_inputs_to_preserve():
+    generator = torch.Generator().manual_seed(4)
+    updates = [
+        LowRank(torch.randn(5, 2, generator=generator), torch.randn(2, 7, generator=generator))
+        for _ in range(2)
+    ]
+    inputs = [torch.randn(3, 7, generator=generator) for _ in updates]
+    merged = fuse_recorded(updates, [1.0, 0.5], RecordedInputs(inputs))
+    expected = to_dense(fusion(updates, [1.0, 0.5], inputs))
+    torch.testing.assert_close(to_dense(merged), expected)

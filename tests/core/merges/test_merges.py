@@ -209,3 +209,55 @@ def test_declared_settings_are_the_keyword_arguments_of_the_function(method):
     for setting in method.settings:
         if setting.default is not None:
             setting.check(setting.default, method.name)
+
+
+def test_a_sum_of_updates_of_rank_one_is_truncated_to_rank_one():
+    torch.manual_seed(0)
+    products = [LowRank(torch.randn(6, 1), torch.randn(1, 5)) for _ in range(3)]
+    assert truncated_sum(products, [1.0, 1.0, 1.0]).rank == 1
+
+
+@pytest.mark.parametrize("name", ["magnitude", "dare", "ties"])
+def test_errors_of_settings_name_the_merge(name):
+    p = LowRank(torch.ones(3, 2), torch.ones(2, 4))
+    with pytest.raises(ConfigError, match=f"of the merge {name}: out of range"):
+        MERGES[name].merge([p, p], [1.0, 1.0], density=2.0)
+    with pytest.raises(ConfigError, match=f"of the merge {name}: not a number"):
+        MERGES[name].check_settings({"density": None})
+
+
+def test_ranges_of_settings_contain_their_ends():
+    for name in ("magnitude", "dare", "ties"):
+        for density in (1e-6, 1.0, 1):
+            MERGES[name].check_settings({"density": density})
+    MERGES["truncate"].check_settings({"rank": 1})
+    for seed in (-(2**63), -1000, 2**63 - 1):
+        MERGES["dare"].check_settings({"seed": seed})
+    for seed in (-(2**63) - 1, 2**63):
+        with pytest.raises(ConfigError, match="of the merge dare: not an integer"):
+            MERGES["dare"].check_settings({"seed": seed})
+
+
+def test_pruning_keeps_at_least_one_entry():
+    torch.manual_seed(0)
+    entries = torch.randn(5, 6)
+    p = LowRank(torch.eye(5), entries)
+    for name in ("magnitude", "ties"):
+        merged = dense(MERGES[name].merge([p], [1.0], density=1e-6))
+        expected = entries * (entries.abs() == entries.abs().max())
+        assert torch.equal(merged.float(), expected)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "dare", "ties"])
+def test_pruned_updates_of_half_precision_are_computed_in_float32(name):
+    """Of one update and density 1, all that pruning methods do is to multiply by the weight."""
+    torch.manual_seed(0)
+    up, down = torch.randn(6, 2), torch.randn(2, 5)
+    for p in (
+        LowRank(up.bfloat16(), down.bfloat16(), 1 / 3),
+        LowRank(up.bfloat16(), down, 1 / 3),
+        LowRank(up, down.bfloat16(), 1 / 3),
+    ):
+        merged = MERGES[name].merge([p], [0.7], density=1.0)
+        assert merged.up.dtype == merged.down.dtype == torch.float32
+        assert close(dense(merged), 0.7 * dense(p), 1e-6)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from customize.core.preservation import PRESERVATIONS, select_losses
 from customize.core.preservation.class_text import class_text
 from customize.core.preservation.context_text import context_text
-from customize.core.preservation.distances import cosine_distance
+from customize.core.preservation.distances import check_shapes, cosine_distance
 from customize.core.preservation.output import output
 from customize.core.preservation.positions import normalize_rows
 from customize.errors import TrainingError
@@ -127,3 +127,8 @@ def test_losses_are_selected_by_what_they_compare() -> None:
 def test_registry_does_not_import_torch() -> None:
     code = "import sys, customize.core.preservation; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_shapes_of_features_that_do_not_match_are_named():
+    with pytest.raises(TrainingError, match=r"shapes \(2, 4\) and \(3, 4\) cannot be compared"):
+        check_shapes(torch.zeros(2, 4), torch.zeros(3, 4), None, 1)

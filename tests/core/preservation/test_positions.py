@@ -65,3 +65,8 @@ def test_gather_positions_selects_per_row():
     assert torch.equal(selected[0], hidden[0, [3, 0]]) and torch.equal(
         selected[1], hidden[1, [1, 1]]
     )
+
+
+def test_texts_without_a_common_start_share_their_end_alone():
+    assert common_positions([1, 2, 5], [3, 2, 5]) == ([1, 2], [1, 2])
+    assert common_positions([1], [2]) == ([], [])

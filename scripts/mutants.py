@@ -44,10 +44,13 @@ GROUPS: dict[str, tuple[list[str], list[str]]] = {
             "customize/pipeline/transaction.py",
         ],
         [
+            "tests/concepts/formats/test_merged_lora.py",
+            "tests/concepts/formats/test_write_kohya.py",
             "tests/concepts/merge",
             "tests/pipeline/test_attach.py",
             "tests/pipeline/test_fusion.py",
             "tests/pipeline/test_merging.py",
+            "tests/stages/test_library_routing.py",
         ],
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -11,6 +12,7 @@ from peft import LoKrConfig
 
 import customize
 from customize.concepts.io.write_concept import save_concept
+from customize.concepts.merge.merge_concepts import LayerMerge
 from customize.concepts.tokens.token_rows import expand_prompt
 from customize.errors import ConceptError, ConfigError, PipelineError
 from customize.families import family_of
@@ -243,6 +245,44 @@ def test_failures_at_any_step_are_undone(make, attached, fuse, step, call, monke
     monkeypatch.undo()
     pipe.load_custom(tom, fuse=fuse)
     assert len(pipe.custom.rows) == 1 + attached
+
+
+@both
+def test_unloading_merges_nothing(make, monkeypatch):
+    pipe = make()
+    before = everything(pipe)
+    pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1))
+    monkeypatch.setattr(LayerMerge, "compute", None)
+    pipe.unload_custom()
+    assert_same(before, everything(pipe))
+
+
+@both
+def test_updates_that_a_cast_made_infinite_are_restored_and_removed(make, monkeypatch):
+    """In float16 the update of rex is infinite, which is what an error must leave, bit for bit."""
+    pipe = make()
+    rex = concept(pipe)
+    updates = {
+        component: {
+            module: replace(update, up=1e6 * update.up) for module, update in layers.items()
+        }
+        for component, layers in rex.updates.items()
+    }
+    pipe.load_custom(replace(rex, updates=updates))
+    pipe.to(torch.float16)
+    before = everything(pipe)
+    with monkeypatch.context() as patched:
+        patched.setattr("customize.pipeline.set_tokens.add_tokens", None)
+        with pytest.raises(TypeError):
+            pipe.load_custom(concept(pipe, "tom", index=1), weights={"rex": 1e-6})
+    assert_same(before, everything(pipe))
+    with pytest.raises(ConfigError, match=r"range of torch\.float16"):
+        pipe.load_custom(concept(pipe, "tom", index=1))
+    assert_same(before, everything(pipe))
+    pipe.unload_custom()
+    base = make()
+    base.to(torch.float16)
+    assert_same(everything(base), everything(pipe))
 
 
 @both

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -41,6 +42,17 @@ CONFIG = ReferencesConfig(
 )
 
 
+def _split(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Apply the merges so far to a word."""
+    pieces = list(word)
+    while len(pieces) > 1:
+        rank, k = min((ranks.get(pair, len(ranks)), k) for k, pair in enumerate(pairwise(pieces)))
+        if rank == len(ranks):
+            break
+        pieces[k : k + 2] = [pieces[k] + pieces[k + 1]]
+    return pieces
+
+
 def make_tokenizer() -> Any:
     """A byte-level tokenizer in which every word, alone or behind a space, is one token."""
     words = sorted(
@@ -48,16 +60,15 @@ def make_tokenizer() -> Any:
     )
     alphabet = sorted(ByteLevel.alphabet())
     vocab = {letter: index for index, letter in enumerate(alphabet)}
-    merges: list[tuple[str, str]] = []
+    ranks: dict[tuple[str, str], int] = {}
     for form in [form for word in words for form in (word, "\u0120" + word)]:
-        whole = form[0]
-        for letter in form[1:]:
-            if whole + letter not in vocab:
-                vocab[whole + letter] = len(vocab)
-                merges.append((whole, letter))
-            whole += letter
+        pieces = _split(form, ranks)  # by the merges of earlier words, which rank lower
+        while len(pieces) > 1:
+            ranks[(pieces[0], pieces[1])] = len(ranks)
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+            vocab.setdefault(pieces[0], len(vocab))
     vocab["<|endoftext|>"] = len(vocab)
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=list(ranks))
     tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     return tokenizer
 

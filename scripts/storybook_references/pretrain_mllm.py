@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2VLModel
 
@@ -125,6 +126,7 @@ def pretrain(
     processor = mllm.make_processor()
     torch.manual_seed(seed)
     model = mllm.make_mllm(len(processor.tokenizer))
+    model.visual.load_state_dict(load_file(folder / "vision.safetensors"))
     model.train()
     members = groups_by_class(groups)
 

@@ -37,11 +37,11 @@ class Question:
 def _colour(rgb: RGB) -> str:
     hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in rgb))
     tens, ones = divmod(int(hue * 35.999), 10)
-    return f" {tens} {ones} {int(saturation * 9.99)} {int(value * 9.99)}"
+    return f"{tens}{ones}{int(saturation * 9.99)}{int(value * 9.99)}"
 
 
 def _digit(value: float, low: float, high: float) -> str:
-    return f" {min(max(int(10 * (value - low) / (high - low)), 0), 9)}"
+    return f"{min(max(int(10 * (value - low) / (high - low)), 0), 9)}"
 
 
 def colour_words(identity: Identity) -> str:

@@ -34,7 +34,15 @@ class MuonAdamW:
         for module in modules.values():
             for name, parameter in module.named_parameters():
                 first_or_last = any(
-                    word in name for word in ("embed", "conv_in", "conv_out", "quant_conv")
+                    word in name
+                    for word in (
+                        "embed",
+                        "lora_",
+                        "reference_tokens",
+                        "conv_in",
+                        "conv_out",
+                        "quant_conv",
+                    )
                 )
                 (others if first_or_last or parameter.ndim < 2 else matrices).append(parameter)
                 self.parameters.append(parameter)

@@ -15,6 +15,7 @@ from customize.openmp import limit_spinning
 limit_spinning()  # before torch is imported
 
 import torch  # noqa: E402
+
 from storybook_references.pretrain_mllm import pretrain  # noqa: E402
 from storybook_references.pretrain_vision import pretrain_vision  # noqa: E402
 from storybook_references.render_groups import Groups, render_groups  # noqa: E402

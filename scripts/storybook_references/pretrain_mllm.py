@@ -118,7 +118,7 @@ def pretrain(
     groups: Groups,
     held_out: Groups,
     steps: int,
-    batch: int = 40,
+    batch: int = 32,
     lr: float = 2e-3,
     seed: int = 0,
 ) -> Qwen2VLModel:

@@ -126,7 +126,7 @@ def pretrain(
     processor = mllm.make_processor()
     torch.manual_seed(seed)
     model = mllm.make_mllm(len(processor.tokenizer))
-    model.visual.load_state_dict(load_file(folder / "vision.safetensors"))
+    model.visual.load_state_dict(load_file(folder / "tower.safetensors"))
     model.train()
     members = groups_by_class(groups)
 

@@ -116,7 +116,7 @@ def scene_losses(
 def pretrain_vision(
     folder: Path, groups: Groups, held_out: Groups, steps: int, batch: int = 96, lr: float = 2e-3
 ) -> None:
-    """Train the tower, or resume; its averaged weights go to ``folder/vision.safetensors``."""
+    """Train the tower, or resume; its averaged weights go to ``folder/tower.safetensors``."""
     torch.manual_seed(0)
     visual = mllm.make_mllm(64).visual
     targets, unseen = make_targets(groups), make_targets(held_out)
@@ -129,7 +129,7 @@ def pretrain_vision(
 
     @torch.no_grad()
     def on_checkpoint(step: int) -> None:
-        save_tensors(folder / "vision.safetensors", dict(visual.state_dict()))
+        save_tensors(folder / "tower.safetensors", dict(visual.state_dict()))
         group = torch.arange(min(len(held_out.identities), 128))
         image = torch.zeros(len(group), dtype=torch.int64)
         loss, errors = scene_losses(head, visual, held_out.pixels, unseen, group, image)

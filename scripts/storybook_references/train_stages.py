@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from customize.references.adapter import ReferenceAdapter
-from customize.references.seams.unet import attached, attention_layers
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from customize.families import family_of
+from customize.references.adapter import ReferenceAdapter
 from customize.references.encoder import ReferenceEncoder
 from customize.references.encoder_inputs import GroupRequest, ReferenceProcessor
+from customize.references.seams.unet import attached, attention_layers
 from customize.storybook.judges import Judges
 from storybook_training.contact_sheet import save_contact_sheet
 from storybook_training.pretrain_base import train_loop

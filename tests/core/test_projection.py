@@ -176,6 +176,12 @@ def test_rounding_errors_of_rows_near_their_mean_are_no_direction():
         mean = rows.clone()
         mean[0, 5] += size
         assert principal_directions(rows, mean).shape == (count, 12)
+    # Of 8 orthogonal rows of length 1 it is 1.
+    rows = torch.eye(12)[:8]
+    for size, count in ((1.5e-5, 1), (0.9e-5, 0)):
+        mean = rows.clone()
+        mean[0, 10] += size
+        assert principal_directions(rows, mean).shape == (count, 12)
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])

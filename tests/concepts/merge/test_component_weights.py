@@ -176,7 +176,7 @@ def test_unknown_keys_are_named_with_the_nearest_one(weight, where, suggestion):
         ({"down": {"": "x"}}, "the weight of rex.down is"),
         ({"down": {"block_0": "x"}}, "the weight of rex.down.block_0 is"),
         ({"up": {"block_1": [0.4, "x", 1.0]}}, "the weight of rex.up.block_1 is"),
-        ({"up": [0.4, 0.5]}, "2 weights were given for rex.up, which has 3 blocks"),
+        ({"up": [0.4, 0.5]}, "2 weights for rex.up, which has 3 blocks"),
     ],
 )
 def test_invalid_numbers_are_named_by_their_keys(weight, where):

@@ -1,0 +1,281 @@
+"""Unseen identities drawn from reference images: how alike, and at what cost to the prompt?
+
+Identities of the storybook that no training has seen are drawn in scenes that no training of the
+references has seen, from 1 to 28 images each: five-image concepts' protocol (two backgrounds, no
+accessories), so that what the images share besides the identity can leak. Rivals are poolings of
+the same encoder, each trained for the same steps on the same data by
+`scripts/train_storybook_references.py --pooling NAME`: the average of each image's tokens, all
+images' tokens side by side, and the first image alone; and a concept that is trained on the group.
+
+- identity, prompt, composition, leak: see customize.evaluation.storybook_rates; distance: mean
+  cosine distance to the identity.
+- stranger: one of eight images shows another identity of the class. `stranger_loss_ratio` is what
+  it costs in identity, relative to what it costs the average.
+
+Rivals whose weights are not in `--rivals` (folders named after the pooling) have no row.
+
+    python scripts/bench/references.py --json scripts/bench/results/references.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import _common
+import numpy as np
+import torch
+from _scorer import open_quietly
+from _workers import folder_name
+from torch import Tensor
+
+import customize
+from customize.demo.experiment import TRAINING
+from customize.evaluation.storybook_rates import (
+    GUIDANCE,
+    SCENES,
+    evaluation_prompts,
+    rate_concept,
+)
+from customize.image_tensors import images_to_tensor
+from customize.storybook.bundled_assets import assets_folder
+from customize.storybook.example_concepts import ExampleConcept, make_concept
+from customize.storybook.judges import Judges, load_judges
+from customize.storybook.world import CLASSES
+
+STEPS = 12  # sampling steps, enough for the judges
+COUNTS = (1, 2, 4, 8, 16, 28)
+STRANGERS = 8  # images of a group in which one is a stranger's
+RATES = ("identity", "prompt", "composition", "leak", "distance")
+#: Name of a row -> folder of its weights.
+RIVALS = {"averaged": "average", "side by side": "concatenate", "one image": "one"}
+
+#: ``encode(images)`` -> what ``draw(prompts, encoded, seeds)`` takes.
+Encode = Callable[[Sequence[Any]], Any]
+Draw = Callable[[Sequence[str], Any, Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    identities: int
+    scenes: int
+    seeds: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+FULL = Protocol(24, 8, (1, 2, 3), COUNTS)
+QUICK = Protocol(4, 4, (1,), (1, 8))
+
+
+def subject(index: int) -> ExampleConcept:
+    """An identity of the benchmark with 28 images; its images begin as a concept's of that seed."""
+    kind = CLASSES[index % len(CLASSES)]
+    return make_concept(f"r{index:02d}", kind, 700 + index, max(COUNTS))
+
+
+def stranger_group(index: int) -> list[Any]:
+    """Eight images of a subject, of which one, in the middle, is of another one of its class."""
+    images = subject(index).images()[:STRANGERS]
+    images[STRANGERS // 2] = subject(index + 10 * len(CLASSES)).images()[0]
+    return images
+
+
+def rate(
+    judges: Judges, protocol: Protocol, encode: Encode, draw: Draw, groups: Sequence[Sequence[Any]]
+) -> dict[str, float]:
+    """Mean rates over all subjects, with the standard error of identity, and seconds an image."""
+    rows: list[dict[str, float]] = []
+    seconds = 0.0
+    for index, images in enumerate(groups):
+        concept = subject(index)
+        prompts = evaluation_prompts(f"a {concept.identity.kind}", SCENES[: protocol.scenes])
+        prototype = judges.prototype(images_to_tensor(concept.images()[: protocol.counts[-1]]))
+        encoded = encode(images)
+        drawn = []
+        for seed in protocol.seeds:
+            started = time.perf_counter()
+            drawn.append(draw(prompts, encoded, [1000 * seed + k for k in range(len(prompts))]))
+            seconds += time.perf_counter() - started
+        rates = rate_concept(
+            judges,
+            torch.cat(drawn),
+            prompts * len(protocol.seeds),
+            prototype,
+            concept.identity.kind,
+            concept.backgrounds,
+        )
+        rows.append({key: getattr(rates, key) for key in RATES})
+    pictures = len(groups) * protocol.scenes * len(protocol.seeds)
+    means = {key: mean(row[key] for row in rows) for key in RATES}
+    error = float(np.std([row["identity"] for row in rows]) / max(len(rows) - 1, 1) ** 0.5)
+    return means | {"identity_se": error, "seconds_an_image": seconds / pictures}
+
+
+def product_calls(pipe: Any, references: Any) -> tuple[Encode, Draw]:
+    """Encoding and drawing by `reference_images=`."""
+    pipe.load_custom(references)
+
+    def draw(prompts: Sequence[str], group: Any, seeds: Sequence[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipe(
+            list(prompts),
+            reference_images=group,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=generators,
+            output_type="pt",
+        ).images
+        return images.float() * 2 - 1
+
+    return references.encode, draw
+
+
+def rival_calls(pipe: Any, pooling: str, weights: Path) -> tuple[Encode, Draw]:
+    """Encoding and drawing by another pooling of the same encoder."""
+    from storybook_references.train_stages import Model, draw, load_model
+
+    model = Model(pipe, None, pooling)
+    load_model(model, weights)
+    model.eval()
+
+    @torch.no_grad()
+    def encode(images: Sequence[Any]) -> Tensor:
+        return model.encode([[np.asarray(image) for image in images]])
+
+    def draw_tokens(prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+        rows = tokens.expand(len(prompts), -1, -1)
+        return draw(model, pipe, prompts, rows, seeds, STEPS, GUIDANCE)
+
+    return encode, draw_tokens
+
+
+def concept_rates(
+    args: argparse.Namespace, judges: Judges, protocol: Protocol, count: int
+) -> dict[str, float]:
+    """Rates of concepts that are trained on the groups, with the seconds of a training."""
+    rows, trained_in = [], []
+    for index in range(protocol.identities):
+        concept = subject(index)
+        images = args.folder / "images" / f"{concept.name}-{count}"
+        output = args.folder / "learned" / folder_name(f"{concept.name} {count}")
+        images.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(concept.images()[:count]):
+            image.save(images / f"{number}.png")
+            (images / f"{number}.txt").write_text(concept.captions()[number] + "\n")
+        started = time.perf_counter()
+        customize.train(
+            base=str(args.base),
+            images=images,
+            output=output,
+            name=concept.name,
+            class_word=concept.identity.kind,
+            progress=False,
+            record_inputs=False,
+            **TRAINING | {"checkpoint_every": 0},
+        )
+        trained_in.append(time.perf_counter() - started)
+        pipe = open_quietly(args.base).load_custom(output)
+        prompts = evaluation_prompts(concept.trigger, SCENES[: protocol.scenes])
+        drawn = []
+        for seed in protocol.seeds:
+            generators = [
+                torch.Generator().manual_seed(1000 * seed + k) for k in range(len(prompts))
+            ]
+            images_drawn = pipe(
+                prompts,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                generator=generators,
+                output_type="pt",
+            ).images
+            drawn.append(images_drawn.float() * 2 - 1)
+        prototype = judges.prototype(images_to_tensor(concept.images()[: protocol.counts[-1]]))
+        rates = rate_concept(
+            judges,
+            torch.cat(drawn),
+            prompts * len(protocol.seeds),
+            prototype,
+            concept.identity.kind,
+            concept.backgrounds,
+        )
+        rows.append({key: getattr(rates, key) for key in RATES})
+        print(f"{concept.name}: {rows[-1]} in {trained_in[-1]:.0f} s", flush=True)
+    means = {key: mean(row[key] for row in rows) for key in RATES}
+    error = float(np.std([row["identity"] for row in rows]) / max(len(rows) - 1, 1) ** 0.5)
+    return means | {"identity_se": error, "training_seconds": mean(trained_in)}
+
+
+def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """All rows and figures."""
+    protocol = QUICK if args.quick else FULL
+    judges = load_judges(args.judges)
+    pipe = open_quietly(args.base)
+    pipe.unet.to(memory_format=torch.channels_last)
+    references = customize.References.from_pretrained(args.references)
+    systems: dict[str, tuple[Encode, Draw]] = {"references": product_calls(pipe, references)}
+    for name, pooling in RIVALS.items():
+        weights = args.rivals / pooling / "references.safetensors"
+        if weights.exists():
+            systems[name] = rival_calls(open_quietly(args.base), pooling, weights)
+    rows: list[dict[str, Any]] = []
+    identities = range(protocol.identities)
+    for name, (encode, draw) in systems.items():
+        counts = (1,) if name == "one image" else protocol.counts
+        for count in counts:
+            groups = [subject(k).images()[:count] for k in identities]
+            rates = rate(judges, protocol, encode, draw, groups)
+            rows.append({"drawn by": name, "images": count} | rates)
+            print(rows[-1], flush=True)
+        if name != "one image":
+            rates = rate(judges, protocol, encode, draw, [stranger_group(k) for k in identities])
+            rows.append({"drawn by": f"{name}, a stranger", "images": STRANGERS} | rates)
+            print(rows[-1], flush=True)
+    if not args.without_training:
+        rates = concept_rates(args, judges, protocol, STRANGERS)
+        rows.append({"drawn by": "concept trained on the images", "images": STRANGERS} | rates)
+    return rows, figures(rows)
+
+
+def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The figures of rows that are there."""
+    by_key = {(row["drawn by"], row["images"]): row for row in rows}
+    ours = by_key["references", STRANGERS]
+    result = {f"{key}_8": ours[key] for key in ("identity", "leak")}
+    result["prompt_rate_8"] = ours["prompt"]
+    averaged = by_key.get(("averaged", STRANGERS))
+    if averaged is not None and averaged["identity"]:
+        result["identity_8_over_averaged"] = ours["identity"] / averaged["identity"]
+        lost = [
+            row["identity"] - by_key[f"{name}, a stranger", STRANGERS]["identity"]
+            for name, row in (("references", ours), ("averaged", averaged))
+        ]
+        if lost[1] > 0:
+            result["stranger_loss_ratio"] = lost[0] / lost[1]
+    trained = by_key.get(("concept trained on the images", STRANGERS))
+    if trained is not None:
+        result["identity_8_over_trained"] = ours["identity"] / trained["identity"]
+    return result
+
+
+def main() -> None:
+    parser = _common.parser(__doc__)
+    parser.add_argument("--references", type=Path, default=assets_folder() / "references")
+    parser.add_argument("--rivals", type=Path, default=Path("runs/storybook-references"))
+    parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
+    parser.add_argument("--judges", type=Path, default=assets_folder() / "judges")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench-references"))
+    parser.add_argument(
+        "--without-training", action="store_true", help="leave out the concepts that are trained"
+    )
+    args = parser.parse_args()
+    rows, result = measure(args)
+    _common.report("references", args, rows, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -84,7 +84,7 @@ def render_groups(folder: Path, count: int, workers: int = 2) -> Groups:
     )
 
 
-def patches(pixels: np.ndarray[Any, Any] | Tensor) -> Tensor:
+def patches(pixels: np.ndarray[Any, Any]) -> Tensor:
     """Cut images to patches as the image processor does.
 
     Args:
@@ -93,6 +93,6 @@ def patches(pixels: np.ndarray[Any, Any] | Tensor) -> Tensor:
     Returns:
         (images * 64, 192), float32, in [-1, 1].
     """
-    images = torch.as_tensor(pixels).permute(0, 3, 1, 2)
+    images = torch.tensor(np.array(pixels)).permute(0, 3, 1, 2)
     cut = images.reshape(-1, 3, 4, 2, 8, 4, 2, 8).permute(0, 2, 5, 3, 6, 1, 4, 7)
     return cut.reshape(-1, 192).float() / 127.5 - 1.0

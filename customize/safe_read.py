@@ -181,8 +181,8 @@ def read_safetensors_header(path: str | Path) -> tuple[dict[str, list[int]], dic
 
 
 @contextmanager
-def map_float_tensors(path: str | Path) -> Iterator[Iterator[Tensor]]:
-    """Iterate over the floating-point tensors of a safetensors file of any size.
+def map_float_tensors(path: str | Path) -> Iterator[Iterator[tuple[str, Tensor]]]:
+    """Iterate over names and floating-point tensors of a safetensors file of any size.
 
     The tensors are memory-mapped: read-only, loaded on access, and valid within the context.
 
@@ -199,7 +199,7 @@ def map_float_tensors(path: str | Path) -> Iterator[Iterator[Tensor]]:
         header, start = _read_header(file)
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
-        def tensors() -> Iterator[Tensor]:
+        def tensors() -> Iterator[tuple[str, Tensor]]:
             for name, entry in header.items():
                 first, last = (0, 0) if name == "__metadata__" else entry["data_offsets"]
                 if first == last or entry["dtype"] not in _FLOATS:
@@ -209,7 +209,7 @@ def map_float_tensors(path: str | Path) -> Iterator[Iterator[Tensor]]:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch warns that the buffer is read-only
                     flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=start + first)
-                yield flat.reshape(entry["shape"])
+                yield name, flat.reshape(entry["shape"])
 
         yield tensors()
 

@@ -83,7 +83,7 @@ def weight_digests_on_disk(base: str, variant: str | None = None) -> dict[str, s
             samples: set[bytes] = set()
             for file in _component_files(folder / component, variants.get(component, "")):
                 with map_float_tensors(file) as tensors:
-                    samples |= _sample_tensors(tensors)
+                    samples |= _sample_tensors(tensor for _, tensor in tensors)
         except Exception:  # loading the base raises an error for missing or damaged files
             return {}
         digests[component] = _hash_samples(samples)

@@ -191,7 +191,7 @@ def initial_digest(config: ReferenceTrainConfig, model: ReferenceModel | None) -
     for file in files:
         try:
             with map_float_tensors(file) as tensors:
-                digests.append(tensors_digest(tensors))
+                digests.append(tensors_digest(tensor for _, tensor in tensors))
         except (OSError, ValueError):
             return ""  # loading reports the cause
     return "/".join(digests)

@@ -26,7 +26,7 @@ from customize.pipeline.call_wrapper import wrap_call
 from customize.pipeline.model_guards import SAVE_METHODS, check_copyable
 from customize.pipeline.model_locks import lock_tokenizers
 from customize.pipeline.state import check_saveable, get_state
-from customize.stages import CALL_ARGUMENTS, load_stages
+from customize.stages import CALL_ARGUMENTS, SHARED_ARGUMENTS, load_stages
 
 # Where diffusers defines the two bases of all its pipelines, and that of its models.
 _PIPELINES = {
@@ -72,7 +72,10 @@ def wrap_calls(cls: type) -> None:
     May be called again after someone replaced ``__call__``.
     """
     wrap_stages = functools.partial(
-        wrap_call, stage_arguments=CALL_ARGUMENTS, load_stages=load_stages
+        wrap_call,
+        stage_arguments=CALL_ARGUMENTS,
+        load_stages=load_stages,
+        shared_arguments=SHARED_ARGUMENTS,
     )
     for base in cls.__mro__:
         for name, wrap in (("__call__", wrap_stages), ("encode_prompt", _pad_layerwise)):

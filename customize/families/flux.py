@@ -95,7 +95,6 @@ class Flux(PackedLatentsFamily):
             order="none: their tokens are summed",
             size_rule="resized to the square of its image encoder",
             scale_arguments=("prompt_embeds_scale", "pooled_prompt_embeds_scale"),
-            cache="tokens",
         ),
     )
 

@@ -27,7 +27,10 @@ _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 
 
 def wrap_call(
-    call: Any, stage_arguments: Sequence[str], load_stages: Callable[[], Sequence[Stage]]
+    call: Any,
+    stage_arguments: Sequence[str],
+    load_stages: Callable[[], Sequence[Stage]],
+    shared_arguments: Sequence[str] = (),
 ) -> Any:
     """Return a pipeline's ``__call__`` with the arguments of the stages, which it runs in order.
 
@@ -35,10 +38,13 @@ def wrap_call(
         call: Function of a pipeline class.
         stage_arguments: The stages' call arguments.
         load_stages: Returns the stages; called by the first call that may need one.
+        shared_arguments: Those of them that go to their stage even if the call has an argument of
+            that name itself. Of all others, the call's own arguments stay its own.
     """
     signature = inspect.signature(call)
     parameters = signature.parameters.values()
     added = [name for name in stage_arguments if name not in signature.parameters]
+    read = {*added, *shared_arguments}
     has_positional = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
     @functools.wraps(call)
@@ -47,13 +53,15 @@ def wrap_call(
             return call(self, *args, **kwargs)  # the inherited call names the arguments
         outer = RUNNING.get()
         is_super = outer is not None and outer.pipe is self and outer.call is not call
-        requested = {name: kwargs.pop(name) for name in added if name in kwargs}
+        requested = {name: kwargs.pop(name) for name in read & kwargs.keys()}
         requested = {name: value for name, value in requested.items() if value is not None}
         check_keywords(self, call, signature, kwargs, stage_arguments)
         if is_super and not requested:  # the class below ran the stages
             return call(self, *args, **kwargs)
-        # A wrong argument raises the pipeline's own TypeError here, before anything is done.
-        bound = None if has_positional else _bind(signature, self, *args, **kwargs)
+        # A wrong argument raises the pipeline's own TypeError here, before anything is done. A
+        # missing one may be what a stage converts its own argument to.
+        bind = signature.bind_partial if requested else signature.bind
+        bound = None if has_positional else _name_arguments(signature, bind(self, *args, **kwargs))
 
         def acting(state: AttachedState | None) -> list[Stage]:
             return [
@@ -157,11 +165,10 @@ def _is_wrapped_below(cls: type, call: Any) -> bool:
     return any(getattr(function, "__wrapped__", None) is call for function in wrapped[:-1])
 
 
-def _bind(signature: inspect.Signature, pipe: Any, *args: Any, **kwargs: Any) -> CallArguments:
+def _name_arguments(signature: inspect.Signature, bound: inspect.BoundArguments) -> CallArguments:
     """Return the arguments of a call by name, without the pipeline."""
-    bound = signature.bind(pipe, *args, **kwargs).arguments
     arguments: CallArguments = {}
-    for name, value in list(bound.items())[1:]:
+    for name, value in list(bound.arguments.items())[1:]:
         is_var_keyword = signature.parameters[name].kind is _VAR_KEYWORD
         arguments.update(value if is_var_keyword else {name: value})
     return arguments

@@ -29,6 +29,9 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
 #: All keyword arguments that stages add to the calls of pipelines.
 CALL_ARGUMENTS = tuple(sorted(name for _, arguments in ORDER for name in arguments))
 
+#: Those that go to their stage even if a pipeline has an argument of that name itself.
+SHARED_ARGUMENTS = ("reference_images",)
+
 
 @functools.cache
 def load_stages() -> tuple[Stage, ...]:

@@ -41,6 +41,9 @@ def _run(
     if native is not None:
         yield call | native_arguments(native, call, reference_images, reference_scale)
         return
+    if ARGUMENT in context.parameters and reference_scale is None:
+        yield {**call, ARGUMENT: reference_images}  # the argument of a pipeline of another origin
+        return
     raise PipelineError(
         f"{type(context.pipe).__name__} takes no reference images by itself",
         where=ARGUMENT,

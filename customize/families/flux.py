@@ -81,9 +81,9 @@ class Flux(PackedLatentsFamily):
             model="FLUX.1 Kontext",
             pipelines=("FluxKontextPipeline",),
             blocks=("flux-kontext",),
-            form="image",  # a list would be a batch, resized to the size of its first picture
+            form="image",  # a list would be a batch, resized to the size of its first image
             limit=1,
-            order="one picture",
+            order="one image",
             size_rule="stretched to the nearest of its trained aspect ratios, about 1 megapixel",
             max_pixels=1024**2,
         ),

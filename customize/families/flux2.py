@@ -130,7 +130,7 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
             argument="image_reference",
             form="image",  # a list would be a batch
             limit=1,
-            order="one picture",
+            order="one image",
             size_rule="shrunk to 1 megapixel if larger; up to 15 pixels of a side are cut off",
             max_pixels=1024**2,
         ),

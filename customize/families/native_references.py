@@ -1,7 +1,7 @@
 """Declarations of pipelines that read reference images by themselves.
 
 Each model family lists its own in ``native_references``; those of models without a family are in
-:mod:`customize.references.native`, which also converts a user's pictures to the declared argument.
+:mod:`customize.references.native`, which also converts a user's images to the declared argument.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class QwenImage(QwenImageVAEFamily):
             limit=1,
             prompts="one prompt",
             output_size="first",
-            order="one picture",
+            order="one image",
             size_rule="resized to 1024^2 pixels, also enlarged, with sides of multiples of 32",
             max_pixels=1024**2,
         ),

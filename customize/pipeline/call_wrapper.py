@@ -147,7 +147,12 @@ def _parameters(pipe: Any, call: Any) -> dict[str, Any]:
     calls = [call]
     if any(p.kind is _VAR_KEYWORD for p in inspect.signature(call).parameters.values()):
         inherited = (vars(base).get("__call__") for base in type(pipe).__mro__)
-        calls += [function for function in inherited if inspect.isfunction(function)]
+        # Without our wrapper, whose signature has the arguments of the stages too.
+        calls += [
+            function.__wrapped__ if hasattr(function, "_customize_patched") else function
+            for function in inherited
+            if inspect.isfunction(function)
+        ]
     return {
         name: parameter.default
         for function in reversed(calls)

@@ -1,9 +1,9 @@
 """Reading of reference images: from what a user gives to groups of checked RGB images.
 
-A *group* is the pictures that one prompt refers to, in order. Paths, PIL images, numpy arrays
+A *group* is the images that one prompt refers to, in order. Paths, PIL images, numpy arrays
 (channels last) and torch tensors (channels first) are accepted, one or many, and folders. Every
-picture becomes an upright 8-bit sRGB image: grayscale in three channels, transparency on white, and
-of an animated file the first frame. No picture is resized here.
+image becomes an upright 8-bit sRGB image: grayscale in three channels, transparency on white, and
+of an animated file the first frame. No image is resized here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch import Tensor
 from customize.decode_image import check_size, decode_image, is_animated, to_rgb
 from customize.errors import ConfigError, CustomizeError, DataError
 from customize.image_folder import image_formats, scan_folder, warn_ignored
-from customize.text import quote
+from customize.text import plural, quote
 from customize.user_warnings import warn_user
 
-#: The largest number of pictures in a group.
+#: The largest number of images in a group.
 MAX_REFERENCES = 64
 #: The largest number of characters of an attribute.
 MAX_ATTRIBUTE_LENGTH = 100
@@ -43,7 +43,7 @@ _FORMS = (
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """One picture that a prompt refers to.
+    """One image that a prompt refers to.
 
     Attributes:
         image: Upright image of mode RGB, in the size that was given.
@@ -56,7 +56,7 @@ class Reference:
     name: str
 
 
-#: The pictures that a prompt refers to, in order.
+#: The images that a prompt refers to, in order.
 Group = tuple[Reference, ...]
 
 
@@ -64,8 +64,8 @@ def read_groups(value: Any, num_prompts: int, where: str = ARGUMENT) -> list[Gro
     """Read the value of ``reference_images=``.
 
     Args:
-        value: A picture, a folder, or a list of pictures: one group for all prompts. A list of such
-            lists or of folders: one group for each prompt. A picture is a path, a PIL image, an
+        value: An image, a folder, or a list of images: one group for all prompts. A list of such
+            lists or of folders: one group for each prompt. An image is a path, a PIL image, an
             array (height, width[, channels]) or a tensor ([channels,] height, width), or a tuple of
             one of these and the attribute to take from it. An array or tensor with one more
             dimension is a list. Floating-point values are in [0, 1].
@@ -77,17 +77,18 @@ def read_groups(value: Any, num_prompts: int, where: str = ARGUMENT) -> list[Gro
 
     Raises:
         ConfigError: The value has another form, the number of groups is not that of the prompts, a
-            group is empty or has more than 64 pictures, or a picture has values out of range.
-        DataError: A file cannot be read, or a picture is smaller than 16 pixels on a side.
+            group is empty or has more than 64 images, or an image has values out of range.
+        DataError: A file cannot be read, or an image is smaller than 16 pixels on a side.
     """
     items = _unstack(value)
     if not isinstance(items, list) or not items or not any(_is_group(item) for item in items):
         return [read_group(value, where)]
     if not all(_is_group(item) for item in items):
-        raise ConfigError("the list mixes pictures with lists or folders", where=where, fix=_FORMS)
+        raise ConfigError("the list mixes images with lists or folders", where=where, fix=_FORMS)
     if len(items) not in (1, num_prompts):
+        prompts = plural(num_prompts, "prompt")
         raise ConfigError(
-            f"{len(items)} groups of reference images were given for {_count(num_prompts)}",
+            f"{len(items)} groups of reference images were given for {prompts}",
             where=where,
             fix="give one group for all prompts, or one for each prompt",
         )
@@ -95,7 +96,7 @@ def read_groups(value: Any, num_prompts: int, where: str = ARGUMENT) -> list[Gro
 
 
 def read_group(value: Any, where: str = ARGUMENT) -> Group:
-    """Read one group: a picture, a list of pictures, or a folder of pictures sorted by name.
+    """Read one group: an image, a list of images, or a folder of images sorted by name.
 
     The arguments and errors are those of :func:`read_groups`.
     """
@@ -105,7 +106,7 @@ def read_group(value: Any, where: str = ARGUMENT) -> Group:
     _check_count(len(items), where)
     is_single = not isinstance(_unstack(value), list) and not _is_folder(value)
     group = tuple(
-        _read_picture(item, where if is_single else f"{where}[{index}]")
+        _read_image(item, where if is_single else f"{where}[{index}]")
         for index, item in enumerate(items)
     )
     _warn_about_repeated(group)
@@ -142,7 +143,7 @@ def _unstack(value: Any) -> Any:
 
 
 def _has_attribute(value: Any) -> bool:
-    """Whether a value is a tuple of a picture and an attribute."""
+    """Whether a value is a tuple of an image and an attribute."""
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str)
 
 
@@ -155,11 +156,11 @@ def _check_count(count: int, where: str) -> None:
         raise ConfigError(
             f"{count:,} reference images exceed the limit of {MAX_REFERENCES} in a group",
             where=where,
-            fix="choose the pictures that show best what they share",
+            fix="choose the images that show best what they share",
         )
 
 
-def _read_picture(item: Any, where: str) -> Reference:
+def _read_image(item: Any, where: str) -> Reference:
     attribute = ""
     if _has_attribute(item):
         item, attribute = item
@@ -181,7 +182,7 @@ def _read_picture(item: Any, where: str) -> Reference:
         raise
     except Exception as error:  # PIL's decoders raise any exception on damaged data
         raise DataError(
-            f"the picture cannot be read: {error}", where=where, fix="save it again as a PNG"
+            f"the image cannot be read: {error}", where=where, fix="save it again as a PNG"
         ) from error
     return Reference(image, attribute, where)
 
@@ -191,15 +192,15 @@ def _check_attribute(attribute: str, where: str) -> str:
     suffix = os.path.splitext(words)[1].lower()
     if suffix in image_formats()[0] or _URL.match(words):
         raise ConfigError(
-            f"a tuple is a picture and the attribute to take from it, and {quote(words)} is a file",
+            f"a tuple is an image and the attribute to take from it, and {quote(words)} is a file",
             where=where,
-            fix="write the pictures as a list, in square brackets",
+            fix="write the images as a list, in square brackets",
         )
     if not 0 < len(words) <= MAX_ATTRIBUTE_LENGTH:
         raise ConfigError(
             f"an attribute has 1 to {MAX_ATTRIBUTE_LENGTH} characters, not {len(words):,}",
             where=where,
-            fix='give such as (picture, "colour")',
+            fix='give such as (image, "colour")',
         )
     return words
 
@@ -210,11 +211,11 @@ def _read_file(path: str | os.PathLike[Any], where: str) -> Image.Image:
         raise ConfigError(
             f"{quote(text)} is a URL, and nothing is downloaded",
             where=where,
-            fix="download the picture first, and give its path",
+            fix="download the image first, and give its path",
         )
     if text.lower().endswith(".safetensors"):
         raise ConfigError(
-            f"{quote(text)} is not a picture", where=where, fix="give the file alone, not in a list"
+            f"{quote(text)} is not an image", where=where, fix="give the file alone, not in a list"
         )
     return decode_image(Path(text), "RGB", animated=True)
 
@@ -241,7 +242,7 @@ def _from_array(array: np.ndarray[Any, Any], where: str) -> Image.Image:
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or channels not in (1, 3, 4):
         raise ConfigError(
-            f"an array of shape {array.shape} is not a picture",
+            f"an array of shape {array.shape} is not an image",
             where=where,
             fix="give (height, width, channels) as an array, or (channels, height, width) as a "
             "tensor, with 1, 3 or 4 channels",
@@ -250,10 +251,10 @@ def _from_array(array: np.ndarray[Any, Any], where: str) -> Image.Image:
     if array.dtype.kind == "f":
         low, high = float(array.min()), float(array.max())
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise ConfigError("the picture is not finite", where=where)
+            raise ConfigError("the image is not finite", where=where)
         if low < 0.0 or high > 1.0:
             raise ConfigError(
-                f"the picture has values from {low:g} to {high:g}",
+                f"the image has values from {low:g} to {high:g}",
                 where=where,
                 fix="scale them to 0 (black) to 1 (white), or give 8-bit integers",
             )
@@ -262,7 +263,7 @@ def _from_array(array: np.ndarray[Any, Any], where: str) -> Image.Image:
         array = array.astype(np.uint8) * 255
     elif array.dtype != np.uint8:
         raise ConfigError(
-            f"the picture has values of type {array.dtype}",
+            f"the image has values of type {array.dtype}",
             where=where,
             fix="give 8-bit integers, or floating-point values from 0 to 1",
         )
@@ -275,7 +276,7 @@ def _check_pixels(size: tuple[int, int], where: str) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and math.prod(size) > limit:
         raise DataError(
-            f"the picture has more than {limit} pixels",
+            f"the image has more than {limit} pixels",
             where=where,
             fix="shrink it; models use far fewer pixels",
         )
@@ -290,7 +291,7 @@ def _warn_about_repeated(group: Sequence[Reference]) -> None:
         key = (reference.attribute, digest.digest())
         if key in names:
             warn_user(
-                f"{reference.name} is the same picture as {names[key]}; it counts twice, since the "
+                f"{reference.name} is the same image as {names[key]}; it counts twice, since the "
                 "model reads both"
             )
         names.setdefault(key, reference.name)
@@ -305,7 +306,3 @@ def count_prompts(call: Mapping[str, Any]) -> int:
         if prompts is not None:
             return 1
     return 1
-
-
-def _count(num_prompts: int) -> str:
-    return "1 prompt" if num_prompts == 1 else f"{num_prompts} prompts"

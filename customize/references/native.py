@@ -1,7 +1,7 @@
 """Models that read reference images by themselves: which argument takes them, and in which form.
 
 The declarations are those of the model families, and :data:`OTHERS` for models that belong to no
-family. What a model cannot do is refused; what it does to the pictures' sizes is a warning.
+family. What a model cannot do is refused; what it does to the images' sizes is a warning.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from customize.errors import ConfigError
 from customize.families import FAMILIES
 from customize.families.native_references import NativeReferences
 from customize.references.images import ARGUMENT, Group, count_prompts, read_groups
+from customize.text import plural
 from customize.user_warnings import warn_user
 
 SCALE_ARGUMENT = "reference_scale"
@@ -111,7 +112,7 @@ def native_arguments(
     Args:
         native: How the pipeline takes them.
         call: The other arguments of the call.
-        reference_images: Pictures, see :func:`customize.references.images.read_groups`.
+        reference_images: Images, see :func:`customize.references.images.read_groups`.
         reference_scale: Weight of the references, or one for each; 1 unless the pipeline has
             arguments for it.
 
@@ -130,7 +131,7 @@ def native_arguments(
         raise ConfigError(
             f"{native.model} takes {ARGUMENT}= as {native.argument}=, and the call has both",
             where=ARGUMENT,
-            fix=f"leave out {native.argument}=, and give all pictures as {ARGUMENT}=",
+            fix=f"leave out {native.argument}=, and give all images as {ARGUMENT}=",
         )
     if isinstance(reference_images, Mapping):
         raise ConfigError(
@@ -182,16 +183,14 @@ def native_arguments(
 
 def _check_group(native: NativeReferences, group: Group) -> None:
     if native.limit is not None and len(group) > native.limit:
-        one = (
-            "a list would be several edits, one for each picture; it"
-            if native.form == "image"
-            else "it"
-        )
+        limit = plural(native.limit, "reference image")
+        reason = ""
+        if native.form == "image":
+            reason = "; a list would be several edits, one for each image"
         raise ConfigError(
-            f"{native.model} reads {native.limit} reference image"
-            f"{'s' if native.limit > 1 else ''} at most, and {len(group)} were given",
+            f"{native.model} reads {limit} at most, and {len(group)} were given{reason}",
             where=ARGUMENT,
-            fix=f"give {native.limit}: {one} has no place for more",
+            fix=f"give {native.limit}",
         )
     for number, reference in enumerate(group, 1):
         width, height = reference.image.size
@@ -201,7 +200,7 @@ def _check_group(native: NativeReferences, group: Group) -> None:
                 f"{native.model} takes no attribute of a reference, such as "
                 f'"{reference.attribute}"',
                 where=reference.name,
-                fix=f"give the picture alone, and say in the prompt what to take from it: "
+                fix=f"give the image alone, and say in the prompt what to take from it: "
                 f"{_naming(native)}",
             )
         if min(width, height) < native.min_side:
@@ -209,7 +208,7 @@ def _check_group(native: NativeReferences, group: Group) -> None:
                 f"reference {number} is {size} pixels, and {native.model} needs {native.min_side} "
                 "on each side",
                 where=reference.name,
-                fix="enlarge it, or give a larger picture",
+                fix="enlarge it, or give a larger image",
             )
         if native.max_aspect is not None and max(width, height) > native.max_aspect * min(
             width, height

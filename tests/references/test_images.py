@@ -106,7 +106,7 @@ def test_lists_of_lists_are_groups_of_prompts():
     for count in (1, 3):
         with pytest.raises(ConfigError, match="2 groups of reference images were given for"):
             read_groups([[PIXELS], [OTHER]], count)
-    with pytest.raises(ConfigError, match="mixes pictures with lists"):
+    with pytest.raises(ConfigError, match="mixes images with lists"):
         read_groups([[PIXELS], OTHER], 2)
 
 
@@ -177,7 +177,7 @@ def test_animations_give_a_frame_and_a_warning(tmp_path):
 
 
 def test_the_same_picture_twice_is_a_warning(folder):
-    with pytest.warns(UserWarning, match="same picture as reference_images") as caught:
+    with pytest.warns(UserWarning, match="same image as reference_images") as caught:
         (group,) = read_groups([PIXELS, OTHER, folder / "a.png"], 1)
     assert len(group) == 3
     assert len(caught) == 1
@@ -270,7 +270,7 @@ def test_huge_pictures_are_refused(monkeypatch):
         ({"dog": [PIXELS]}, "cannot be a dict"),
         (b"abc", "cannot be a bytes"),
         (("a", "colour"), "does not exist|No such file"),
-        ("rex.refs.safetensors", "is not a picture"),
+        ("rex.refs.safetensors", "is not an image"),
         ("a\0b.png", "valid file name|null"),
     ],
 )

@@ -87,6 +87,25 @@ def test_models_of_no_family_get_their_references():
         pipe(marked, reference_images=[RED, BLUE], avoid="hat")
 
 
+class Own(diffusers.DiffusionPipeline):
+    """A pipeline with an argument of the same name, and a meaning of its own."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.register_modules(unet=unet)
+
+    def __call__(self, prompt=None, reference_images=None):
+        return reference_images
+
+
+def test_the_own_argument_of_an_unknown_pipeline_is_left_alone():
+    pipe = Own(diffusers.UNet1DModel(block_out_channels=(32, 32, 64)))
+    assert pipe("a dog", reference_images="anything") == "anything"
+    assert pipe("a dog") is None
+    with pytest.raises(PipelineError, match="takes no reference images by itself"):
+        pipe("a dog", reference_images="anything", reference_scale=0.5)
+
+
 def test_positional_arguments_keep_their_places():
     pipe = tiny_flux2_klein()
     call = {"generator": torch.Generator().manual_seed(1), "output_type": "np"}

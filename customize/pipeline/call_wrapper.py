@@ -149,7 +149,9 @@ def _parameters(pipe: Any, call: Any) -> dict[str, Any]:
         inherited = (vars(base).get("__call__") for base in type(pipe).__mro__)
         # Without our wrapper, whose signature has the arguments of the stages too.
         calls += [
-            function.__wrapped__ if hasattr(function, "_customize_patched") else function
+            getattr(function, "__wrapped__", function)
+            if hasattr(function, "_customize_patched")
+            else function
             for function in inherited
             if inspect.isfunction(function)
         ]

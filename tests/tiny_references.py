@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    BriaFibo2Pipeline,
+    BriaFibo2Transformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinInpaintPipeline,
     Flux2KleinKVPipeline,
@@ -214,6 +216,43 @@ def tiny_joy_image() -> JoyImageEditPlusPipeline:
             processor=processor,
         )
     )
+
+
+def tiny_fibo2() -> BriaFibo2Pipeline:
+    """FIBO 2 with a transformer of width 32 and an LLM of 16, whose images have 6084 pixels."""
+    processor = image_text_processor(16)
+    config = _qwen3_vl(len(processor.tokenizer), 2)
+    config.image_token_id = processor.image_token_id
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        text_encoder = Qwen3VLForConditionalGeneration(config)
+        transformer = BriaFibo2Transformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=5,
+            n_refiner_layers=1,
+            n_heads=2,
+            cap_feat_dim=3 * 16,
+            injection_layer_ids=(0, 1, 2, 3, 4),
+            perceiver_num_layers=1,
+            min_num_gist_tokens=4,
+            max_num_gist_tokens=8,
+            gist_step=4,
+            gist_min_text_len=4,
+            gist_max_text_len=64,
+            axes_dims=(4, 6, 6),
+            axes_lens=(2048, 64, 64),
+        )
+    pipe = BriaFibo2Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=tiny_flux2_klein().vae,
+        text_encoder=text_encoder.eval(),
+        processor=processor,
+    )
+    pipe.text_encoder_out_layers = ((0, 1, 2),) * 6
+    pipe.default_sample_size = 39  # latents of 2 x 2 pixels
+    return _quiet(pipe)
 
 
 def _parts(pipe: Any, *missing: str) -> dict[str, Any]:

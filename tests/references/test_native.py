@@ -25,6 +25,7 @@ from tests.pipeline.making import modular
 from tests.tiny import tiny_flux, tiny_flux3, tiny_qwen_image, tiny_sd, tiny_z_image
 from tests.tiny_llm import tiny_flux2, tiny_flux2_klein
 from tests.tiny_references import (
+    tiny_fibo2,
     tiny_flux2_klein_inpaint,
     tiny_flux2_klein_kv,
     tiny_joy_image,
@@ -85,6 +86,7 @@ CASES = {
     ),
     "Z-Image Omni": (tiny_z_image_omni, {"image": [WIDE, TALL]}, {}, (96, 64)),
     "Wan VACE": (tiny_wan_vace, {"reference_images": [WIDE, TALL]}, {**VIDEO, **SMALL}, (32, 32)),
+    "FIBO 2": (tiny_fibo2, {"image": [WIDE, TALL]}, {}, (64, 96)),
     "JoyImage-Edit-Plus": (tiny_joy_image, {"images": [[WIDE, TALL]]}, {}, (96, 64)),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ OTHERS: tuple[NativeReferences, ...] = (
         form="nested",
         prompts="own",
         order="number of its placeholder in the prompt",
-        size_rule="shrunk or enlarged to sides of at most max_input_image_size (default 1024)",
+        size_rule="shrunk to a longer side of max_input_image_size (default 1024) if larger; up to "
+        "15 pixels of a side are cut off",
         placeholder="<img><|image_{}|></img>",
     ),
     NativeReferences(
@@ -55,7 +57,7 @@ OTHERS: tuple[NativeReferences, ...] = (
         prompts="own",
         output_size="first",
         order="order before the prompt",
-        size_rule="stretched to sides of multiples of 32",
+        size_rule="stretched to sides of multiples of 16",
         equal_counts=True,
         cache="yes",
     ),
@@ -138,6 +140,14 @@ def native_arguments(
             f"{native.model} takes no references for single words of the prompt",
             where=ARGUMENT,
             fix=f"give a list, and say in the prompt which is which: {_naming(native)}",
+        )
+    if isinstance(reference_images, str | os.PathLike) and os.fsdecode(
+        reference_images
+    ).lower().endswith(".safetensors"):
+        raise ConfigError(
+            f"{native.model} reads images, and no file of encoded references",
+            where=reference_images,
+            fix="give the images that it was made from",
         )
     num_prompts = count_prompts(call)
     if native.prompts == "one prompt" and num_prompts > 1:

@@ -317,6 +317,12 @@ def test_words_of_the_prompt_take_no_references_of_their_own():
         native_arguments(declared("FLUX.2 dev"), {"prompt": "a dog"}, {"dog": [WIDE]})
 
 
+def test_encoded_references_are_refused(tmp_path):
+    for path in ("rex.refs.safetensors", tmp_path / "rex.refs.safetensors"):
+        with pytest.raises(ConfigError, match="no file of encoded references"):
+            native_arguments(declared("FLUX.2 dev"), {"prompt": "a dog"}, path)
+
+
 def test_a_neutral_scale_is_accepted():
     for scale in (None, 1, 1.0, [1.0]):
         assert list(converted("FLUX.2 dev", scale=scale)) == ["image"]

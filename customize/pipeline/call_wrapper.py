@@ -132,6 +132,9 @@ def _run_through(
         name: isolate_callback(value) if name.startswith("callback") else value
         for name, value in arguments.items()
     }
+    for stage in stages:
+        if stage.is_requested(requested):
+            arguments = stage.prepare(context, arguments)
     with ExitStack() as stack:
         for stage in stages:
             stage_arguments = {name: requested.get(name) for name in stage.arguments}

@@ -54,6 +54,10 @@ def _acts_on_no_call(state: AttachedState) -> bool:
     return False
 
 
+def _as_given(context: CallContext, arguments: CallArguments) -> CallArguments:
+    return arguments
+
+
 @dataclass(frozen=True)
 class Stage:
     """One transformation of the calls of a pipeline.
@@ -67,6 +71,8 @@ class Stage:
         setting: Type that ``load_custom`` accepts for this stage; None for no setting.
         acts: ``acts(state)`` is whether the stage runs on calls that omit all its arguments.
         exclusive: Whether no other call may use the models while the stage acts.
+        prepare: ``prepare(context, arguments)`` returns the call's arguments as all stages are to
+            see them. It runs before the first stage, in calls with an argument of this stage.
         any_family: Whether the stage also runs on pipelines of unknown families. It then must not
             read :attr:`CallContext.family` of those.
         repeats: Whether the stage acts again, even if the call omits its arguments, when a pipeline
@@ -79,6 +85,7 @@ class Stage:
     setting: type[StageSetting] | None = None
     acts: Callable[[AttachedState], bool] = _acts_on_no_call
     exclusive: bool = True
+    prepare: Callable[[CallContext, CallArguments], CallArguments] = _as_given
     any_family: bool = False
     repeats: bool = True
 

@@ -103,6 +103,21 @@ def find_native_references(pipe: Any, parameters: Mapping[str, Any]) -> NativeRe
     return None
 
 
+def with_prompt_first(native: NativeReferences, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call in which a text that was given in place of the images is the prompt.
+
+    Most of these pipelines have the images as their first parameter, and the others the prompt.
+    ``pipe("a dog", reference_images=...)`` means the same on all of them.
+    """
+    text = call.get(native.argument)
+    texts = text if isinstance(text, list | tuple) else [text]
+    if call.get("prompt") is not None or not texts or not all(isinstance(t, str) for t in texts):
+        return dict(call)
+    return {name: value for name, value in call.items() if name != native.argument} | {
+        "prompt": text
+    }
+
+
 def native_arguments(
     native: NativeReferences,
     call: Mapping[str, Any],

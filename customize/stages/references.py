@@ -18,6 +18,7 @@ from customize.references.native import (
     all_native_references,
     find_native_references,
     native_arguments,
+    with_prompt_first,
 )
 
 
@@ -51,9 +52,18 @@ def _run(
     )
 
 
+def _prepare(context: CallContext, call: CallArguments) -> CallArguments:
+    native = find_native_references(context.pipe, context.parameters)
+    return call if native is None else with_prompt_first(native, call)
+
+
 #: Adds ``reference_images=`` and ``reference_scale=`` to the arguments of pipelines.
 STAGE = Stage(
-    "references", _run, arguments=("reference_images", "reference_scale"), any_family=True
+    "references",
+    _run,
+    arguments=("reference_images", "reference_scale"),
+    prepare=_prepare,
+    any_family=True,
 )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConfigError, PipelineError
 from tests.pipeline.making import concept
 from tests.tiny import tiny_flux, tiny_sd
@@ -104,6 +105,22 @@ def test_the_own_argument_of_an_unknown_pipeline_is_left_alone():
     assert pipe("a dog") is None
     with pytest.raises(PipelineError, match="takes no reference images by itself"):
         pipe("a dog", reference_images="anything", reference_scale=0.5)
+
+
+def test_the_prompt_may_come_first_on_every_model(tmp_path):
+    pipe = tiny_flux2_klein()  # whose first parameter is the images
+    call = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "np"}
+    noise = torch.Generator().manual_seed(1)
+    first = pipe("a dog on the beach", reference_images=[RED], generator=noise, **call).images
+    assert np.array_equal(first, draw(pipe, image=[RED]))
+    with pytest.raises(ConfigError, match="the call has both"):
+        pipe([BLUE], "a dog", reference_images=[RED])
+    # The stages before this one see it too.
+    save_concept(concept(pipe), tmp_path / "rex")
+    pipe.load_custom(library=tmp_path)
+    noise.manual_seed(1)
+    pipe("a photo of <rex>", reference_images=[RED], generator=noise, **call)
+    assert [row.name for row in pipe.custom.rows] == ["rex"]
 
 
 def test_positional_arguments_keep_their_places():

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from customize.concepts.library.library import Library
     from customize.concepts.types import Concept
     from customize.stages.avoid import Decor
+    from customize.stages.references import References
     from customize.training.config import TrainConfig
 
 #: What is imported when it is first used -> from where.
@@ -45,6 +46,7 @@ _LATER = {
     "Concept": "customize.concepts.types",
     "Decor": "customize.stages.avoid",
     "Library": "customize.concepts.library.library",
+    "References": "customize.stages.references",
     "TrainConfig": "customize.training.config",
     "inspect": "customize.api.inspect_files",
     "load_concept": "customize.concepts.io.read_concept",
@@ -58,6 +60,7 @@ __all__ = [
     "Concept",
     "Decor",
     "Library",
+    "References",
     "TrainConfig",
     "__version__",
     "inspect",

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from customize.concepts.types import Concept, Lora
     from customize.pipeline.report import Customization
     from customize.stages.avoid import Decor
+    from customize.stages.references import References
 
 Pipeline = TypeVar("Pipeline")
 
 
 def load_custom(
     pipe: Pipeline,
-    *concepts: str | Path | Concept | Lora | LoraFile | Decor,
+    *concepts: str | Path | Concept | Lora | LoraFile | Decor | References,
     weights: Sequence[float | Mapping[str, Any]]
     | Mapping[str, float | Mapping[str, Any]]
     | None = None,
@@ -71,7 +72,8 @@ def load_custom(
             mode change. An ordinary LoRA file, with the keys of diffusers, peft, kohya, ComfyUI or
             LyCORIS, is a concept without a trigger, named after its file; it is refused unless
             every key of it is used. One ``customize.Decor(...)`` among them sets what all calls
-            avoid, and replaces the one before.
+            avoid, and replaces the one before. One ``customize.References.from_pretrained(...)``
+            lets calls read reference images (``reference_images=``, ``reference_scale=``).
         weights: One finite number for each of ``concepts``, or a dict from concept name to weight,
             which may also name attached concepts. Default: 1.0 for a new concept, unchanged for an
             attached one. Instead of a number, a dict by component and block,

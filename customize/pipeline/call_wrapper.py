@@ -139,7 +139,10 @@ def _run_through(
         for stage in stages:
             stage_arguments = {name: requested.get(name) for name in stage.arguments}
             arguments = stack.enter_context(stage.run(context, arguments, **stage_arguments))
-        return check_finite_output(pipe, lambda: call(pipe, *args, **arguments))
+        output = check_finite_output(pipe, lambda: call(pipe, *args, **arguments))
+        if hasattr(output, "__dict__"):
+            vars(output).update(context.results)
+        return output
 
 
 def _parameters(pipe: Any, call: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,14 @@ class CallContext:
         state: What is attached to its models.
         parameters: Parameter name -> default value of the pipeline's ``__call__``, and of those
             that it passes its keyword arguments on to.
+        results: Attribute name -> value, which the output object of the call gets. Stages add to
+            it; outputs that are tuples or plain lists stay as they are.
     """
 
     pipe: Any
     state: AttachedState
     parameters: Mapping[str, Any]
+    results: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def family(self) -> Family:

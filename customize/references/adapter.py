@@ -95,6 +95,8 @@ class ReferenceAdapter(nn.Module):
     def copy_text_projections(self, denoiser: nn.Module) -> None:
         """Start keys and values of the tokens as those of the text, in layers where shapes agree.
 
+        In other layers values start at zero. In joint attention the text has projections apart.
+
         Args:
             denoiser: The denoiser, uncompiled; quantized weights are dequantized.
 
@@ -102,11 +104,18 @@ class ReferenceAdapter(nn.Module):
             PipelineError: A quantized weight cannot be read.
         """
         for name in self.layers.attentions:
-            for projection, own in (("to_k", self.key(name)), ("to_v", self.value(name))):
-                path = f"{name}.{projection}"
-                weight = dense_weight(denoiser.get_submodule(path), path)
-                if weight.shape == own.weight.shape:
+            attention: Any = denoiser.get_submodule(name)
+            reads_text = getattr(attention, "is_cross_attention", False)
+            text = ("to_k", "to_v") if reads_text else ("add_k_proj", "add_v_proj")
+            fits = True
+            for projection, own in zip(text, (self.key(name), self.value(name)), strict=True):
+                layer = getattr(attention, projection, None)
+                weight = None if layer is None else dense_weight(layer, f"{name}.{projection}")
+                fits = weight is not None and weight.shape == own.weight.shape
+                if weight is not None and fits:
                     own.weight.copy_(weight)
+            if not fits:
+                nn.init.zeros_(self.value(name).weight)
 
 
 def _add_submodule(root: nn.Module, path: str, module: nn.Module) -> None:

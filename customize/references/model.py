@@ -1,181 +1,271 @@
-"""A reference encoder, its adapter and its processor, and the folder they are saved in.
+"""A reference model: encoder, adapter and processor, and its folder.
 
-``references.json`` is the configuration, ``mllm.json`` that of the MLLM with all its layers,
-``references.safetensors`` has the weights under ``encoder.`` and ``adapter.``, and beside them are
-the files of the tokenizer and the image processor.
+A folder has ``references.json`` (the configuration), ``encoder/config.json`` (that of the whole
+MLLM), ``encoder/model.safetensors``, ``adapter.safetensors``, and tokenizer and image processor in
+``processor/``. Weights may be stored in half precision; they are loaded in float32.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from customize.atomic import write_atomic
-from customize.errors import ConfigError, CustomizeError, storage_error
-from customize.references.adapter import AttentionLayers, ReferenceAdapter
-from customize.references.config import ReferencesConfig, parse_config
+from customize.atomic import fsync_folder, partial_folder, write_new_file
+from customize.concepts.io.data_files import safetensors_bytes
+from customize.core.precision import full_precision
+from customize.errors import ConfigError, StorageError, storage_error
+from customize.references.adapter import ReferenceAdapter
+from customize.references.agreement import measure_agreement
+from customize.references.config import ReferencesConfig
 from customize.references.encoder import ReferenceEncoder
-from customize.references.encoder_inputs import ReferenceProcessor
-from customize.safe_read import MAX_TABLE_BYTES, check_regular_files, read_json, read_safetensors
-from customize.text import one_line
+from customize.references.encoder_inputs import (
+    GroupRequest,
+    ReferenceProcessor,
+    unconditional_request,
+)
+from customize.references.group import ReferenceGroup
+from customize.references.images import Reference
+from customize.references.model_files import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    ENCODER_CONFIG_FILE,
+    ENCODER_FILE,
+    PROCESSOR_FOLDER,
+    locate_model,
+    mllm_config_json,
+    read_adapter,
+    read_config,
+    read_encoder,
+    read_processor,
+)
+from customize.user_warnings import warn_user
 
-CONFIG_FILE, MLLM_FILE = "references.json", "mllm.json"
-WEIGHTS_FILE = "references.safetensors"
-_FIX = "give a folder that was written by a training of references"
-_ENCODER, _ADAPTER = "encoder.", "adapter."
 
-
-@dataclass(eq=False)
 class ReferenceModel:
-    """What reads groups of images for a denoiser.
-
-    Attributes:
-        config: The configuration.
-        encoder: Groups of images -> reference tokens.
-        adapter: Reads the tokens in the denoiser's attention layers.
-        processor: Images and prompts -> inputs of the encoder.
-    """
-
-    config: ReferencesConfig
-    encoder: ReferenceEncoder
-    adapter: ReferenceAdapter
-    processor: ReferenceProcessor
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ReferenceModel:
-        """Load a folder, with weights in float32 on the CPU.
-
-        Raises:
-            ConfigError: A file is missing, damaged, or does not fit the others.
-        """
-        folder = Path(folder)
-        try:
-            check_regular_files(folder)
-            config = parse_config(read_json(folder / CONFIG_FILE, MAX_TABLE_BYTES), folder)
-            weights = _read_weights(folder / WEIGHTS_FILE)
-            encoder = make_encoder(config, read_json(folder / MLLM_FILE, MAX_TABLE_BYTES))
-            encoder.load_state_dict(_with_prefix(weights, _ENCODER))
-            adapter = make_adapter_of(config, _with_prefix(weights, _ADAPTER))
-            processor = ReferenceProcessor.from_pretrained(folder)
-        except CustomizeError:
-            raise
-        except OSError as error:
-            raise ConfigError(
-                one_line(f"the references cannot be read: {error.strerror or error}"),
-                where=folder,
-                fix=_FIX,
-            ) from error
-        except Exception as error:  # parsers raise nearly anything on damaged data
-            raise ConfigError(
-                one_line(f"the references are damaged: {error}"), where=folder, fix=_FIX
-            ) from error
-        return cls(config, encoder.eval(), adapter, processor)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the folder; each file is written atomically, the configuration last.
-
-        Args:
-            folder: The folder; created if missing.
-            dtype: Dtype of the weights in the file.
-
-        Raises:
-            StorageError: A file cannot be written.
-        """
-        from safetensors.torch import save
-
-        folder = Path(folder)
-        weights = {_ENCODER + key: value for key, value in self.encoder.state_dict().items()}
-        weights |= {_ADAPTER + key: value for key, value in self.adapter.state_dict().items()}
-        stored = {
-            key: value.detach().to("cpu", dtype).contiguous() for key, value in weights.items()
-        }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.processor.save_pretrained(folder)
-            mllm = json.dumps(full_mllm_config(self.encoder), indent=2) + "\n"
-            write_atomic(folder / MLLM_FILE, mllm.encode())
-            write_atomic(folder / WEIGHTS_FILE, save(stored))
-            write_atomic(folder / CONFIG_FILE, self.config.to_json().encode())
-        except OSError as error:
-            raise storage_error(error, folder) from error
-
-
-def make_encoder(config: ReferencesConfig, mllm_config: Mapping[str, Any]) -> ReferenceEncoder:
-    """Create an encoder of random weights.
+    """Encodes groups of images to tokens, which its adapter lets a denoiser read.
 
     Args:
-        config: Configuration of the references.
-        mllm_config: Configuration of a Qwen2-VL or Qwen2.5-VL with all its layers.
+        config: The configuration.
+        encoder: Images and prompt -> tokens.
+        adapter: The denoiser's projections of tokens.
+        processor: Tokenizer and image processor of the encoder.
     """
-    mllm_class = mllm_class_of(mllm_config)
-    return ReferenceEncoder(config, mllm_class(mllm_class.config_class.from_dict(mllm_config)))
 
+    def __init__(
+        self,
+        config: ReferencesConfig,
+        encoder: ReferenceEncoder,
+        adapter: ReferenceAdapter,
+        processor: ReferenceProcessor,
+    ) -> None:
+        self.config, self.encoder, self.adapter = config, encoder, adapter
+        self.processor = processor
+        self._lock = threading.RLock()
+        self._digest: tuple[Any, str] = (None, "")
+        self._unconditional: tuple[Any, Tensor] | None = None
+        self._adapters: dict[tuple[torch.device, torch.dtype], tuple[Any, ReferenceAdapter]] = {}
 
-def mllm_class_of(mllm_config: Mapping[str, Any]) -> Any:
-    """Return the class of an MLLM by its ``model_type``.
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> ReferenceModel:
+        """Load a model from a folder or hub id; everything is checked before it is used.
 
-    Raises:
-        ConfigError: It is of another kind.
-    """
-    import transformers
+        Raises:
+            ConceptError: A file is missing or damaged, has missing, further or wrongly shaped
+                tensors or values that are not finite, or is a pickle.
+            ConfigError: The configuration has unknown, missing or wrong values.
+        """
+        folder = locate_model(source)
+        config = read_config(folder)
+        encoder = read_encoder(folder, config)
+        adapter = read_adapter(folder, config)
+        return cls(config, encoder, adapter, read_processor(folder))
 
-    classes = {
-        "qwen2_vl": "Qwen2VLModel",
-        "qwen2_5_vl": "Qwen2_5_VLModel",
-        "qwen3_vl": "Qwen3VLModel",
-    }
-    kind = mllm_config.get("model_type") if isinstance(mllm_config, Mapping) else None
-    if kind not in classes:
-        raise ConfigError(
-            f"an MLLM of the type {kind} cannot read references",
-            where="mllm",
-            fix=f"give a folder of the type {' or '.join(classes)}",
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
+        """Write the model to a folder, atomically.
+
+        Args:
+            folder: New, or the folder of a reference model, which is replaced.
+            dtype: Floating dtype of the stored weights.
+
+        Raises:
+            StorageError: The folder contains something else, or cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and not (folder / CONFIG_FILE).exists() and any(folder.iterdir()):
+            raise StorageError(
+                "the folder holds other files", where=folder, fix="choose a new or empty folder"
+            )
+        files = {
+            CONFIG_FILE: self.config.to_json().encode(),
+            ENCODER_CONFIG_FILE: mllm_config_json(self.encoder).encode(),
+            ENCODER_FILE: _weights_bytes(self.encoder, dtype),
+            ADAPTER_FILE: _weights_bytes(self.adapter, dtype),
+        }
+        try:
+            with partial_folder(folder) as partial, partial_folder(folder) as old:
+                for name, data in files.items():
+                    (partial / name).parent.mkdir(exist_ok=True)
+                    write_new_file(partial / name, data)
+                self.processor.save_pretrained(partial / PROCESSOR_FOLDER)
+                if folder.exists():
+                    old.rmdir()
+                    folder.rename(old)  # removed at the end
+                partial.rename(folder)
+                fsync_folder(folder.parent)
+        except OSError as error:
+            raise storage_error(error, folder) from error
+        return folder
+
+    def encode(
+        self,
+        images: Sequence[Image.Image] | Sequence[Reference],
+        attributes: Sequence[str] = (),
+        prompt: str = "",
+        *,
+        weigh: bool = True,
+    ) -> ReferenceGroup:
+        """Encode a group of images.
+
+        Args:
+            images: RGB images, or references, which have attributes and names of their own.
+            attributes: For each of plain images the attribute to take from it; "" for all.
+            prompt: The prompt; ignored by models that read none.
+            weigh: Whether images that do not agree with the others count less.
+
+        Raises:
+            ConfigError: There are no images, or more than the model reads.
+        """
+        references = _as_references(images, attributes)
+        limit = self.config.max_references
+        if not 0 < len(references) <= limit:
+            raise ConfigError(
+                f"{len(references):,} reference images are given; the model reads 1 to {limit}",
+                where="reference_images",
+                fix="choose the pictures that show best what they share",
+            )
+        if not self.config.includes_prompt:
+            prompt = ""
+        request = GroupRequest(
+            [reference.image for reference in references],
+            [reference.attribute for reference in references],
+            prompt,
         )
-    return getattr(transformers, classes[kind])
+        with self._lock, torch.no_grad(), full_precision():
+            inputs = self.processor.make_inputs([request], self.config).to(self.encoder.device)
+            states = self.encoder.read_images(inputs)
+            result = measure_agreement(self.encoder, states, inputs, len(references))
+            weights = torch.tensor([result.weights]) if weigh else None
+            tokens = self.encoder.read_tokens(states, inputs, weights)[0].float().cpu()
+            model = self.digest
+        for index in result.strangers:
+            warn_user(
+                f"the reference {references[index].name} does not fit the others (agreement "
+                f"{result.agreement[index]:.2f})"
+                + (f", so it counts {result.weights[index]:.0%}" if weigh else "")
+            )
+        return ReferenceGroup(
+            tokens,
+            result.agreement,
+            result.weights if weigh else (1.0,) * len(references),
+            tuple(reference.name for reference in references),
+            tuple(_image_digest(reference) for reference in references),
+            prompt,
+            model,
+        )
+
+    def unconditional_tokens(self) -> Tensor:
+        """Return the tokens of a black image with an empty prompt: (num_tokens, width), float32.
+
+        They are computed once.
+        """
+        with self._lock:
+            key = _versions(self.encoder)
+            if self._unconditional is None or self._unconditional[0] != key:
+                self._unconditional = (key, self.encode(unconditional_request().images).tokens)
+            return self._unconditional[1]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the configuration and the encoder's weights, which make the tokens."""
+        key = _versions(self.encoder)
+        if self._digest[0] != key:
+            sha = hashlib.sha256(self.config.to_json().encode())
+            for name, tensor in sorted(self.encoder.state_dict().items()):
+                sha.update(name.encode())
+                sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            self._digest = (key, sha.hexdigest())
+        return self._digest[1]
+
+    def adapter_on(self, device: torch.device, dtype: torch.dtype) -> ReferenceAdapter:
+        """Return the adapter on a device in a dtype: itself, or a copy that is kept."""
+        with self._lock:
+            weight = next(self.adapter.parameters())
+            if (weight.device, weight.dtype) == (device, dtype):
+                return self.adapter
+            key = _versions(self.adapter)
+            kept = self._adapters.get((device, dtype))
+            if kept is None or kept[0] != key:
+                kept = (key, copy.deepcopy(self.adapter).to(device, dtype).requires_grad_(False))
+                self._adapters[device, dtype] = kept
+            return kept[1]
+
+    def release(self) -> None:
+        """Move the encoder to the CPU and drop copies of the adapter on other devices."""
+        with self._lock:
+            self.encoder.to("cpu")
+            self._adapters = {k: v for k, v in self._adapters.items() if k[0].type == "cpu"}
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"ReferenceModel({config.family}, {config.num_tokens} tokens of {config.width}, "
+            f"up to {config.max_references} images)"
+        )
 
 
-def full_mllm_config(encoder: ReferenceEncoder) -> dict[str, Any]:
-    """Return the configuration of an encoder's MLLM with the layer that the encoder has apart."""
-    config = copy.deepcopy(encoder.mllm.config)
-    text = config.text_config
-    text.num_hidden_layers += 1
-    text.layer_types = [*text.layer_types, text.layer_types[-1]]
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    return values
+def _as_references(
+    images: Sequence[Image.Image] | Sequence[Reference], attributes: Sequence[str]
+) -> list[Reference]:
+    if attributes and len(attributes) != len(images):
+        raise ConfigError(
+            f"{len(attributes)} attributes are given for {len(images)} images",
+            where="attributes",
+            fix='give one for each image, "" for those without',
+        )
+    texts = list(attributes) or [""] * len(images)
+    return [
+        image if isinstance(image, Reference) else Reference(image, text, f"image {number}")  # type: ignore[arg-type]
+        for number, (image, text) in enumerate(zip(images, texts, strict=True), 1)
+    ]
 
 
-def make_adapter_of(config: ReferencesConfig, weights: Mapping[str, Tensor]) -> ReferenceAdapter:
-    """Create an adapter with the weights of a file, whose keys name its layers."""
-    key, up, down = ".to_k_ref.weight", ".lora_B.weight", ".lora_A.weight"
-    layers = AttentionLayers(
-        {name.removesuffix(key): len(w) for name, w in weights.items() if name.endswith(key)},
-        {
-            name.removesuffix(up): (len(w), weights[name.removesuffix(up) + down].shape[1])
-            for name, w in weights.items()
-            if name.endswith(up)
-        },
-    )
-    adapter = ReferenceAdapter(layers, config.width, config.lora_rank, config.lora_alpha)
-    adapter.load_state_dict(weights)
-    return adapter
+def _image_digest(reference: Reference) -> str:
+    sha = hashlib.sha256(repr((reference.image.size, reference.attribute)).encode())
+    sha.update(reference.image.tobytes())
+    return sha.hexdigest()
 
 
-def _with_prefix(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+def _versions(module: torch.nn.Module) -> tuple[int, ...]:
+    """Return what changes when a module's parameters are replaced or changed in place."""
+    parameters = list(module.parameters())
+    counters = [0 if p.is_inference() else p._version for p in parameters]
+    return (*map(id, parameters), *counters)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load
+def _weights_bytes(module: torch.nn.Module, dtype: torch.dtype) -> bytes:
+    tensors = {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}
+    return safetensors_bytes(tensors, {})
 
-    weights = {key: value.float() for key, value in load(read_safetensors(path)).items()}
-    broken = [key for key, value in weights.items() if not bool(torch.isfinite(value).all())]
-    if broken:
-        raise ValueError(f"{broken[0]} has values that are not finite")
-    return weights
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether a path is the folder of a reference model."""
+    return os.path.isfile(Path(path) / CONFIG_FILE)

@@ -16,13 +16,13 @@ from customize.pipeline.stage import Stage
 #: the stages, and with them torch.
 #:
 #: Library routing is first, since the others need the prompt's concepts attached. Prompts are
-#: checked as the caller wrote them. References are settled before ``avoid=``, which then sees them.
-#: Regions encode further prompts, which ``avoid=`` cleans too.
+#: checked as the caller wrote them. References and regions encode prompts of their own, which
+#: ``avoid=`` cleans too, and references of regions need to be attached outside of these.
 ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("library_routing", ()),
     ("check_prompts", ()),
-    ("references", ("reference_images", "reference_scale")),
     ("avoid", ("avoid",)),
+    ("references", ("reference_images", "reference_scale")),
     ("regions", ("regions",)),
 )
 

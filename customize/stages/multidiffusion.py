@@ -15,6 +15,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,14 @@ MATCH_TOLERANCE = 0.02
 BOOTSTRAP_NOISE_LEVEL = 0.5
 
 
+#: For each row of the denoiser's running call: the index of the prompt and the words of the region
+#: that the row is drawn by, with None for the background; or None for rows of other prompts. None
+#: outside of calls that are drawn by regions.
+REGION_ROWS: ContextVar[list[tuple[int, str | None] | None] | None] = ContextVar(
+    "customize_region_rows", default=None
+)
+
+
 @dataclass(frozen=True, eq=False)
 class RegionalPrompt:
     """One prompt of a call, and the prompts that replace it.
@@ -44,11 +53,13 @@ class RegionalPrompt:
         prompt: As given to the pipeline.
         prompts: The background's prompt, then one for each region.
         weights: For each region ``(rows, columns) -> (rows, columns)``, in [0, 1].
+        phrases: For each region the words that the caller named it by.
     """
 
     prompt: str
     prompts: tuple[str, ...]
     weights: tuple[Callable[[int, int], Tensor], ...]
+    phrases: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -67,6 +78,7 @@ def denoise_by_regions(family: Family, prompts: Sequence[RegionalPrompt]) -> Ite
     denoisers = [family.components.get(key) for key in denoiser_keys]
     regional = _RegionalDenoiser(family, prompts)
     with ExitStack() as stack:
+        stack.callback(REGION_ROWS.reset, REGION_ROWS.set(None))
         for denoiser in denoisers:
             if denoiser is not None:
                 # The last hook before the call, and the first one after it.
@@ -96,11 +108,13 @@ class _Layer:
         weights: (rows, columns), in [0, 1].
         prompt: The index of its prompt.
         is_background: Whether it is the background, not a region.
+        source: The index of the call's prompt, and the region's words; None for the background.
     """
 
     weights: Tensor
     prompt: int
     is_background: bool
+    source: tuple[int, str | None]
 
 
 @dataclass(eq=False)
@@ -158,18 +172,23 @@ class _RegionalDenoiser:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         call = self._plan_passes(arguments) if self._in_this_call() else None
         self._running.append(call)
-        return None if call is None else ((), self._pass_arguments(call, 0))
+        if call is None:
+            return None
+        # Set until after_forward, or by a further call that an error in this one leads to.
+        REGION_ROWS.set(_rows_of_pass(call, 0))
+        return (), self._pass_arguments(call, 0)
 
     def after_forward(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         call = self._running.pop()
         if call is None:
             return None
         # `forward` may be replaced by hooks of others; calling the module would run ours again.
-        outputs = [
-            module.forward(**self._pass_arguments(call, index))
-            for index in range(1, len(call.passes))
-        ]
-        return self._blend_outputs(call, [output, *outputs])
+        outputs = [output]
+        for index in range(1, len(call.passes)):
+            REGION_ROWS.set(_rows_of_pass(call, index))
+            outputs.append(module.forward(**self._pass_arguments(call, index)))
+        REGION_ROWS.set(None)
+        return self._blend_outputs(call, outputs)
 
     def _plan_passes(self, arguments: dict[str, Any]) -> _DenoiserCall | None:
         """Plan the passes of one call; return None if it has none of the prompts."""
@@ -183,7 +202,7 @@ class _RegionalDenoiser:
                 row: [
                     index
                     for index, encoded in enumerate(self._encoded_prompts)
-                    if _is_same_prompt(texts[row * texts_per_row], encoded)
+                    if is_same_prompt(texts[row * texts_per_row], encoded)
                 ]
                 for row in range(len(texts) // texts_per_row)
             }
@@ -198,7 +217,9 @@ class _RegionalDenoiser:
         self.has_matched, self._count = True, self._count + 1
         grid = self.family.latent_grid(arguments)
         if grid not in self._layers:
-            self._layers[grid] = [self._visible_layers(prompt, *grid) for prompt in self.prompts]
+            self._layers[grid] = [
+                self._visible_layers(number, *grid) for number in range(len(self.prompts))
+            ]
         layers = self._layers[grid]
         passes: list[dict[int, _Layer]] = []
         for position, (row, candidates) in enumerate(matches.items()):
@@ -214,10 +235,12 @@ class _RegionalDenoiser:
             arguments, batch, texts_per_row, passes, self._can_bootstrap and is_noisy
         )
 
-    def _visible_layers(self, prompt: RegionalPrompt, rows: int, columns: int) -> list[_Layer]:
+    def _visible_layers(self, number: int, rows: int, columns: int) -> list[_Layer]:
+        prompt = self.prompts[number]
+        phrases: tuple[str | None, ...] = (None, *prompt.phrases)
         weights = stack_regions([weight(rows, columns) for weight in prompt.weights])
         layers = [
-            _Layer(weight, self.text_index[text], is_background=index == 0)
+            _Layer(weight, self.text_index[text], index == 0, (number, phrases[index]))
             for index, (weight, text) in enumerate(zip(weights, prompt.prompts, strict=True))
         ]
         return [layer for layer in layers if bool(layer.weights.any())]
@@ -290,7 +313,15 @@ class _RegionalDenoiser:
         return dataclasses.replace(output, **{next(iter(output.keys())): blended})
 
 
-def _is_same_prompt(text: Tensor, expected: Tensor) -> bool:
+def _rows_of_pass(call: _DenoiserCall, index: int) -> list[tuple[int, str | None] | None]:
+    """Return the value of :data:`REGION_ROWS` in one pass."""
+    layers = call.passes[index]
+    has_all_rows = index == 0 or len(layers) == call.batch
+    rows = range(call.batch) if has_all_rows else layers
+    return [layers[row].source if row in layers else None for row in rows]
+
+
+def is_same_prompt(text: Tensor, expected: Tensor) -> bool:
     """Whether encodings (tokens, ...) are of one prompt; the shorter one is zero-padded."""
     a, b = text.float(), expected.to(text.device, torch.float32)
     if a.shape[1:] != b.shape[1:]:

@@ -1,18 +1,28 @@
 """The stage that draws with reference images: ``reference_images=``, ``reference_scale=``.
 
 Models that read references by themselves (:mod:`customize.references.native`) get them as their own
-argument, and nothing else of the call changes.
+argument, and nothing else of the call changes. Other models read them through a reference model
+(EasyRef, arXiv 2412.09618) that was given to ``load_custom``; the denoiser is changed during the
+call alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.errors import ConfigError, PipelineError
+from customize.families import Family
 from customize.pipeline.stage import CallArguments, CallContext, Stage
-from customize.references.images import ARGUMENT
+from customize.pipeline.state import AttachedState, StageSetting
+from customize.references.easyref_file import load_easyref
+from customize.references.group import ReferenceGroup
+from customize.references.images import ARGUMENT, Reference, count_prompts, read_group
+from customize.references.model import ReferenceModel
 from customize.references.native import (
     SCALE_ARGUMENT,
     all_native_references,
@@ -20,6 +30,162 @@ from customize.references.native import (
     native_arguments,
     with_prompt_first,
 )
+from customize.references.request import ReferenceRequest, Source, parse_request
+from customize.references.seams import SEAMS, seam_of
+from customize.stages.reference_tokens import (
+    PromptReferences,
+    execution_device,
+    read_references,
+)
+from customize.text import quote
+from customize.user_warnings import warn_user
+
+#: Number of encoded groups that a setting keeps.
+_MAX_KEPT = 32
+
+
+class References(StageSetting):
+    """A reference model for all calls of a pipeline: ``pipe.load_custom(References(...))``.
+
+    Calls with ``reference_images=`` then draw what the images share.
+
+    Args:
+        model: The reference model.
+    """
+
+    def __init__(self, model: ReferenceModel) -> None:
+        self.model = model
+        self._groups: OrderedDict[tuple[Any, ...], ReferenceGroup] = OrderedDict()
+        self._latest: tuple[ReferenceGroup, ...] = ()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, mllm: str | Path | None = None) -> References:
+        """Load a reference model from a folder or hub id, or EasyRef's released file.
+
+        Args:
+            source: Folder written by :meth:`ReferenceModel.save_pretrained`, or a hub id; or the
+                ``.safetensors`` file of EasyRef.
+            mllm: Only for EasyRef's file: local folder of Qwen2-VL-2B-Instruct.
+
+        Raises:
+            ConceptError: A file is missing, damaged or of another model, or is a pickle.
+            ConfigError: The configuration has unknown, missing or wrong values.
+        """
+        if not str(source).endswith(".safetensors"):
+            return cls(ReferenceModel.from_pretrained(source))
+        if mllm is None:
+            raise ConfigError(
+                "EasyRef's file has neither the tokenizer nor the configuration of its MLLM",
+                where=source,
+                fix="give mllm= the folder of Qwen2-VL-2B-Instruct",
+            )
+        parts = load_easyref(source, mllm)
+        return cls(ReferenceModel(parts.config, parts.encoder, parts.adapter, parts.processor))
+
+    def encode(self, images: Any, prompt: str = "", *, weigh: bool = True) -> ReferenceGroup:
+        """Encode one group of images.
+
+        Args:
+            images: A picture, a list of pictures, or a folder. A picture is a path, PIL image,
+                array or tensor, or a tuple of one of these and the attribute to take from it.
+            prompt: The prompt, for models that read it with the images.
+            weigh: Whether images that do not agree with the others count less.
+
+        Raises:
+            ConfigError: There are no images or too many, or one has another form.
+            DataError: An image cannot be read.
+        """
+        return self._encode(read_group(images, "images"), prompt, weigh)
+
+    def bind(self, family: Family) -> References:
+        """Return the setting for a model, after checking that the adapter fits its denoiser."""
+        config = self.model.config
+        if config.family != family.name:
+            raise PipelineError(
+                f"the reference model is for models of family {config.family}, and this one is of "
+                f"family {family.name}",
+                where="References",
+                fix="load a reference model of this family",
+            )
+        expected, given = seam_of(family).attention_layers(family), self.model.adapter.layers
+        pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]]
+        pairs = [(expected.attentions, given.attentions)]
+        if config.lora_rank:
+            pairs.append((expected.projections, given.projections))
+        for needed, present in pairs:
+            wrong = [
+                name for name in {**needed, **present} if needed.get(name) != present.get(name)
+            ]
+            if wrong:
+                raise PipelineError(
+                    f"the reference model was trained for another denoiser: {len(wrong)} attention "
+                    f"layers differ, such as {wrong[0]}",
+                    where="References",
+                    fix="load the reference model of this base",
+                )
+        return self
+
+    def report(self, state: AttachedState) -> str:
+        """Return the model, and the agreement of the latest call's images."""
+        config = self.model.config
+        text = (
+            f"references: {config.num_tokens} tokens for up to {config.max_references} images "
+            f"({config.family})"
+        )
+        return "; ".join([text, *(f"latest: {group}" for group in self._latest)])
+
+    def __repr__(self) -> str:
+        return f"References({self.model!r})"
+
+    def _encode(self, group: Sequence[Reference], prompt: str, weigh: bool) -> ReferenceGroup:
+        config = self.model.config
+        prompt = prompt if config.includes_prompt else ""
+        pictures = tuple((r.image.size, r.image.tobytes(), r.attribute, r.name) for r in group)
+        key = (self.model.digest, hash(pictures), prompt, weigh)
+        if key not in self._groups:
+            self._groups[key] = self.model.encode(group, prompt=prompt, weigh=weigh)
+            while len(self._groups) > _MAX_KEPT:
+                self._groups.popitem(last=False)
+        return self._groups[key]
+
+    def encode_request(
+        self, request: ReferenceRequest, prompts: Sequence[str]
+    ) -> list[PromptReferences]:
+        """Return the encoded groups of each prompt, and keep them for the report."""
+        result = []
+        for sources, scales, prompt in zip(request.sources, request.scales, prompts, strict=True):
+            groups = {
+                key: (self._group_of(source, prompt), scales[key])
+                for key, source in sources.items()
+            }
+            result.append(PromptReferences(groups))
+        latest = {id(group): group for each in result for group, _ in each.groups.values()}
+        self._latest = tuple(latest.values())
+        return result
+
+    def _group_of(self, source: Source, prompt: str) -> ReferenceGroup:
+        if not isinstance(source, ReferenceGroup):
+            return self._encode(source, prompt, True)
+        config = self.model.config
+        if source.model != self.model.digest:
+            raise ConfigError(
+                "the group of references was encoded by another reference model",
+                where=ARGUMENT,
+                fix="encode its images with the loaded one",
+            )
+        if tuple(source.tokens.shape) != (config.num_tokens, config.width):
+            raise ConfigError(
+                f"the group has tokens of the shape {tuple(source.tokens.shape)}, not "
+                f"{(config.num_tokens, config.width)}",
+                where=ARGUMENT,
+                fix="encode its images again",
+            )
+        if config.includes_prompt and source.prompt != prompt:
+            warn_user(
+                f"the group of references was encoded with the prompt {quote(source.prompt)}, and "
+                f"is used with {quote(prompt)}"
+            )
+        return source
 
 
 @contextmanager
@@ -38,18 +204,45 @@ def _run(
             )
         yield call
         return
-    native = find_native_references(context.pipe, context.parameters)
-    if native is not None:
-        yield call | native_arguments(native, call, reference_images, reference_scale)
-        return
-    if ARGUMENT in context.parameters and reference_scale is None:
-        yield {**call, ARGUMENT: reference_images}  # the argument of a pipeline of another origin
-        return
-    raise PipelineError(
-        f"{type(context.pipe).__name__} takes no reference images by itself",
-        where=ARGUMENT,
-        fix="use a pipeline that does: " + ", ".join(_names_of_pipelines()),
+    setting = context.state.get_setting(References)
+    if setting is None:
+        native = find_native_references(context.pipe, context.parameters)
+        if native is not None:
+            yield call | native_arguments(native, call, reference_images, reference_scale)
+            return
+        if ARGUMENT in context.parameters and reference_scale is None:
+            yield {**call, ARGUMENT: reference_images}  # of a pipeline of another origin
+            return
+        raise _unsupported(context)
+    prompts = _prompt_texts(call)
+    request = parse_request(
+        reference_images,
+        reference_scale,
+        len(prompts),
+        lambda scale: seam_of(context.family).expand_scale(context.family, scale),
     )
+    _check_words(request, prompts)
+    if request.is_zero:
+        yield call
+        return
+    model = setting.model
+    denoiser = context.family.denoiser
+    offloads = any(hasattr(module, "_hf_hook") for module in denoiser.modules())
+    model.encoder.to(execution_device(context.pipe, denoiser))
+    try:
+        references = setting.encode_request(_by_concept_words(request, prompts, context), prompts)
+        model.unconditional_tokens()
+    finally:
+        if offloads:
+            model.encoder.to("cpu")
+    groups = [{key: group for key, (group, _) in each.groups.items()} for each in references]
+    context.results["references"] = [each.get(None, each) for each in groups]
+    try:
+        with read_references(context, call, model, references, request.layer_scale):
+            yield call
+    finally:
+        if offloads:
+            model.release()
 
 
 def _prepare(context: CallContext, call: CallArguments) -> CallArguments:
@@ -62,9 +255,32 @@ STAGE = Stage(
     "references",
     _run,
     arguments=("reference_images", "reference_scale"),
+    setting=References,
     prepare=_prepare,
     any_family=True,
 )
+
+
+def _unsupported(context: CallContext) -> PipelineError:
+    names = ", ".join(_names_of_pipelines())
+    try:
+        has_seam = context.family.name in SEAMS
+    except PipelineError:  # an unknown family
+        has_seam = False
+    if has_seam:
+        return PipelineError(
+            f"{type(context.pipe).__name__} takes no reference images by itself, and no reference "
+            "model is loaded",
+            where=ARGUMENT,
+            fix="load one: pipe.load_custom(customize.References.from_pretrained(...)); or use a "
+            f"pipeline that takes them: {names}",
+        )
+    return PipelineError(
+        f"{type(context.pipe).__name__} takes no reference images by itself",
+        where=ARGUMENT,
+        fix=f"use a pipeline that does: {names}; or, with a reference model, a model of family "
+        f"{', '.join(SEAMS)}",
+    )
 
 
 def _names_of_pipelines() -> list[str]:
@@ -72,3 +288,49 @@ def _names_of_pipelines() -> list[str]:
         native.pipelines[0] if native.pipelines else f"{native.model} (modular)"
         for native in all_native_references()
     ]
+
+
+def _prompt_texts(call: CallArguments) -> list[str]:
+    """Return the prompts of a call; empty texts where they are given as embeddings."""
+    prompt = call.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if isinstance(prompts, list | tuple) and all(isinstance(text, str) for text in prompts):
+        return list(prompts)
+    return [""] * count_prompts(call)
+
+
+def _check_words(request: ReferenceRequest, prompts: Sequence[str]) -> None:
+    for sources, prompt in zip(request.sources, prompts, strict=True):
+        for key in sources:
+            if key is not None and not prompt:
+                raise ConfigError(
+                    "references for words of the prompt need the prompt as text",
+                    where="prompt",
+                    fix="give prompt= a text or a list of texts",
+                )
+
+
+def _by_concept_words(
+    request: ReferenceRequest, prompts: Sequence[str], context: CallContext
+) -> ReferenceRequest:
+    """Replace names of concepts by the words that ``regions=`` replaces them by."""
+    words = {name: a.concept.info.trigger_words for name, a in context.state.attached.items()}
+
+    def resolve(key: str | None, prompt: str) -> str | None:
+        trigger = words.get(key or "", "")
+        if key is None or (trigger and find_phrase(trigger, prompt)):
+            return trigger or key
+        if not find_phrase(key, prompt):
+            raise ConfigError(
+                f"the prompt does not contain {quote(key)}",
+                where=f"{ARGUMENT}[{quote(key)}]",
+                fix="give words of the prompt",
+            )
+        return key
+
+    renamed = [
+        tuple({resolve(key, prompt): value for key, value in each.items()} for each in pair)
+        for *pair, prompt in zip(request.sources, request.scales, prompts, strict=True)
+    ]
+    sources, scales = zip(*renamed, strict=True)
+    return ReferenceRequest(sources, scales, request.layer_scale)

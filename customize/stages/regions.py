@@ -165,7 +165,10 @@ def _regional_prompt(
                 fix="later regions cover earlier ones: give the smaller one last",
             )
     return RegionalPrompt(
-        prompt, tuple(regional_prompts(prompt, list(weights))), tuple(weights.values())
+        prompt,
+        tuple(regional_prompts(prompt, list(weights))),
+        tuple(weights.values()),
+        tuple(weights),
     )
 
 

@@ -50,8 +50,12 @@ def is_collection_slug(source: str) -> bool:
     return re.fullmatch(_COLLECTION, source) is not None
 
 
-def download(hub_id: str) -> Path:
-    """Download a concept or LoRA into the hub's cache, unless it is cached, and return its folder.
+def download(hub_id: str, files: Sequence[str] = _FILES) -> Path:
+    """Download a repository into the hub's cache, unless it is cached, and return its folder.
+
+    Args:
+        hub_id: Its id.
+        files: Patterns of the files; default: those of concepts and LoRAs.
 
     Raises:
         ConceptError: If the download fails.
@@ -60,7 +64,7 @@ def download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except Exception as error:  # offline, not found, gated
         if system_errno(error) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise storage_error(error, hub_id) from error

@@ -13,14 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
 from customize.references.config import ReferencesConfig
-from customize.references.seams import unet
-from customize.references.seams.attachment import Attachment
+from customize.references.seams import flux, sd3, unet
+from customize.references.seams.attachment import Attachment, Scale
+from customize.references.seams.blocks import expand_block_scale
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,21 @@ class Seam:
         attached: ``attached(denoiser, adapter, scale=1.0)`` returns a context manager that yields
             an :class:`~customize.references.seams.attachment.Attachment`. ``scale`` is a number, or
             a function of a module's name.
+        expand_scale: ``expand_scale(family, scale)`` converts a dict of scales by block to such a
+            function.
     """
 
     attention_layers: Callable[[Family], AttentionLayers]
     attached: Callable[..., AbstractContextManager[Attachment]]
+    expand_scale: Callable[[Family, Any], Scale]
 
 
 #: Name of a family -> its seam.
 SEAMS: dict[str, Seam] = {
-    "sd": Seam(unet.attention_layers, unet.attached),
-    "sdxl": Seam(unet.attention_layers, unet.attached),
+    "sd": Seam(unet.attention_layers, unet.attached, unet.expand_scale),
+    "sdxl": Seam(unet.attention_layers, unet.attached, unet.expand_scale),
+    "sd3": Seam(sd3.attention_layers, sd3.attached, expand_block_scale),
+    "flux": Seam(flux.attention_layers, flux.attached, expand_block_scale),
 }
 
 

@@ -136,7 +136,7 @@ class ReferenceProjection(nn.Module):
             return projected
         if self._scale != 1.0:
             projected = self._scale * projected
-        return projected if row_scale is None else projected * _per_row(row_scale, projected)
+        return projected if row_scale is None else projected * per_row(row_scale, projected)
 
 
 #: Number of different sets of tokens whose keys and values a layer keeps.
@@ -170,7 +170,7 @@ class AdaptedProjection(nn.Module):
             change = self._scale * change
         current = attachment.current
         if current is not None and current.scale is not None:
-            change = change * _per_row(current.scale.clamp(max=1.0), change)
+            change = change * per_row(current.scale.clamp(max=1.0), change)
         return output + change
 
     def __getattr__(self, name: str) -> Any:
@@ -209,12 +209,37 @@ def replace_projections(
             parent._modules[child] = module
 
 
+@contextmanager
+def replace_processor(attention: Any, processor: nn.Module) -> Iterator[None]:
+    """Give an attention module another processor for a time."""
+    before = attention.processor
+    attention.set_processor(processor)
+    try:
+        yield
+    finally:
+        attention.set_processor(before)
+
+
+@contextmanager
+def set_attribute(module: nn.Module, name: str, value: nn.Module) -> Iterator[None]:
+    """Set an attribute of a module to another module, and restore it exactly as it was stored."""
+    attributes = [mapping for mapping in (vars(module), module._modules) if name in mapping]
+    before = [(mapping, mapping[name]) for mapping in attributes]
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        for mapping, old in before:
+            mapping[name] = old
+
+
 def scale_of(scale: Scale, name: str) -> float:
     """Return the scale of the references in the module of this name."""
     return float(scale(name) if callable(scale) else scale)
 
 
-def _per_row(factors: Tensor, output: Tensor) -> Tensor:
+def per_row(factors: Tensor, output: Tensor) -> Tensor:
     """Return factors (rows,) for an output with one or several entries for each row."""
     repeats = len(output) // len(factors)
     factors = factors if repeats == 1 else factors.repeat_interleave(repeats)

@@ -6,21 +6,24 @@ For Stable Diffusion 1.x, 2.x and XL, and AnimateDiff's motion UNet.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from customize.errors import PipelineError
+from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
+from customize.references.scale import check_scales
 from customize.references.seams.attachment import (
     Attachment,
     ReferenceProjection,
     Scale,
+    replace_processor,
     replace_projections,
     scale_of,
+    set_attribute,
 )
 
 
@@ -31,6 +34,41 @@ def attention_layers(family: Family) -> AttentionLayers:
     return AttentionLayers(
         {name: projections[f"{name}.to_k"][0] for name in attentions}, projections
     )
+
+
+def expand_scale(family: Family, scale: Any) -> Scale:
+    """Convert scales by block, as diffusers' ``set_ip_adapter_scale`` takes them.
+
+    Args:
+        family: The model.
+        scale: Such as ``{"down": {"block_1": [0.0, 1.0]}, "up": 0.5}``; blocks without a number
+            have 0.
+
+    Returns:
+        Name of a module -> scale.
+
+    Raises:
+        ConfigError: A block does not exist, or has another number of layers.
+    """
+    from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
+
+    check_scales(scale)
+    try:
+        (by_prefix,) = _maybe_expand_lora_scales(uncompiled(family.denoiser), [scale], 0.0)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the scales by block do not fit the UNet: {error}",
+            where="reference_scale",
+            fix="give them as set_ip_adapter_scale takes them, such as "
+            '{"down": {"block_1": [0.0, 1.0]}, "up": 0.5}',
+        ) from error
+    numbers = dict(by_prefix)
+
+    def scale_of_module(name: str) -> float:
+        prefix = next((prefix for prefix in numbers if name.startswith(f"{prefix}.")), None)
+        return 0.0 if prefix is None else float(numbers[prefix])
+
+    return scale_of_module
 
 
 @contextmanager
@@ -51,27 +89,17 @@ def attached(denoiser: Any, adapter: ReferenceAdapter, scale: Scale = 1.0) -> It
     """
     unet = uncompiled(denoiser)
     attachment = Attachment(denoiser, _insert)
-    modules = {name: unet.get_submodule(name) for name in adapter.layers.attentions}
-    processors = {
-        name: _make_processor(module, name, adapter, attachment, scale_of(scale, name))
-        for name, module in modules.items()
-    }
-    before = {name: module.processor for name, module in modules.items()}
     dim_type = unet.config.encoder_hid_dim_type
-    with replace_projections(unet, adapter, attachment, scale):
-        try:
-            for name, module in modules.items():
-                module.set_processor(processors[name])
-            unet.encoder_hid_proj = _identity_projection()
-            unet.config.encoder_hid_dim_type = "ip_image_proj"
-            yield attachment
-        finally:
-            for name, module in modules.items():
-                module.set_processor(before[name])
-            # Deleted first: a module's attribute that is set to None stays among its children.
-            del unet.encoder_hid_proj
-            unet.encoder_hid_proj = None
-            unet.config.encoder_hid_dim_type = dim_type
+    with ExitStack() as stack:
+        stack.enter_context(replace_projections(unet, adapter, attachment, scale))
+        stack.enter_context(set_attribute(unet, "encoder_hid_proj", identity_projection()))
+        for name in adapter.layers.attentions:
+            module = unet.get_submodule(name)
+            processor = _make_processor(module, name, adapter, attachment, scale_of(scale, name))
+            stack.enter_context(replace_processor(module, processor))
+        stack.callback(setattr, unet.config, "encoder_hid_dim_type", dim_type)
+        unet.config.encoder_hid_dim_type = "ip_image_proj"
+        yield attachment
 
 
 def _insert(arguments: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
@@ -81,7 +109,8 @@ def _insert(arguments: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
     return arguments | {"added_cond_kwargs": added | {"image_embeds": [tokens[:, None]]}}
 
 
-def _identity_projection() -> nn.Module:
+def identity_projection() -> nn.Module:
+    """Return diffusers' projection of image embeddings, which leaves tokens as they are."""
     from diffusers.models.embeddings import MultiIPAdapterImageProjection
 
     return MultiIPAdapterImageProjection([nn.Identity()])

@@ -1,0 +1,240 @@
+"""Reading and checking the files of a reference model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from customize.concepts.io.data_files import read_json_file, read_tensors
+from customize.concepts.io.find_files import refuse_pickles
+from customize.concepts.io.hub import download, is_hub_id
+from customize.core.lowrank import all_finite
+from customize.errors import ConceptError, ConfigError
+from customize.near_names import suggest_paths
+from customize.references.adapter import AttentionLayers, ReferenceAdapter
+from customize.references.config import ReferencesConfig, parse_config
+from customize.references.encoder import ReferenceEncoder
+from customize.references.encoder_inputs import ReferenceProcessor
+from customize.safe_read import path_exists
+from customize.text import quote
+
+CONFIG_FILE = "references.json"
+ENCODER_CONFIG_FILE = "encoder/config.json"
+ENCODER_FILE = "encoder/model.safetensors"
+ADAPTER_FILE = "adapter.safetensors"
+PROCESSOR_FOLDER = "processor"
+
+#: The files that are downloaded of a repository.
+_FILES = [
+    *(CONFIG_FILE, ENCODER_CONFIG_FILE, ENCODER_FILE, ADAPTER_FILE),
+    *(f"{PROCESSOR_FOLDER}/*.{suffix}" for suffix in ("json", "txt", "jinja")),
+]
+#: "model_type" of a configuration -> names of the classes in transformers.
+_MLLMS = {
+    "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLModel"),
+    "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLModel"),
+    "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLModel"),
+}
+
+
+def locate_model(source: str | Path) -> Path:
+    """Return the folder of a reference model; a hub id is downloaded.
+
+    Raises:
+        ConceptError: It does not exist, or is another kind of folder or file.
+    """
+    folder = Path(source)
+    if path_exists(folder):
+        if path_exists(folder / CONFIG_FILE):
+            return folder
+        if folder.is_dir():
+            refuse_pickles(folder)
+        raise ConceptError(
+            f"it is not a reference model: {CONFIG_FILE} is missing",
+            where=folder,
+            fix="name a folder that ReferenceModel.save_pretrained wrote",
+        )
+    if isinstance(source, str) and is_hub_id(source):
+        return download(source, _FILES)
+    raise ConceptError(
+        "the reference model does not exist",
+        where=source,
+        fix=suggest_paths(source, "check the path"),
+    )
+
+
+def read_config(folder: Path) -> ReferencesConfig:
+    """Read ``references.json``.
+
+    Raises:
+        ConceptError: The file cannot be read.
+        ConfigError: A value is missing, unknown or out of its range.
+    """
+    path = folder / CONFIG_FILE
+    return parse_config(_read_dict(path), path)
+
+
+def read_encoder(folder: Path, config: ReferencesConfig) -> ReferenceEncoder:
+    """Read the encoder, in float32, on the CPU.
+
+    Raises:
+        ConceptError: A file cannot be read, or the weights do not fit the configuration.
+    """
+    path = folder / ENCODER_CONFIG_FILE
+    values = _read_dict(path)
+    tensors = _read_weights(folder / ENCODER_FILE)
+    with _without_weights():
+        encoder = ReferenceEncoder(config, _make_mllm(values, path))
+    _load(encoder, tensors, folder / ENCODER_FILE)
+    return encoder
+
+
+def mllm_config_json(encoder: ReferenceEncoder) -> str:
+    """Return the configuration of the whole MLLM of an encoder, with its last layer, as JSON."""
+    values = encoder.mllm.config.to_dict()
+    text = encoder.mllm.language_model.config.to_dict()
+    text["num_hidden_layers"] += 1
+    if text.get("layer_types"):
+        text["layer_types"] = [*text["layer_types"], text["layer_types"][-1]]
+    values["text_config"] = text
+    return json.dumps(values, indent=2, sort_keys=True, default=str) + "\n"
+
+
+def read_adapter(folder: Path, config: ReferencesConfig) -> ReferenceAdapter:
+    """Read the adapter, in float32, on the CPU; its layers are those of the file.
+
+    Raises:
+        ConceptError: The file cannot be read, or does not fit the configuration.
+    """
+    path = folder / ADAPTER_FILE
+    tensors = _read_weights(path)
+    layers = _layers_of(tensors, path)
+    with _without_weights():
+        adapter = ReferenceAdapter(layers, config.width, config.lora_rank, config.lora_alpha)
+    _load(adapter, tensors, path)
+    return adapter
+
+
+def read_processor(folder: Path) -> ReferenceProcessor:
+    """Read the tokenizer and the image processor.
+
+    Raises:
+        ConceptError: A file is missing or damaged.
+    """
+    path = folder / PROCESSOR_FOLDER
+    if not path.is_dir():
+        raise ConceptError(
+            "tokenizer and image processor are missing", where=path, fix="get an unchanged copy"
+        )
+    refuse_pickles(path)
+    try:
+        return ReferenceProcessor.from_pretrained(path)
+    except ConfigError:
+        raise
+    except Exception as error:  # another library's code may raise anything on damaged files
+        raise ConceptError(
+            f"tokenizer or image processor cannot be read: {error}",
+            where=path,
+            fix="get an unchanged copy",
+        ) from error
+
+
+def _without_weights() -> Any:
+    """Return a context in which parameters of new modules have no memory, but buffers do."""
+    from accelerate import init_empty_weights
+
+    return init_empty_weights(include_buffers=False)
+
+
+def _read_dict(path: Path) -> dict[str, Any]:
+    values = read_json_file(path)
+    if not isinstance(values, dict):
+        raise ConceptError("the file is no JSON object", where=path, fix="get an unchanged copy")
+    return values
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path_exists(path) and path.parent.is_dir():
+        refuse_pickles(path.parent)
+    return read_tensors(path)[0]
+
+
+def _make_mllm(values: Mapping[str, Any], where: Path) -> nn.Module:
+    import transformers
+
+    kind = values.get("model_type")
+    if kind not in _MLLMS:
+        raise ConceptError(
+            f"an MLLM of type {quote(kind)} cannot read references",
+            where=where,
+            fix=f"use one of type {', '.join(_MLLMS)}",
+        )
+    config_class, model_class = (getattr(transformers, name) for name in _MLLMS[str(kind)])
+    try:
+        model: nn.Module = model_class(config_class.from_dict(dict(values)))
+    except Exception as error:  # transformers may raise anything on a damaged configuration
+        raise ConceptError(
+            f"the configuration of the MLLM cannot be used: {error}",
+            where=where,
+            fix="get an unchanged copy",
+        ) from error
+    return model
+
+
+def _layers_of(tensors: Mapping[str, Tensor], where: Path) -> AttentionLayers:
+    """Return the layers that an adapter's tensors belong to, with the sizes of their outputs."""
+    attentions: dict[str, int] = {}
+    projections: dict[str, tuple[int, int]] = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.removesuffix(".weight").rpartition(".")
+        if tensor.ndim != 2 or not module or not key.endswith(".weight"):
+            continue  # reported as unknown
+        out, width = tensor.shape
+        if leaf == "to_k_ref":
+            attentions[module] = out
+        elif leaf in ("lora_A", "lora_B"):
+            old = projections.get(module, (1, 1))
+            projections[module] = (old[0], width) if leaf == "lora_A" else (out, old[1])
+    if not attentions:
+        raise ConceptError(
+            "the adapter has no layer that reads reference tokens",
+            where=where,
+            fix="get an unchanged copy",
+        )
+    return AttentionLayers(attentions, projections)
+
+
+def _load(module: nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Put tensors into a module in float32, if they are exactly its parameters.
+
+    Raises:
+        ConceptError: Names a missing, further or wrongly shaped tensor, or one that is not finite.
+    """
+    expected = module.state_dict()
+    missing = sorted(expected.keys() - tensors.keys())
+    further = sorted(tensors.keys() - expected.keys())
+    for problem, names in (("are missing", missing), ("are unknown", further)):
+        if names:
+            raise ConceptError(
+                f"{len(names)} tensors {problem}, such as {names[0]}",
+                where=where,
+                fix="get the files of one model, unchanged",
+            )
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise ConceptError(
+                f"{name} has the shape {tuple(tensor.shape)}, where the configuration asks for "
+                f"{tuple(expected[name].shape)}",
+                where=where,
+                fix="get the files of one model: the MLLM or the denoiser may be another",
+            )
+        if not tensor.is_floating_point() or not all_finite(tensor):
+            raise ConceptError(f"{name} is not finite", where=where, fix="get an unchanged copy")
+    weights = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    module.load_state_dict(weights, strict=True, assign=True)
+    module.eval()

@@ -1,0 +1,228 @@
+"""Drawing with reference tokens: which rows of the denoiser's calls read which group.
+
+A pipeline calls the denoiser with rows of prompts and of negative prompts, in an order of its own.
+Rows are recognized by their encoded text, as ``regions=`` recognizes them; where the call gives
+the prompt in another form, by their order: negative prompts first. Rows of negative prompts read
+the tokens of a black image with an empty prompt, as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customize.errors import ConfigError, PipelineError
+from customize.families import Family
+from customize.pipeline.stage import CallArguments, CallContext
+from customize.references.group import ReferenceGroup
+from customize.references.model import ReferenceModel
+from customize.references.seams import seam_of
+from customize.references.seams.attachment import RowTokens, Scale
+from customize.stages.multidiffusion import REGION_ROWS, is_same_prompt
+
+#: Arguments that replace the prompt, or change how it is encoded.
+_ENCODED_OTHERWISE = ("prompt_embeds", "prompt_2", "prompt_3", "clip_skip")
+_COUNTS = ("num_images_per_prompt", "num_videos_per_prompt")
+#: Number of different texts and rows that are remembered in a call.
+_MAX_REMEMBERED = 64
+
+
+@dataclass(frozen=True, eq=False)
+class PromptReferences:
+    """The references of one prompt.
+
+    Attributes:
+        groups: Words of the prompt, or None for the whole prompt -> (group, scale).
+    """
+
+    groups: Mapping[str | None, tuple[ReferenceGroup, float]]
+
+
+@contextmanager
+def read_references(
+    context: CallContext,
+    call: CallArguments,
+    model: ReferenceModel,
+    references: Sequence[PromptReferences],
+    layer_scale: Scale,
+) -> Iterator[None]:
+    """Make the denoiser read references while a pipeline is called.
+
+    Args:
+        context: The pipeline.
+        call: The arguments of its call.
+        model: The model that encoded the groups.
+        references: For each prompt of the call.
+        layer_scale: Scale in each layer, which the groups' scales multiply.
+
+    Raises:
+        PipelineError: The denoiser was never called with the prompt.
+    """
+    components = dict(context.pipe.components)
+    family = type(context.family)(components, context.family.pipeline_config)
+    denoiser = components[family.denoiser_key]
+    device = execution_device(context.pipe, denoiser)
+    adapter = model.adapter_on(device, family.denoiser.dtype)
+    selector = _RowSelector(family, call, context, references, model.unconditional_tokens())
+    with (
+        seam_of(family).attached(denoiser, adapter, layer_scale) as attachment,
+        attachment.condition(selector),
+    ):
+        yield
+    if not selector.has_matched:
+        raise PipelineError(
+            "the denoiser was never called with the encoded prompt, so the references had no "
+            "effect",
+            where="reference_images",
+            fix="leave out arguments that change how prompts are encoded, and steps that rewrite "
+            "them",
+        )
+
+
+def execution_device(pipe: Any, denoiser: Any) -> torch.device:
+    """Return the device on which a pipeline computes, with or without offloading."""
+    device = getattr(pipe, "_execution_device", None)
+    return torch.device(denoiser.device if device is None else device)
+
+
+class _RowSelector:
+    """Chooses the tokens of each row of a call of the denoiser.
+
+    Attributes:
+        has_matched: Whether a row of a prompt was found.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        call: CallArguments,
+        context: CallContext,
+        references: Sequence[PromptReferences],
+        unconditional: Tensor,
+    ) -> None:
+        self.has_matched = False
+        self._family, self._references = family, references
+        self._unconditional = unconditional
+        self._tokens: dict[tuple[Any, ...], RowTokens] = {}
+        self._rows: dict[int, tuple[Any, list[int | None]]] = {}
+        defaults = context.parameters
+        counts = [call.get(name, defaults.get(name)) for name in _COUNTS]
+        per_prompt = next((count for count in counts if isinstance(count, int)), 1)
+        self._num_rows = len(references) * per_prompt
+        self._is_separate = family.guidance_needs_negative_prompt and (
+            float(call.get(family.guidance_argument) or 1.0) > 1.0
+        )
+        self._encoded = _encode_prompts(family, call)
+
+    def __call__(self, arguments: Mapping[str, Any]) -> RowTokens:
+        """Return the tokens of a call's rows."""
+        rows = len(arguments[self._family.latents_argument])
+        text = arguments["encoder_hidden_states"]
+        regional = REGION_ROWS.get()
+        if regional is not None:
+            entries = [self._region_entry(row) for row in regional]
+            self.has_matched = True
+        else:
+            entries = self._entries(self._prompts_of(text, rows))
+        key = (text.dtype, text.device, *((id(tokens), scale) for tokens, scale in entries))
+        if key not in self._tokens:
+            if len(self._tokens) >= _MAX_REMEMBERED:
+                self._tokens.clear()
+            tokens = torch.stack([tokens for tokens, _ in entries]).to(text)
+            scales = [scale for _, scale in entries]
+            factor = None if all(scale == 1.0 for scale in scales) else torch.tensor(scales)
+            self._tokens[key] = RowTokens(tokens, None if factor is None else factor.to(text))
+        return self._tokens[key]
+
+    def _region_entry(self, row: tuple[int, str | None] | None) -> tuple[Tensor, float]:
+        """Return tokens and scale of a row that is drawn by regions; None: a negative prompt."""
+        if row is None:
+            every = [scale for prompt in self._references for _, scale in prompt.groups.values()]
+            return self._unconditional, max(every)
+        prompt, phrase = row
+        groups = self._references[prompt].groups
+        found = groups.get(phrase, groups.get(None))
+        if found is None:  # no reference term
+            return self._unconditional, 0.0
+        return found[0].tokens, found[1]
+
+    def _entries(self, prompts: Sequence[int | None]) -> list[tuple[Tensor, float]]:
+        """Return tokens and scale of each row, from the number of its prompt or None."""
+        entries = []
+        negatives, count = 0, sum(prompt is None for prompt in prompts)
+        for prompt in prompts:
+            if prompt is None:
+                # Rows of negative prompts have the order of the prompts.
+                group = self._references[negatives * len(self._references) // count].groups
+                negatives += 1
+            else:
+                group = self._references[prompt].groups
+            if None not in group:
+                raise ConfigError(
+                    "references for words of the prompt need their regions",
+                    where="reference_images",
+                    fix="give regions= with the same words, or one list of images",
+                )
+            tokens, scale = group[None]
+            entries.append((self._unconditional if prompt is None else tokens.tokens, scale))
+        return entries
+
+    def _prompts_of(self, text: Tensor, rows: int) -> list[int | None]:
+        """Return the number of the prompt of each row; None for negative prompts."""
+        # The comparison synchronizes with a GPU, so it is made once for each tensor, which is kept
+        # so that its id is not reused.
+        if id(text) not in self._rows:
+            if len(self._rows) >= _MAX_REMEMBERED:
+                self._rows.clear()
+            self._rows[id(text)] = (text, self._match(text, rows))
+        prompts = self._rows[id(text)][1]
+        self.has_matched |= any(prompt is not None for prompt in prompts)
+        return prompts
+
+    def _match(self, text: Tensor, rows: int) -> list[int | None]:
+        number = len(self._references)
+        if self._encoded is None:
+            if self._is_separate or rows not in (self._num_rows, 2 * self._num_rows):
+                raise PipelineError(
+                    "negative prompts cannot be told from prompts that are given as embeddings",
+                    where="reference_images",
+                    fix="give the prompt as prompt= alone",
+                )
+            negatives: list[int | None] = [None] * (rows - self._num_rows)
+            per_prompt = self._num_rows // number
+            return negatives + [row // per_prompt for row in range(self._num_rows)]
+        per_row = max(1, len(text) // rows)
+        candidates = [
+            [n for n, each in enumerate(self._encoded) if is_same_prompt(text[row * per_row], each)]
+            for row in range(rows)
+        ]
+        matching = [row for row in range(rows) if candidates[row]]
+        if len(matching) == 2 * self._num_rows:  # the negative prompts are the prompts
+            matching = matching[self._num_rows :]
+        prompts: list[int | None] = [None] * rows
+        for position, row in enumerate(matching):
+            # Images of one prompt are adjacent; equal prompts are distinguished by position.
+            expected = position * number // len(matching)
+            prompts[row] = expected if expected in candidates[row] else candidates[row][0]
+        return prompts
+
+
+def _encode_prompts(family: Family, call: CallArguments) -> list[Tensor] | None:
+    """Return the encoded text of each prompt; None if the call encodes it in another way."""
+    prompt = call.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if any(call.get(name) is not None for name in _ENCODED_OTHERWISE):
+        return None
+    if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
+        return None
+    encoders = family.all_text_encoders.values()
+    if any(weight.is_meta for encoder in encoders for weight in encoder.parameters()):
+        return None  # sequential offload loads weights only where the pipeline calls a layer
+    with torch.no_grad():
+        kwargs = family.denoiser_kwargs(family.encode_prompts(list(prompts)))
+    return list(kwargs["encoder_hidden_states"])

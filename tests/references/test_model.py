@@ -1,0 +1,227 @@
+"""A reference model and its files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from customize.errors import ConceptError, ConfigError, CustomizeError, DataError, StorageError
+from customize.references.group import ReferenceGroup
+from customize.references.model import ReferenceModel
+from tests.references.test_encoder import make_images
+from tests.references.tiny_model import tiny_reference_model
+from tests.tiny import tiny_sd
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_reference_model(tiny_sd().components)
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    return model.save_pretrained(tmp_path_factory.mktemp("models") / "refs")
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def test_a_saved_model_is_the_same(model, saved):
+    files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert {
+        "references.json",
+        "encoder/config.json",
+        "encoder/model.safetensors",
+        "adapter.safetensors",
+    } <= files
+    config = json.loads((saved / "encoder/config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 3  # the last one included
+    loaded = ReferenceModel.from_pretrained(saved)
+    assert loaded.config == model.config
+    assert loaded.digest == model.digest
+    images = make_images(3)
+    group, again = model.encode(images), loaded.encode(images)
+    assert torch.equal(group.tokens, again.tokens)
+    assert group.agreement == again.agreement
+    adapter = loaded.adapter.state_dict()
+    assert adapter.keys() == model.adapter.state_dict().keys()
+    assert all(torch.equal(adapter[k], v) for k, v in model.adapter.state_dict().items())
+    assert loaded.adapter.layers == model.adapter.layers
+
+
+def test_half_precision_on_disk_is_computed_in_single(model, tmp_path):
+    folder = model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    assert load_file(folder / "adapter.safetensors").popitem()[1].dtype == torch.float16
+    loaded = ReferenceModel.from_pretrained(folder)
+    assert {p.dtype for p in loaded.encoder.parameters()} == {torch.float32}
+    images = make_images(2)
+    difference = loaded.encode(images).tokens - model.encode(images).tokens
+    assert 0 < difference.abs().max() < 0.05
+
+
+def test_saving_replaces_only_reference_models(model, tmp_path):
+    folder = model.save_pretrained(tmp_path / "refs")
+    model.save_pretrained(folder, dtype=torch.float16)
+    assert ReferenceModel.from_pretrained(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["refs"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match="holds other files"):
+        model.save_pretrained(other)
+    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+
+
+def change(folder, file, edit):
+    tensors = load_file(folder / file)
+    edit(tensors)
+    save_file(tensors, folder / file)
+
+
+def pop_first(tensors):
+    tensors.pop(sorted(tensors)[0])
+
+
+def add_one(tensors):
+    tensors["unet.conv_in.weight"] = torch.zeros(1)
+
+
+def widen(tensors):
+    name = sorted(tensors)[0]
+    tensors[name] = torch.cat([tensors[name]] * 2)
+
+
+def break_one(tensors):
+    tensors[sorted(tensors)[0]].fill_(float("nan"))
+
+
+ENCODER, ADAPTER = "encoder/model.safetensors", "adapter.safetensors"
+
+
+@pytest.mark.parametrize("file", [ENCODER, ADAPTER])
+@pytest.mark.parametrize(
+    ("edit", "problem"),
+    [
+        (pop_first, "missing|unknown"),
+        (add_one, "unknown"),
+        (widen, "shape"),
+        (break_one, "not finite"),
+    ],
+)
+def test_damaged_weights_are_refused(copied, file, edit, problem):
+    change(copied, file, edit)
+    with pytest.raises(ConceptError, match=problem) as error:
+        ReferenceModel.from_pretrained(copied)
+    assert file.rpartition("/")[2] in str(error.value)
+
+
+def set_value(path, *keys_and_value):
+    *keys, last, value = keys_and_value
+    values = json.loads(path.read_text())
+    inner = values
+    for key in keys:
+        inner = inner[key]
+    inner[last] = value
+    path.write_text(json.dumps(values))
+
+
+def test_another_mllm_is_refused(copied):
+    set_value(copied / "encoder/config.json", "text_config", "hidden_size", 64)
+    with pytest.raises(ConceptError, match=r"shape|cannot be used"):
+        ReferenceModel.from_pretrained(copied)
+    set_value(copied / "encoder/config.json", "model_type", "llama")
+    with pytest.raises(ConceptError, match="cannot read references"):
+        ReferenceModel.from_pretrained(copied)
+
+
+def test_another_configuration_is_refused(copied):
+    set_value(copied / "references.json", "width", 40)
+    with pytest.raises(ConceptError, match="shape"):
+        ReferenceModel.from_pretrained(copied)
+    set_value(copied / "references.json", "surprise", 1)
+    with pytest.raises(ConfigError, match="unknown settings"):
+        ReferenceModel.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("name", ["references.json", ENCODER, ADAPTER, "encoder/config.json"])
+def test_missing_and_truncated_files_are_refused(copied, name):
+    data = (copied / name).read_bytes()
+    (copied / name).write_bytes(data[: len(data) // 2])
+    with pytest.raises(CustomizeError):
+        ReferenceModel.from_pretrained(copied)
+    (copied / name).unlink()
+    with pytest.raises(ConceptError, match="missing"):
+        ReferenceModel.from_pretrained(copied)
+
+
+def test_pickles_and_other_places_are_refused(copied, tmp_path):
+    (copied / ENCODER).rename(copied / "encoder/pytorch_model.bin")
+    with pytest.raises(ConceptError, match="pickle"):
+        ReferenceModel.from_pretrained(copied)
+    for source in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ConceptError, match="reference model"):
+            ReferenceModel.from_pretrained(source)
+    shutil.rmtree(copied / "processor")
+    (copied / "encoder/pytorch_model.bin").rename(copied / ENCODER)
+    with pytest.raises(ConceptError, match="tokenizer and image processor"):
+        ReferenceModel.from_pretrained(copied)
+
+
+def test_number_of_images(model):
+    with pytest.raises(ConfigError, match="0 reference images"):
+        model.encode([])
+    with pytest.raises(ConfigError, match="29 reference images"):
+        model.encode(make_images(1) * 29)
+    with pytest.raises(ConfigError, match="2 attributes"):
+        model.encode(make_images(1), ["colour", "shape"])
+
+
+def test_unconditional_tokens_are_kept_until_the_encoder_changes(model):
+    tokens = model.unconditional_tokens()
+    assert model.unconditional_tokens() is tokens
+    with torch.no_grad():
+        model.encoder.final_layer.reference_tokens.add_(0.1)
+        changed = model.unconditional_tokens()
+        assert not torch.equal(changed, tokens)
+        model.encoder.final_layer.reference_tokens.sub_(0.1)
+
+
+def test_a_group_and_its_file(model, tmp_path):
+    group = model.encode(make_images(3), ["colour", "", ""])
+    path = group.save(tmp_path / "rex.refs.safetensors")
+    loaded = ReferenceGroup.load(path)
+    assert torch.equal(loaded.tokens, group.tokens)
+    facts = ("agreement", "weights", "names", "digests", "prompt", "model")
+    assert [getattr(loaded, f) for f in facts] == [getattr(group, f) for f in facts]
+    assert loaded.model == model.digest
+    assert len(loaded) == 3
+    assert len(set(loaded.digests)) == 3
+    with pytest.raises(StorageError, match=r"refs\.safetensors"):
+        group.save(tmp_path / "rex.safetensors")
+
+
+def test_damaged_group_files_are_refused(model, tmp_path):
+    path = tmp_path / "a.refs.safetensors"
+    with pytest.raises(ConceptError, match="missing"):
+        ReferenceGroup.load(path)
+    save_file({"weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(DataError, match="no reference tokens"):
+        ReferenceGroup.load(path)
+    header = {"model": "", "prompt": "", "names": ["a"], "digests": ["b"]}
+    numbers = {"agreement": [1.0], "weights": [1.0]}
+    for tokens, facts, problem in [
+        (torch.zeros(2, 3), {**header}, "header"),
+        (torch.zeros(2, 3), {**header, **numbers, "names": []}, "lengths"),
+        (torch.zeros(2, 3), {**header, **numbers, "agreement": [2.0]}, "between"),
+        (torch.zeros(2), {**header, **numbers}, "shape"),
+        (torch.full((2, 3), float("nan")), {**header, **numbers}, "finite"),
+    ]:
+        save_file({"tokens": tokens}, path, {"customize_references": json.dumps(facts)})
+        with pytest.raises(DataError, match=problem):
+            ReferenceGroup.load(path)

@@ -190,7 +190,8 @@ class ReferenceModel:
         with self._lock:
             key = _versions(self.encoder)
             if self._unconditional is None or self._unconditional[0] != key:
-                self._unconditional = (key, self.encode(unconditional_request().images).tokens)
+                images: Any = unconditional_request().images
+                self._unconditional = (key, self.encode(images).tokens)
             return self._unconditional[1]
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scripts.bench_tables import loading, merges, stages, storybook, training
+from scripts.bench_tables import loading, merges, references, stages, storybook, training
 from scripts.bench_tables.markdown import format_table
 from scripts.bench_tables.results import RESULTS, read_result
 
@@ -43,6 +43,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "decor_defaults": stages.decor_defaults_table,
     "decor_options": stages.decor_options_table,
     "mixing": stages.mixing_table,
+    "references": references.references_table,
+    "reference_reading": references.reference_reading_table,
+    "reference_denoiser": references.reference_denoiser_table,
+    "reference_keys": references.reference_keys_table,
+    "reference_attributes": references.reference_attributes_table,
     "class_preservation": training.class_preservation_table,
     "composition": training.composition_table,
     "library": loading.library_table,

@@ -77,7 +77,7 @@ def is_easyref(path: str | Path) -> bool:
 
 def load_easyref(
     path: str | Path,
-    mllm: str | Path,
+    mllm: str | Path | None,
     *,
     dtype: torch.dtype = torch.float32,
     layers: AttentionLayers | None = None,
@@ -96,10 +96,18 @@ def load_easyref(
     Raises:
         ConceptError: The file is missing, damaged or a pickle; a part or tensor is missing, unknown
             or of the wrong shape; or a number is not finite.
-        ConfigError: The MLLM's folder is missing, incomplete, or of another kind of model.
+        ConfigError: The MLLM's folder is not given, missing, incomplete, or of another kind of
+            model.
     """
     path = Path(path)
     shapes = _read_shapes(path)
+    map_keys(shapes, path)
+    if mllm is None:
+        raise ConfigError(
+            "EasyRef's weights come without the configuration and the tokenizer of their MLLM",
+            where=path,
+            fix="give mllm=, a local folder of Qwen2-VL-2B-Instruct",
+        )
     mllm_config = _read_mllm_config(mllm)
     keys, config = check_layout(shapes, mllm_config, layers or sdxl_layers(), path)
     processor = _load_processor(mllm)

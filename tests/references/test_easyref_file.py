@@ -223,6 +223,10 @@ def test_tokens_are_those_of_the_release(write, mllm):
         torch.testing.assert_close(alone, expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(tokens, expected, rtol=1e-3, atol=1e-4)
     assert (together[0] - together[2]).abs().max() > 0.1
+    half = load(write(weights), mllm, dtype=torch.bfloat16)
+    inputs = half.processor.make_inputs(groups, half.config)
+    rough = half.encoder(inputs).float()
+    assert torch.cosine_similarity(rough, together, dim=-1).min() > 0.99
 
 
 def test_images_have_121_to_145_tokens(write, mllm):
@@ -345,6 +349,9 @@ def test_truncated_and_missing_files_are_refused(write, tmp_path, mllm):
 
 def test_other_mllms_are_refused(write, tmp_path, mllm):
     path = write(tiny_weights())
+    with pytest.raises(ConfigError, match="without the configuration") as caught:
+        load(path, None)
+    assert "mllm=" in caught.value.fix
     with pytest.raises(ConfigError, match="the MLLM cannot be read"):
         load(path, tmp_path / "nothing")
     from transformers import Qwen2_5_VLConfig

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
@@ -32,6 +34,7 @@ from customize.references.native import (
 )
 from customize.references.request import ReferenceRequest, Source, parse_request
 from customize.references.seams import SEAMS, seam_of
+from customize.safe_read import PICKLE_SUFFIXES
 from customize.stages.reference_tokens import (
     PromptReferences,
     execution_device,
@@ -59,27 +62,35 @@ class References(StageSetting):
         self._latest: tuple[ReferenceGroup, ...] = ()
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, mllm: str | Path | None = None) -> References:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        mllm: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> References:
         """Load a reference model from a folder or hub id, or EasyRef's released file.
 
         Args:
             source: Folder written by :meth:`ReferenceModel.save_pretrained`, or a hub id; or the
                 ``.safetensors`` file of EasyRef.
             mllm: Only for EasyRef's file: local folder of Qwen2-VL-2B-Instruct.
+            dtype: Only for EasyRef's file: dtype of encoder and adapter. None: float32, as folders.
 
         Raises:
             ConceptError: A file is missing, damaged or of another model, or is a pickle.
-            ConfigError: The configuration has unknown, missing or wrong values.
+            ConfigError: The configuration has unknown, missing or wrong values; or an argument does
+                not belong to this kind of source.
         """
-        if not str(source).endswith(".safetensors"):
+        if Path(source).suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
+            if mllm is not None or dtype is not None:
+                raise ConfigError(
+                    "mllm= and dtype= belong to EasyRef's file",
+                    where=source,
+                    fix="leave them out: a folder has its MLLM, and is loaded in float32",
+                )
             return cls(ReferenceModel.from_pretrained(source))
-        if mllm is None:
-            raise ConfigError(
-                "EasyRef's file has neither the tokenizer nor the configuration of its MLLM",
-                where=source,
-                fix="give mllm= the folder of Qwen2-VL-2B-Instruct",
-            )
-        parts = load_easyref(source, mllm)
+        parts = load_easyref(source, mllm, dtype=dtype or torch.float32)
         return cls(ReferenceModel(parts.config, parts.encoder, parts.adapter, parts.processor))
 
     def encode(self, images: Any, prompt: str = "", *, weigh: bool = True) -> ReferenceGroup:

@@ -13,8 +13,6 @@ two rows with 64 reference tokens, over 30 steps. Once a picture, or at every st
 counts keys and values alone, and `references` also the attention to them. It is timed as one step
 of each, summed.
 
-Regions: the bundled base draws two regions with one group for both, or a group for each.
-
 Alternatives run in turns, back and forth; ratios are those of the same turn: median (lowest to
 highest). On a machine with other load only ratios are meaningful.
 """

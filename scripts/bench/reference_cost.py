@@ -13,6 +13,8 @@ two rows with 64 reference tokens, over 30 steps. Once a picture, or at every st
 counts keys and values alone, and `references` also the attention to them. It is timed as one step
 of each, summed.
 
+Regions: the bundled base draws two regions with one group for both, or a group for each.
+
 Alternatives run in turns, back and forth; ratios are those of the same turn: median (lowest to
 highest). On a machine with other load only ratios are meaningful.
 """
@@ -27,15 +29,18 @@ from typing import Any
 
 import torch
 from _common import ROOT, Row, parser, report, spread
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import customize
 from customize.families import Family, family_of
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
 from customize.references.config import ReferencesConfig
 from customize.references.easyref_layout import sdxl_layers
 from customize.references.encoder import ReferenceEncoder
 from customize.references.encoder_inputs import EncoderInputs
+from customize.references.model import ReferenceModel
 from customize.references.seams import make_adapter, seam_of
 from customize.references.seams.attachment import Attachment, ReferenceProjection, RowTokens
 
@@ -251,6 +256,46 @@ def keys_and_values(quick: bool, repeats: int) -> tuple[list[Row], dict[str, flo
     return rows, {"kv_once_speedup": median(speedup), "kv_once_speedup_whole": median(whole)}
 
 
+def regions(pipe: Any, family: Family, repeats: int) -> tuple[list[Row], dict[str, float]]:
+    """Rows of two regions with one group for both, and with a group for each."""
+    from storybook_references.mllm import CONFIG, make_mllm, make_processor
+
+    processor = make_processor()
+    encoder = ReferenceEncoder(CONFIG, make_mllm(len(processor.tokenizer))).eval()
+    model = ReferenceModel(CONFIG, encoder, make_adapter(CONFIG, family).eval(), processor)
+    references = customize.References(model)
+    pipe.load_custom(references)
+    images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "green", "blue", "white")]
+    group, other = (references.encode(images[first : first + 2]) for first in (0, 2))
+    draw = partial(
+        pipe,
+        "a dog and a cat on a beach",
+        regions={"a dog": (0.0, 0.0, 0.5, 1.0), "a cat": (0.5, 0.0, 1.0, 1.0)},
+        num_inference_steps=4,
+        output_type="np",
+    )
+    times = run_in_turns(
+        {
+            "no references": draw,
+            "one group": partial(draw, reference_images=group),
+            "two groups": partial(draw, reference_images={"a dog": group, "a cat": other}),
+        },
+        repeats,
+    )
+    pipe.unload_custom()
+    rows = [
+        {
+            "part": "two regions",
+            "how": how,
+            "seconds": median(taken),
+            "time": spread(ratios(taken, times["no references"])),
+        }
+        for how, taken in times.items()
+    ]
+    figure = median(ratios(times["two groups"], times["one group"]))
+    return rows, {"two_groups_over_one": figure}
+
+
 def main() -> None:
     flags = parser(__doc__)
     flags.add_argument("--repeats", type=int, help="turns of each part (default: 7, quick 3)")
@@ -260,6 +305,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     pipe = DiffusionPipeline.from_pretrained(ROOT / "assets/storybook")
+    pipe.set_progress_bar_config(disable=True)
     family = family_of(pipe.components)
     rows: list[Row] = []
     figures: dict[str, float] = {}
@@ -267,6 +313,7 @@ def main() -> None:
         for part in (
             partial(denoiser, family, 5 * repeats),
             partial(keys_and_values, args.quick, repeats),
+            partial(regions, pipe, family, 3 * repeats),
             partial(reading, args.quick, repeats),
         ):
             added, measured = part()

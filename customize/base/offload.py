@@ -54,16 +54,21 @@ def check_not_offloaded(models: Mapping[str, nn.Module]) -> None:
     Raises:
         PipelineError: A model is offloaded.
     """
-    from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
-
     for key, model in models.items():
-        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        if hooked or _get_top_level_group_offload_hook(model) is not None:
+        if is_offloaded(model):
             raise PipelineError(
                 "layer inputs cannot be recorded on a model that is offloaded",
                 where=key,
                 fix="record them once before offloading is on, or with customize record",
             )
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether a model's weights are moved to the device for each call, by any kind of offload."""
+    from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return hooked or _get_top_level_group_offload_hook(model) is not None
 
 
 def _sequential_offload_device(modules: Iterable[nn.Module]) -> Any:

@@ -8,6 +8,7 @@ call alone.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from customize.base.offload import is_offloaded
 from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
@@ -58,6 +60,7 @@ class References(StageSetting):
 
     def __init__(self, model: ReferenceModel) -> None:
         self.model = model
+        self._lock = threading.RLock()
         self._groups: OrderedDict[tuple[Any, ...], ReferenceGroup] = OrderedDict()
         self._latest: tuple[ReferenceGroup, ...] = ()
 
@@ -121,7 +124,7 @@ class References(StageSetting):
         expected, given = seam_of(family).attention_layers(family), self.model.adapter.layers
         pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]]
         pairs = [(expected.attentions, given.attentions)]
-        if config.lora_rank:
+        if self.model.adapter.rank:
             pairs.append((expected.projections, given.projections))
         for needed, present in pairs:
             wrong = [
@@ -153,11 +156,12 @@ class References(StageSetting):
         prompt = prompt if config.includes_prompt else ""
         pictures = tuple((r.image.size, r.image.tobytes(), r.attribute, r.name) for r in group)
         key = (self.model.digest, hash(pictures), prompt, weigh)
-        if key not in self._groups:
-            self._groups[key] = self.model.encode(group, prompt=prompt, weigh=weigh)
-            while len(self._groups) > _MAX_KEPT:
-                self._groups.popitem(last=False)
-        return self._groups[key]
+        with self._lock:  # pipelines of other models may share the setting
+            if key not in self._groups:
+                self._groups[key] = self.model.encode(group, prompt=prompt, weigh=weigh)
+                while len(self._groups) > _MAX_KEPT:
+                    self._groups.popitem(last=False)
+            return self._groups[key]
 
     def encode_request(
         self, request: ReferenceRequest, prompts: Sequence[str]
@@ -238,7 +242,7 @@ def _run(
         return
     model = setting.model
     denoiser = context.family.denoiser
-    offloads = any(hasattr(module, "_hf_hook") for module in denoiser.modules())
+    offloads = is_offloaded(denoiser)
     model.encoder.to(execution_device(context.pipe, denoiser))
     try:
         references = setting.encode_request(_by_concept_words(request, prompts, context), prompts)

@@ -20,8 +20,8 @@ def test_the_table_has_the_order_of_the_stages_and_their_arguments():
     assert [stage.name for stage in load_stages()] == [
         "library",
         "prompts",
-        "references",
         "avoid",
+        "references",
         "regions",
     ]
     for (module, arguments), stage in zip(ORDER, load_stages(), strict=True):

@@ -1,10 +1,10 @@
-"""The flags of ``customize train``, generated from the fields of TrainConfig."""
+"""The flags of trainings, generated from the fields of their settings."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -43,26 +43,50 @@ def add_config_flags(command: Callable[..., None]) -> Callable[..., None]:
         command(config, together or [], settings)
 
     annotations: dict[str, Any] = {
-        "config": Annotated[Path | None, _CONFIG],
+        "config": Annotated[Path | None, CONFIG_OPTION],
         "together": Annotated[list[Path] | None, _TOGETHER],
     }
-    group = ""
-    for name, field in TrainConfig.model_fields.items():
-        group = GROUPS.get(name, group)
-        annotations[name] = _flag(name, field, group)
+    annotations |= setting_flags(TrainConfig.model_fields, GROUPS)
     for old, new in RENAMED_SETTINGS.items():
         annotations[old] = _flag(old, TrainConfig.model_fields[new], "", hidden=True)
+    return with_flags(run, command, annotations)
+
+
+def setting_flags(fields: Mapping[str, FieldInfo], groups: Mapping[str, str]) -> dict[str, Any]:
+    """Return setting -> annotation of its flag.
+
+    Args:
+        fields: Setting -> field.
+        groups: First setting of each group -> title of the group in the help.
+    """
+    flags, group = {}, ""
+    for name, field in fields.items():
+        group = groups.get(name, group)
+        flags[name] = _flag(name, field, group)
+    return flags
+
+
+def with_flags(
+    run: Callable[..., None], command: Callable[..., None], annotations: Mapping[str, Any]
+) -> Callable[..., None]:
+    """Give a function flags, and the name and help of a command.
+
+    Args:
+        run: Takes the flags as keyword arguments.
+        command: The command.
+        annotations: Argument -> annotation; all default to None.
+    """
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         for name, annotation in annotations.items()
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = annotations
+    run.__annotations__ = dict(annotations)
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     return run
 
 
-_CONFIG = typer.Option(
+CONFIG_OPTION = typer.Option(
     "--config",
     metavar="FILE",
     help="YAML file with the settings below as keys; flags override it",

@@ -192,7 +192,7 @@ class ArrayGroups:
             )
         if config.rules.holds_out_target and shape[1] < 2:
             raise DataError(
-                "every group has one picture", where="images", fix="give at least two of each group"
+                "every group has one image", where="images", fix="give at least two of each group"
             )
         self._images, self._captions, self._latents = images, captions, latents
         self._config, self._patches = config, PatchCache(processor)

@@ -110,7 +110,7 @@ def _read_folders(path: Path, caption: str | None) -> list[GroupImage]:
         raise DataError(
             f"the folder of groups cannot be read: {error.strerror}",
             where=path,
-            fix=suggest_paths(path, "give a folder with a folder of pictures for each group"),
+            fix=suggest_paths(path, "give a folder with a folder of images for each group"),
         ) from None
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if not folders:
@@ -156,7 +156,7 @@ def _read_metadata(path: Path, caption: str | None) -> list[GroupImage]:
             ) from None
         images[image.sample.path] = image
     if not images:
-        raise DataError("the metadata has no lines", where=path, fix="list the pictures in it")
+        raise DataError("the metadata has no lines", where=path, fix="list the images in it")
     for image in images.values():
         unknown = [file.name for file, _ in image.references or () if file not in images]
         if unknown:
@@ -251,9 +251,9 @@ def targets_with_references(groups: ImageGroups, where: object) -> list[int]:
     targets = [number for number, others in enumerate(groups.references) if others]
     if not targets:
         raise DataError(
-            "every group has one picture, so that no target has another as reference",
+            "every group has one image, so that no target has another as reference",
             where=where,
-            fix="put at least two pictures of the same subject into a group, or train the stage "
+            fix="put at least two images of the same subject into a group, or train the stage "
             "single (--stage single)",
         )
     return targets

@@ -45,7 +45,7 @@ def read_groups(
     """
     if path is None:
         return None
-    with run.progress.phase("reading pictures", after=1.0):
+    with run.progress.phase("reading images", after=1.0):
         groups = read_image_groups(path, config.caption)
     text = f"{len(groups.images)} images in {groups.num_groups} groups"
     if config.rules.holds_out_target:

@@ -28,7 +28,7 @@ def test_folder_of_folders(tmp_path):
 def test_caption_for_images_without_one(tmp_path):
     folder = make_groups(tmp_path / "data", (2,))
     (folder / "g0" / "1.txt").unlink()
-    with pytest.raises(DataError, match=r"1 picture has no caption: 1.png"):
+    with pytest.raises(DataError, match=r"1 image has no caption: 1.png"):
         read_image_groups(folder, None)
     assert read_image_groups(folder, "a thing").images[1].captions == ("a thing",)
 
@@ -101,7 +101,7 @@ def test_folders_without_groups(tmp_path):
     with pytest.raises(DataError, match="the folder of groups cannot be read"):
         read_image_groups(tmp_path / "missing", None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="there are no pictures in the folder"):
+    with pytest.raises(DataError, match="there are no images in the folder"):
         read_image_groups(tmp_path, None)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="the metadata has no lines"):
@@ -117,7 +117,7 @@ def test_unreadable_image(tmp_path):
 
 def test_groups_of_one_image_have_no_targets(tmp_path):
     groups = read_image_groups(make_groups(tmp_path / "data", (1, 1)), None)
-    with pytest.raises(DataError, match="every group has one picture"):
+    with pytest.raises(DataError, match="every group has one image"):
         targets_with_references(groups, tmp_path)
 
 

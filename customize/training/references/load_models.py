@@ -82,7 +82,6 @@ def load_reference_model(config: ReferenceTrainConfig, family: Family) -> Refere
     Raises:
         ConfigError: Neither folder is given, a folder is damaged, or it does not fit the base.
     """
-    width = int(family.denoiser.config.cross_attention_dim)
     if config.init is not None:
         model = ReferenceModel.from_pretrained(config.init)
         check_model(model, family, config.init)
@@ -94,6 +93,8 @@ def load_reference_model(config: ReferenceTrainConfig, family: Family) -> Refere
             fix="set mllm to the folder of a Qwen2-VL (--mllm), or init to a folder of references "
             "(--init)",
         )
+    with torch.no_grad():
+        width = family.encode_prompts([""])["prompt_embeds"].shape[-1]
     settings = config.references_config(family.name, width)
     processor = _load_processor(config.mllm, config.reference_resolution)
     mllm = load_mllm(config.mllm)

@@ -12,6 +12,7 @@ from torch import nn
 from customize.concepts.io.folder_lock import lock_folder
 from customize.concepts.io.output_folder import check_writable
 from customize.core.precision import full_precision
+from customize.errors import ConfigError
 from customize.families import family_of
 from customize.references.model import ReferenceModel
 from customize.references.seams import seam_of
@@ -58,6 +59,9 @@ from customize.training.references.reference_run import ReferenceRun
 from customize.training.references.reference_task import ReferenceTask
 from customize.training.references.validation_sheets import ValidationSheets
 from customize.training.run_metadata import tracker_config
+
+#: Kinds of distributed training of accelerate that expect a sharded model.
+_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
 def train_references(
@@ -162,6 +166,13 @@ def start_run(
     check_reference_output(config.output)
     check_writable(config.output)
     accelerator = create_accelerator(config)
+    kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
+    if kind in _SHARDED:
+        raise ConfigError(
+            f"accelerate is configured for {kind}, but each process trains all weights",
+            where="accelerate",
+            fix="choose multi-GPU training without sharding (accelerate launch --multi_gpu)",
+        )
 
     def lock_output() -> None:
         cleanup.enter_context(lock_folder(config.output))

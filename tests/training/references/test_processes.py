@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 
+from customize.errors import ConfigError
 from customize.references.model import ReferenceModel
+from customize.training.references import recipe
 from customize.training.references.recipe import train_references
 from tests.tiny import tiny_sd
 from tests.training.references.tiny_references import settings, tensors
@@ -43,6 +49,7 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
         timeout=550,
     )
     assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("the references are in") == 1
     assert (tmp_path / "out" / "validation" / "step-4.png").is_file()
     assert len(list((tmp_path / "out" / ".checkpoints").iterdir())) == 2
     two = tensors(ReferenceModel.from_pretrained(tmp_path / "out"))
@@ -53,3 +60,19 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
     differing = {key: float((two[key] - alone[key]).abs().max()) for key in two}
     assert max(differing.values()) < 2e-3, differing
     assert torch.isfinite(torch.tensor(list(differing.values()))).all()
+
+
+def test_configurations_of_accelerate_are_valid():
+    folder = ROOT / "scripts" / "presets" / "accelerate"
+    configs = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    assert configs["8-gpus"].num_processes == 8
+    assert configs["8-gpus"].distributed_type == DistributedType.MULTI_GPU
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_sharding_is_refused(kind, tmp_path, monkeypatch):
+    # The configuration is read on GPUs only.
+    accelerator = SimpleNamespace(distributed_type=kind)
+    monkeypatch.setattr(recipe, "create_accelerator", lambda config: accelerator)
+    with pytest.raises(ConfigError, match=f"accelerate is configured for {kind.value}"):
+        train_references(settings(tmp_path), tiny_sd().components, progress=False)

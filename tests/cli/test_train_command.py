@@ -103,7 +103,8 @@ def test_flags_override_the_file(run: Run, world: World, tmp_path: Path) -> None
     assert (info.rank, info.alpha, info.num_tokens) == (2, 2.0, 0)
     refused(run("train", "--config", tmp_path / "none.yaml"), "cannot be read", "none.yaml")
     file.write_text("rnk: 3")
-    refused(run("train", "--config", file), "'rnk' is not a setting; did you mean rank", str(file))
+    words = ("'rnk' is not a setting", "rnk: did you mean rank?", str(file))
+    refused(run("train", "--config", file), *words)
 
 
 def test_concepts_in_one_run(run: Run, world: World, tmp_path: Path) -> None:

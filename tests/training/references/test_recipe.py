@@ -283,3 +283,22 @@ def test_sample_of_arrays_holds_out_the_target(first):
         ]
         assert sorted(shown) == [0, 2]
     assert captions == {"a dog", "one"}
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux], ids=lambda make: make.__name__)
+def test_mixed_precision(make, tmp_path):
+    pipe = make()
+    config = settings(tmp_path, stage="single", mixed_precision="bf16", steps=2)
+    before = tensors(load_reference_model(config, family_of(pipe.components, pipe.config)))
+    losses = []
+    model = train_references(
+        config,
+        pipe.components,
+        pipeline_config=pipe.config,
+        progress=False,
+        on_step=lambda _, loss: losses.append(float(loss)),
+    )
+    after = tensors(model)
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert changed(before, after) == before.keys()
+    assert 0.1 < losses[0] < 10

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from customize.api.concept_arguments import read_concepts
+from customize.api.inspect_references import describe_references, is_references
 from customize.concepts.adapter import flatten_layers
 from customize.concepts.merge.choose_method import read_record, trained_together
 from customize.concepts.merge.compatibility import incompatibility
@@ -46,7 +48,7 @@ class Inspection:
             lines.append("")
         lines += self.notes
         if self.overlap is not None:
-            names = [facts["name"] for facts in self.facts]
+            names = [facts["name"] for facts in self.facts if "name" in facts]
             for i, j in combinations(range(len(names)), 2):
                 overlap = float(self.overlap[i, j])
                 lines.append(f"overlap of {names[i]} and {names[j]}: {overlap:.3f}")
@@ -62,7 +64,8 @@ def inspect(
     """Describe concepts and LoRAs, and measure how they affect each other.
 
     Args:
-        concepts: At least one folder, ``.safetensors`` file, hub id, or concept in memory.
+        concepts: At least one folder, ``.safetensors`` file, hub id, or concept in memory; also
+            folders of reference models, and files of encoded groups of references.
         family: The model family of LoRA files whose layer names fit several families.
         ignore: Parts of the folders and files to leave out, as for :func:`customize.load_custom`.
 
@@ -75,8 +78,10 @@ def inspect(
     """
     if not concepts:
         raise ConfigError("there is nothing to inspect", fix="give at least one concept")
-    opened = read_concepts(concepts, family, ignore)
+    rest, references = split_references(concepts)
+    opened = read_concepts(rest, family, ignore) if rest else []
     facts = [describe_concept(concept) for concept in opened]
+    facts += [describe_references(source) for source in references]
     if len(opened) < 2:
         return Inspection(facts)
     reason = find_incompatibility(opened)
@@ -88,6 +93,12 @@ def inspect(
     inputs = {str(k): flatten_layers(r.concept) for k, r in enumerate(records) if r is not None}
     responses = crosstalk.response_norms(updates, inputs) if len(inputs) == len(opened) else {}
     return Inspection(facts, describe_relations(opened), overlap, responses)
+
+
+def split_references(sources: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Return concepts and LoRAs, and what belongs to reference images, each in order."""
+    references = [source for source in sources if is_references(source)]
+    return [source for source in sources if not is_references(source)], references
 
 
 def find_incompatibility(concepts: Sequence[Adaptation]) -> str:

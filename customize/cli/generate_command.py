@@ -18,6 +18,7 @@ from customize.cli.shared_options import (
     MergeMethod,
     Names,
     OptionalConcepts,
+    ReferenceModelSource,
     Variant,
     Weights,
 )
@@ -26,6 +27,7 @@ from customize.errors import ConfigError
 if TYPE_CHECKING:
     from customize.cli.concept_flags import WeightArgument
     from customize.cli.generation_plan import GenerationPlan, LoadArguments
+    from customize.cli.reference_flags import ReferenceFlags
     from customize.concepts.formats.lora_file import LoraFile
     from customize.concepts.types import Adaptation
 
@@ -69,6 +71,22 @@ def generate(
             " right, bottom as fractions of the image, '<rex>=0,0,.5,1') or a mask image, white"
             " inside ('<rex>=mask.png'). Repeatable",
             show_default=False,
+        ),
+    ] = None,
+    references: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Reference image, folder of them, or .refs.safetensors file; all make one group,"
+            " and the images show what it shares. Repeatable",
+            show_default=False,
+        ),
+    ] = None,
+    reference_model: ReferenceModelSource = None,
+    reference_scale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Effect of the references, 0 to 2 (default: 1)", show_default=False
         ),
     ] = None,
     negative: Annotated[
@@ -147,9 +165,14 @@ def generate(
     never overwritten; numbering continues after the highest number.
 
     customize generate rex tom --base BASE --prompt "<rex> and <tom>"
+
+    Without a concept, from reference images:
+
+    customize generate --base BASE --references photos --prompt "a dog in snow"
     """
     from customize.cli.concept_flags import split_parts
     from customize.cli.generation_plan import GenerationPlan, LoadArguments, parse_size
+    from customize.cli.reference_flags import ReferenceFlags
     from customize.cli.region_arguments import parse_regions
 
     plan = GenerationPlan(
@@ -176,13 +199,16 @@ def generate(
         variant,
         base_config,
     )
-    generate_images(loading, plan, parse_regions(regions or []), output, device, dtype)
+    reference_flags = ReferenceFlags(tuple(references or ()), reference_model, reference_scale)
+    parsed = parse_regions(regions or [])
+    generate_images(loading, plan, parsed, reference_flags, output, device, dtype)
 
 
 def generate_images(
     loading: LoadArguments,
     plan: GenerationPlan,
     regions: Mapping[str, Any],
+    reference_flags: ReferenceFlags,
     output: Path,
     device: str | None,
     dtype: str | None,
@@ -193,17 +219,20 @@ def generate_images(
         loading: Base and concepts.
         plan: Prompts, seeds and sampling settings.
         regions: As :func:`customize.cli.region_arguments.parse_regions` returns them.
+        reference_flags: Reference images and their model.
         output: Output folder.
         device: Name of the device; None: the fastest available.
         dtype: Name of the dtype; None: float32 on a CPU, else float16.
     """
     from rich.progress import track
 
+    from customize import Decor
     from customize.base.device import choose_device
     from customize.cli import generated_images, generation_checks
     from customize.cli.base_pipeline import check_steps, load_base_pipeline
     from customize.cli.concept_flags import parse_weights, rename_concepts
     from customize.cli.output_files import storage_errors
+    from customize.cli.reference_flags import check_base, read_references
     from customize.cli.region_arguments import check_regions
     from customize.cli.terminal import console, print_line
     from customize.concepts.formats.open_adaptation import open_adaptations
@@ -220,6 +249,7 @@ def generate_images(
         check_compatible(trained_here)
     check_regions(plan.prompts, regions, {c.info.name: c.info.trigger_words for c in concepts})
     check_writable(output)
+    references = read_references(reference_flags, loading.base)
     torch_device = choose_device(device, "--device")
     if loading.memory is not None and device is not None:
         generation_checks.check_memory_device(torch_device, device)
@@ -243,7 +273,12 @@ def generate_images(
     arguments, scale = generation_checks.guidance_arguments(pipe, family, plan)
     if regions:
         arguments["regions"] = dict(regions)
-    _load_concepts(pipe, concepts, weights, plan.avoid, loading)
+    stage_settings: list[Any] = [] if plan.avoid is None else [Decor(avoid=plan.avoid)]
+    if references is not None:
+        check_base(references, pipe, family)
+        arguments |= references.call
+        stage_settings += [] if references.setting is None else [references.setting]
+    _load_concepts(pipe, concepts, weights, stage_settings, loading)
     if loading.library is None:  # a library refuses unknown triggers itself
         generation_checks.warn_of_triggers(pipe, plan.prompts, concepts)
     if loading.memory is not None:
@@ -256,6 +291,7 @@ def generate_images(
         "attention": loading.attention,
         "memory": loading.memory,
         "regions": {words: _describe_region(region) for words, region in regions.items()},
+        "references": None if references is None else references.describe(),
         "versions": result_file.versions(),
     }
     sources = {c.info.name: s for c, s in zip(concepts, loading.sources, strict=True)}
@@ -285,12 +321,11 @@ def _load_concepts(
     pipe: Any,
     concepts: Sequence[Adaptation | LoraFile],
     weights: WeightArgument,
-    avoid: str | None,
+    stage_settings: Sequence[Any],
     loading: LoadArguments,
 ) -> None:
-    from customize import Decor, load_custom
+    from customize import load_custom
 
-    decor = [] if avoid is None else [Decor(avoid=avoid)]
     settings: dict[str, Any] = {
         "library": loading.library,
         "attention": loading.attention,
@@ -300,8 +335,8 @@ def _load_concepts(
         settings |= {"weights": weights, "fuse": loading.fuse}
     if concepts or loading.library is not None:
         settings["merge"] = loading.merge
-    if concepts or decor or any(value is not None for value in settings.values()):
-        load_custom(pipe, *concepts, *decor, **settings)
+    if concepts or stage_settings or any(value is not None for value in settings.values()):
+        load_custom(pipe, *concepts, *stage_settings, **settings)
 
 
 def _describe_attached(pipe: Any, sources: Mapping[str, str]) -> dict[str, Any]:

@@ -71,10 +71,17 @@ def generate_image(
         "seed": seed,
         "width": image.width,
         "height": image.height,
+        "reference_agreement": _reference_agreement(result),
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
     return image, settings
+
+
+def _reference_agreement(result: Any) -> list[float] | None:
+    """How well each reference image agrees with the others; None if it was not measured."""
+    groups = getattr(result, "references", None)
+    return [round(value, 4) for value in groups[0].agreement] if groups else None
 
 
 def save_image(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> int:

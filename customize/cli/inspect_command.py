@@ -33,6 +33,8 @@ def inspect(
     updates (0 to 1), and their crosstalk, the norm of one concept's update
     on another concept's recorded layer inputs, relative to that concept's
     own update.
+
+    Also reads folders of reference models and .refs.safetensors files.
     """
     from rich.table import Table
 
@@ -40,7 +42,9 @@ def inspect(
         describe_concept,
         describe_relations,
         find_incompatibility,
+        split_references,
     )
+    from customize.api.inspect_references import describe_references
     from customize.cli import crosstalk_report
     from customize.cli.concept_flags import split_parts
     from customize.cli.output_files import check_png
@@ -51,14 +55,17 @@ def inspect(
     from customize.text import one_line
 
     check_png(plot, "--plot")
-    opened = open_all_without_pipeline(concepts, family, split_parts(ignore))
+    concepts, references = split_references(concepts)
+    opened = open_all_without_pipeline(concepts, family, split_parts(ignore)) if concepts else []
+    reference_facts = [describe_references(source) for source in references]
     records = [load_recorded_inputs(c.info.name, c.updates, c.source) for c in opened]
     missing = [c.info.name for c, r in zip(opened, records, strict=True) if r is None]
     if layers or plot is not None:
         _check_crosstalk_possible("--layers" if plot is None else "--plot", len(opened), missing)
-    for source, concept in zip(concepts, opened, strict=True):
+    facts = [*map(describe_concept, opened), *reference_facts]
+    for source, rows in zip([*concepts, *references], facts, strict=True):
         table = Table(title=one_line(source), show_header=False, title_justify="left")
-        for title, text in describe_concept(concept).items():
+        for title, text in rows.items():
             table.add_row(title, one_line(text))
         console().print(table)
     if len(opened) < 2:

@@ -1,4 +1,4 @@
-"""``customize references``: train what reads groups of reference images."""
+"""``customize references``: encode groups of reference images, and train what reads them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import typer
 from customize.cli.config_flags import CONFIG_OPTION, setting_flags, with_flags
 from customize.cli.interrupts import on_interrupt
 from customize.cli.plain_help import PlainCommand
+from customize.cli.reference_encoding import encode
 from customize.training.references.config import ReferenceTrainConfig
 
 if TYPE_CHECKING:
     from customize.references.config import ReferencesConfig
 
-app = typer.Typer(help="Train what reads groups of reference images.")
+app = typer.Typer(help="Read groups of reference images, and train what reads them.")
 
 #: The first field of each group -> the group's title, in the order of ReferenceTrainConfig.
 GROUPS = {
@@ -34,6 +35,9 @@ def show_help(context: typer.Context) -> None:
     """Print the help if no subcommand is given."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+app.command("encode", cls=PlainCommand)(encode)
 
 
 def _add_flags(command: Callable[..., None]) -> Callable[..., None]:

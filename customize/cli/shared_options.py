@@ -109,6 +109,16 @@ Dtype = Annotated[
         show_default=False,
     ),
 ]
+ReferenceModelSource = Annotated[
+    str | None,
+    typer.Option(
+        "--reference-model",
+        metavar="MODEL",
+        help="Model that reads reference images: a folder or hub id (default: the bundled one"
+        " for the bundled base)",
+        show_default=False,
+    ),
+]
 Json = Annotated[
     Path | None,
     typer.Option(

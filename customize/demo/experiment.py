@@ -37,12 +37,13 @@ TRAINING: dict[str, Any] = {
 }
 
 # The models that are compared, as rows of the scorecard and of the image grid.
-ORTHOGONAL_ALONE, ORTHOGONAL_MERGED, LORA_ALONE, LORA_MERGED, BASE = (
+ORTHOGONAL_ALONE, ORTHOGONAL_MERGED, LORA_ALONE, LORA_MERGED, BASE, REFERENCES = (
     "learned alone",
     "merged",
     "ordinary LoRA alone",
     "ordinary LoRAs merged",
     "base model",
+    "five references, no training",
 )
 
 

@@ -20,6 +20,7 @@ from customize.demo.experiment import (
     ORTHOGONAL_ALONE,
     ORTHOGONAL_MERGED,
     PAIRS,
+    REFERENCES,
     DrawnImages,
     pair_prompts,
 )
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from customize.concepts.types import Concept
 
 IMAGE_SIZE, MARGIN, LABEL_WIDTH, HEADER_HEIGHT = 80, 4, 150, 64  # pixels
-GRID_ROWS = (ORTHOGONAL_ALONE, ORTHOGONAL_MERGED, BASE, LORA_ALONE, LORA_MERGED)
+#: The models of the grid from top to bottom; those that were not drawn are left out.
+GRID_ROWS = (ORTHOGONAL_ALONE, ORTHOGONAL_MERGED, REFERENCES, BASE, LORA_ALONE, LORA_MERGED)
 
 
 def draw_grid(drawn: Mapping[str, DrawnImages], per_concept: int = 4) -> Image.Image:
@@ -40,7 +42,8 @@ def draw_grid(drawn: Mapping[str, DrawnImages], per_concept: int = 4) -> Image.I
     font = ImageFont.load_default(size=13)
     cell = IMAGE_SIZE + MARGIN
     columns = len(NAMES) * per_concept + 2 * len(PAIRS)
-    height = IMAGE_SIZE + 40 + HEADER_HEIGHT + len(GRID_ROWS) * cell
+    models = [model for model in GRID_ROWS if model in drawn]
+    height = IMAGE_SIZE + 40 + HEADER_HEIGHT + len(models) * cell
     sheet = Image.new("RGB", (LABEL_WIDTH + columns * cell, height), "white")
     pen = ImageDraw.Draw(sheet)
     pen.text((6, 30 + IMAGE_SIZE / 2 - 14), "five pictures\nto learn from", "black", font)
@@ -56,9 +59,10 @@ def draw_grid(drawn: Mapping[str, DrawnImages], per_concept: int = 4) -> Image.I
     for column, prompt in enumerate(prompts):
         text = _wrap(prompt.removeprefix("a photo of ").replace("wearing ", ""), font)
         pen.multiline_text((LABEL_WIDTH + column * cell, top), text, "black", font, spacing=1)
-    for index, model in enumerate(GRID_ROWS):
+    for index, model in enumerate(models):
         y = top + HEADER_HEIGHT + index * cell
-        pen.text((6, y + IMAGE_SIZE / 2 - 8), model, "black", font)
+        label = model.replace(", ", ",\n")
+        pen.text((6, y + IMAGE_SIZE / 2 - 8 * (1 + label.count("\n"))), label, "black", font)
         images = [
             *(tensor for name in NAMES for tensor in drawn[model].concepts[name][:per_concept]),
             *(tensor for pair in PAIRS for tensor in drawn[model].pairs.get(pair, ())),

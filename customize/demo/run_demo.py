@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,13 @@ from customize.demo.experiment import (
     ORTHOGONAL_ALONE,
     ORTHOGONAL_MERGED,
     PAIRS,
+    REFERENCES,
     DrawnImages,
     Method,
 )
 from customize.errors import SettingsError, storage_error
 from customize.evaluation import result_file, storybook_rates
-from customize.storybook.bundled_assets import assets_folder
+from customize.storybook.bundled_assets import assets_folder, references_folder
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import load_judges
 
@@ -124,30 +126,18 @@ def draw_all_models(
 
     from customize.api.pipeline_methods import load_custom, unload_custom
 
-    triggers = {name: f"<{name}>" for name in NAMES}
-    classes = {name: f"a {bundled_concept(name).identity.kind}" for name in NAMES}
-    # Model, concepts to attach, prompts.
-    models: list[tuple[str, list[Concept], dict[Any, list[str]]]] = [
-        (BASE, [], experiment.model_prompts(classes, PAIRS, unrelated=True))
-    ]
-    for subfolder, alone, merged in (
-        ("concepts", ORTHOGONAL_ALONE, ORTHOGONAL_MERGED),
-        ("ordinary", LORA_ALONE, LORA_MERGED),
-    ):
-        for name, concept in concepts[subfolder].items():
-            prompts = experiment.model_prompts({name: triggers[name]}, (), unrelated=False)
-            models.append((alone, [concept], prompts))
-        prompts = experiment.model_prompts(triggers, PAIRS, unrelated=True)
-        models.append((merged, [*concepts[subfolder].values()], prompts))
+    models = _list_models(concepts)
     images: dict[str, dict[Any, list[Tensor]]] = {}
     count = sum(
         len(texts) * len(experiment.prompt_seeds(model, key))
-        for model, _, prompts in models
+        for model, _, prompts, _ in models
         for key, texts in prompts.items()
     )
     with tqdm(total=count, desc="drawing", unit="image") as bar:
-        for model, attached, prompts in models:
-            if attached:
+        for model, attached, prompts, call in models:
+            if model == REFERENCES:
+                load_custom(pipe, *attached)
+            elif attached:
                 load_custom(pipe, *attached, merge="sum" if model == LORA_MERGED else "fusion")
             for seed in experiment.SEEDS:
                 groups = {
@@ -157,7 +147,8 @@ def draw_all_models(
                 }
                 if not groups:
                     continue
-                batches = storybook_rates.draw_groups(pipe, groups, seed, bar.update)
+                draw = partial(pipe, **call)
+                batches = storybook_rates.draw_groups(draw, groups, seed, bar.update)
                 for key, batch in batches.items():
                     images.setdefault(model, {}).setdefault(key, []).append(batch)
             unload_custom(pipe)
@@ -165,6 +156,38 @@ def draw_all_models(
         model: experiment.group_images({key: torch.cat(b) for key, b in batches.items()})
         for model, batches in images.items()
     }
+
+
+def _list_models(
+    concepts: Mapping[str, Mapping[str, Concept]],
+) -> list[tuple[str, list[Any], dict[Any, list[str]], dict[str, Any]]]:
+    """Return (model, what to attach, prompts, further arguments of the call) of all drawings."""
+    triggers = {name: f"<{name}>" for name in NAMES}
+    classes = {name: f"a {bundled_concept(name).identity.kind}" for name in NAMES}
+
+    def of_one(words: str, name: str) -> dict[Any, list[str]]:
+        return experiment.model_prompts({name: words}, (), unrelated=False)
+
+    models: list[tuple[str, list[Any], dict[Any, list[str]], dict[str, Any]]] = [
+        (BASE, [], experiment.model_prompts(classes, PAIRS, unrelated=True), {})
+    ]
+    for subfolder, alone, merged in (
+        ("concepts", ORTHOGONAL_ALONE, ORTHOGONAL_MERGED),
+        ("ordinary", LORA_ALONE, LORA_MERGED),
+    ):
+        for name, concept in concepts[subfolder].items():
+            models.append((alone, [concept], of_one(triggers[name], name), {}))
+        prompts = experiment.model_prompts(triggers, PAIRS, unrelated=True)
+        models.append((merged, [*concepts[subfolder].values()], prompts, {}))
+    folder = references_folder()
+    if folder is not None:
+        from customize.stages.references import References
+
+        references = References.from_pretrained(folder)
+        for name in NAMES:
+            call = {"reference_images": assets_folder() / "concepts" / name}
+            models.append((REFERENCES, [references], of_one(classes[name], name), call))
+    return models
 
 
 def write_results(

@@ -16,6 +16,7 @@ from customize.demo.experiment import (
     NAMES,
     ORTHOGONAL_ALONE,
     ORTHOGONAL_MERGED,
+    REFERENCES,
     DrawnImages,
 )
 from customize.evaluation import result_file, storybook_rates
@@ -87,6 +88,8 @@ def score_models(judges: Judges, drawn: Mapping[str, DrawnImages]) -> dict[str, 
         "drift_merged": overall[ORTHOGONAL_MERGED]["drift"],
         "drift_ordinary_merged": overall[LORA_MERGED]["drift"],
     }
+    if REFERENCES in overall:
+        figures |= {f"{rate}_references": overall[REFERENCES][rate] for rate in RATES}
     return {"rows": rows, "figures": figures}
 
 

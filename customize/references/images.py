@@ -55,6 +55,13 @@ class Reference:
     attribute: str
     name: str
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the size, the attribute and the pixels."""
+        sha = hashlib.sha256(repr((self.image.size, self.attribute)).encode())
+        sha.update(self.image.tobytes())
+        return sha.hexdigest()
+
 
 #: The images that a prompt refers to, in order.
 Group = tuple[Reference, ...]

@@ -177,7 +177,7 @@ class ReferenceModel:
             result.agreement,
             result.weights if weigh else (1.0,) * len(references),
             tuple(reference.name for reference in references),
-            tuple(_image_digest(reference) for reference in references),
+            tuple(reference.digest for reference in references),
             prompt,
             model,
         )
@@ -247,12 +247,6 @@ def _as_references(
         image if isinstance(image, Reference) else Reference(image, text, f"image {number}")  # type: ignore[arg-type]
         for number, (image, text) in enumerate(zip(images, texts, strict=True), 1)
     ]
-
-
-def _image_digest(reference: Reference) -> str:
-    sha = hashlib.sha256(repr((reference.image.size, reference.attribute)).encode())
-    sha.update(reference.image.tobytes())
-    return sha.hexdigest()
 
 
 def _versions(module: torch.nn.Module) -> tuple[int, ...]:

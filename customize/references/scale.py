@@ -15,8 +15,12 @@ SCALE_ARGUMENT = "reference_scale"
 MAX_SCALE = 2.0
 
 
-def read_scale(value: Any) -> float:
+def read_scale(value: Any, where: str = SCALE_ARGUMENT) -> float:
     """Read one scale.
+
+    Args:
+        value: What a user gave.
+        where: Name of the argument in messages.
 
     Raises:
         ConfigError: It is no number from 0 to :data:`MAX_SCALE`.
@@ -25,7 +29,7 @@ def read_scale(value: Any) -> float:
     if math.isnan(number) or not 0.0 <= number <= MAX_SCALE:
         raise ConfigError(
             f"invalid scale of references {quote(value)}",
-            where=SCALE_ARGUMENT,
+            where=where,
             fix=f"give a number from 0 to {MAX_SCALE:g}",
         )
     return number

@@ -1,4 +1,4 @@
-"""The folder ``assets`` of the checkout: the bundled base, its judges and the demo's images."""
+"""The folder ``assets`` of the checkout: the bundled base and what belongs to it."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def assets_folder() -> Path:
             fix="run from a clone of the repository, not from an installed wheel",
         )
     return ASSETS
+
+
+def references_folder() -> Path | None:
+    """The reference model of the bundled base; None if the checkout has none."""
+    folder = ASSETS / "references"
+    return folder if (folder / "references.json").is_file() else None

@@ -1,0 +1,233 @@
+"""Reference images of commands: the files that flags name, and the model that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from customize.errors import ConfigError
+
+if TYPE_CHECKING:
+    from customize.families import Family
+    from customize.references.group import ReferenceGroup
+    from customize.stages.references import References
+
+FLAG, MODEL_FLAG, SCALE_FLAG = "--references", "--reference-model", "--reference-scale"
+
+
+@dataclass(frozen=True)
+class ReferenceFlags:
+    """The flags of ``customize generate`` for reference images, as they are given.
+
+    Attributes:
+        paths: Pictures and folders of pictures, which make one group; or the file of a group.
+        model: Folder or hub id of a reference model.
+        scale: Effect of the references.
+
+    Raises:
+        ConfigError: A flag is given without references, or the scale is out of range.
+    """
+
+    paths: tuple[str, ...] = ()
+    model: str | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for flag, value in ((MODEL_FLAG, self.model), (SCALE_FLAG, self.scale)):
+            if value is not None and not self.paths:
+                raise ConfigError(
+                    f"{flag} was given without {FLAG}",
+                    where=flag,
+                    fix=f"add {FLAG}, or remove the flag",
+                )
+        if self.scale is not None:
+            from customize.references.scale import read_scale
+
+            read_scale(self.scale, SCALE_FLAG)
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceArguments:
+    """References that were read.
+
+    Attributes:
+        value: The argument ``reference_images=`` of a call.
+        scale: The argument ``reference_scale=``; None if it is not given.
+        images: Name, and SHA-256 of pixels and attribute, of each image.
+        setting: The reference model; None for a base that reads references by itself.
+        source: Folder or hub id of the reference model.
+    """
+
+    value: Any
+    scale: float | None
+    images: Sequence[Mapping[str, str]]
+    setting: References | None
+    source: str | None
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments of a call."""
+        scale = {} if self.scale is None else {"reference_scale": self.scale}
+        return {"reference_images": self.value, **scale}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what images depend on, for their settings files."""
+        return {
+            "images": list(self.images),
+            "scale": 1.0 if self.scale is None else self.scale,
+            "model": self.source,
+            "model_digest": None if self.setting is None else self.setting.model.digest,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class GroupFiles:
+    """One group that was read from files.
+
+    Attributes:
+        pictures: The paths of its pictures; empty for a group that was encoded before.
+        encoded: The group that was encoded before.
+        images: Name, and SHA-256 of pixels and attribute, of each image.
+    """
+
+    pictures: Sequence[str | Path]
+    encoded: ReferenceGroup | None
+    images: Sequence[Mapping[str, str]]
+
+
+def read_references(flags: ReferenceFlags, base: str) -> ReferenceArguments | None:
+    """Read the images and the reference model that flags name.
+
+    Args:
+        flags: The flags.
+        base: Folder, hub id or file of the base.
+
+    Returns:
+        None without references.
+
+    Raises:
+        ConfigError: The paths make no group.
+        CustomizeError: An image, a group or the model cannot be read.
+    """
+    if not flags.paths:
+        return None
+    files = read_group_paths(flags.paths, FLAG, encoded_too=True)
+    source = flags.model or _bundled_model(base)
+    setting = None if source is None else load_model(source)
+    value = files.encoded or list(files.pictures)
+    return ReferenceArguments(value, flags.scale, files.images, setting, source)
+
+
+def read_group_paths(paths: Sequence[str], where: str, *, encoded_too: bool = False) -> GroupFiles:
+    """Read one group, to find faults before anything else is loaded.
+
+    Args:
+        paths: Pictures and folders of pictures.
+        where: Name of the argument in messages.
+        encoded_too: Whether one file of an encoded group is valid instead.
+
+    Raises:
+        ConfigError: There are too many pictures, or a file of a group and others.
+        CustomizeError: A file cannot be read.
+    """
+    from customize.image_folder import scan_folder, warn_ignored
+    from customize.references.group import ReferenceGroup
+    from customize.references.images import read_group
+    from customize.references.request import is_encoded
+
+    encoded = [path for path in paths if is_encoded(path)]
+    if encoded and not encoded_too:
+        raise ConfigError(
+            "the group is encoded already", where=f"{where} {encoded[0]}", fix="name its pictures"
+        )
+    if encoded and len(paths) > 1:
+        raise ConfigError(
+            "an encoded group takes no further pictures",
+            where=f"{where} {encoded[0]}",
+            fix="give the file alone, or all pictures",
+        )
+    if encoded:
+        group = ReferenceGroup.load(encoded[0])
+        pairs = zip(group.names, group.digests, strict=True)
+        images = [{"name": name, "digest": digest} for name, digest in pairs]
+        return GroupFiles((), group, images)
+    pictures: list[str | Path] = []
+    for path in paths:
+        if Path(path).is_dir():
+            folder = scan_folder(Path(path))
+            warn_ignored(folder.path, folder.ignored)
+            pictures += folder.images
+        else:
+            pictures.append(path)
+    read = read_group(pictures, where)
+    return GroupFiles(pictures, None, [{"name": i.name, "digest": i.digest} for i in read])
+
+
+def load_model(source: str | None) -> References:
+    """Load a reference model.
+
+    Args:
+        source: Folder or hub id; None: the bundled one.
+
+    Raises:
+        ConfigError: There is no bundled one.
+        CustomizeError: The model cannot be read.
+    """
+    from customize.stages.references import References
+    from customize.storybook.bundled_assets import references_folder
+
+    folder = source or references_folder()
+    if folder is None:
+        raise ConfigError(
+            "no reference model is bundled", where=MODEL_FLAG, fix="name a folder or hub id"
+        )
+    return References.from_pretrained(folder)
+
+
+def check_base(references: ReferenceArguments, pipe: Any, family: Family) -> None:
+    """Refuse references that nothing reads.
+
+    Raises:
+        ConfigError: No reference model is given for a base that needs one.
+    """
+    import inspect
+
+    from customize.references.native import find_native_references
+    from customize.references.seams import SEAMS
+
+    if references.setting is not None or family.name not in SEAMS:
+        return  # a call checks it, and says what its family supports
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if find_native_references(pipe, parameters) is None:
+        raise ConfigError(
+            f"a {type(pipe).__name__} reads reference images through a reference model only",
+            where=FLAG,
+            fix=f"add {MODEL_FLAG} with one for this base",
+        )
+
+
+def check_group_file(path: Path) -> None:
+    """Refuse a file name that a group cannot have, before the group is read.
+
+    Raises:
+        ConfigError: The suffix differs.
+    """
+    from customize.references.group import SUFFIX
+
+    if not path.name.endswith(SUFFIX):
+        raise ConfigError(
+            f"{path} does not end in {SUFFIX}",
+            where="--output",
+            fix=f"name it {path.name.split('.')[0]}{SUFFIX}",
+        )
+
+
+def _bundled_model(base: str) -> str | None:
+    """Return the folder of the bundled reference model if the base is the bundled one."""
+    from customize.cli.storybook_base import is_storybook
+    from customize.storybook.bundled_assets import references_folder
+
+    folder = references_folder()
+    return str(folder) if folder is not None and is_storybook(base) else None

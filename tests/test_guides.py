@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 
 from customize.concepts.io.write_concept import save_concept
 from tests.pipeline.making import concept, user_lora
+from tests.references.storybook_model import storybook_references
 from tests.tiny import tiny_sdxl
 
 ROOT = Path(__file__).parents[1]
@@ -121,11 +122,24 @@ def draw_few_steps(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(scheduler, "set_timesteps", set_timesteps)
 
 
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled reference model, or a random one."""
+    return storybook_references(tmp_path_factory.mktemp("references") / "references")
+
+
 @pytest.fixture
-def workplace(tmp_path: Path, demo: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(
+    tmp_path: Path, demo: Path, references: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The current folder, with all files that the guides name."""
-    for name in ("assets", "pipelines", "scripts"):
+    for name in ("pipelines", "scripts"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "assets").mkdir()
+    for path in (*(ROOT / "assets").iterdir(), references):
+        if not (tmp_path / "assets" / path.name).exists():
+            (tmp_path / "assets" / path.name).symlink_to(path)
+    monkeypatch.setattr("customize.storybook.bundled_assets.references_folder", lambda: references)
     shutil.copytree(demo, tmp_path / "demo")
     shutil.copytree(ROOT / "assets/concepts/rex", tmp_path / "photos/rex")
     (tmp_path / "stable-diffusion-v1-5").mkdir()

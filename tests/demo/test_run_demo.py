@@ -14,6 +14,7 @@ from customize.demo import experiment
 from customize.demo.run_demo import run_demo
 from customize.errors import SettingsError
 from customize.storybook.bundled_assets import assets_folder
+from tests.references.storybook_model import storybook_references
 
 pytestmark = pytest.mark.slow
 
@@ -21,8 +22,10 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
+    references = storybook_references(tmp_path_factory.mktemp("model") / "references")
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
+        patch.setattr("customize.demo.run_demo.references_folder", lambda: references)
         assert run_demo(folder) == folder
     return folder
 
@@ -44,7 +47,9 @@ def test_files_of_the_demo(folder: Path) -> None:
         experiment.ORTHOGONAL_ALONE,
         experiment.ORTHOGONAL_MERGED,
         experiment.LORA_MERGED,
+        experiment.REFERENCES,
     }
+    assert "| five references, no training | rex |" in (folder / "scorecard.md").read_text()
     for name in ("grid.png", "crosstalk.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300

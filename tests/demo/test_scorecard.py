@@ -1,13 +1,15 @@
 """The demo's scorecard, on drawn images of the bundled concepts."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from customize.demo import experiment, run_demo, scorecard
+from customize.demo import experiment, figures, run_demo, scorecard
 from customize.evaluation.storybook_rates import evaluation_prompts
 from customize.storybook.bundled_assets import assets_folder
 from customize.storybook.example_concepts import bundled_concept
@@ -38,6 +40,7 @@ def drawn() -> dict[str, experiment.DrawnImages]:
         experiment.ORTHOGONAL_MERGED: experiment.DrawnImages(always, pairs, unrelated + 0.1),
         experiment.LORA_ALONE: experiment.DrawnImages(once, {}, None),
         experiment.LORA_MERGED: experiment.DrawnImages(once, pairs, unrelated + 0.2),
+        experiment.REFERENCES: experiment.DrawnImages(always, {}, None),
     }
 
 
@@ -76,6 +79,32 @@ def test_rates_have_standard_deviations(card: dict) -> None:
 def test_drift_is_relative_to_the_full_range(card: dict) -> None:
     assert card["figures"]["drift_merged"] == pytest.approx(0.05)
     assert card["figures"]["drift_ordinary_merged"] == pytest.approx(0.1)
+
+
+def test_references_have_a_row_for_each_concept_and_one_for_all(
+    card: dict, drawn: dict[str, experiment.DrawnImages]
+) -> None:
+    rows = [row for row in card["rows"] if row["model"] == "five references, no training"]
+    assert [row["concept"] for row in rows] == [*experiment.NAMES, "all"]
+    assert rows[-1]["identity"] == 1.0 == card["figures"]["identity_references"]
+    assert rows[-1]["drift"] is None is rows[-1]["both_in_a_pair"]
+    assert card["figures"]["leak_references"] == rows[-1]["leak"]
+    console = Console(width=80, file=io.StringIO())
+    console.print(scorecard.terminal_table(card))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 1 + len(drawn)
+    assert sum(line.startswith("five references, no training") for line in lines) == 1
+
+
+def test_without_a_reference_model_the_demo_has_no_such_row(
+    drawn: dict[str, experiment.DrawnImages],
+) -> None:
+    rest = {model: images for model, images in drawn.items() if model != experiment.REFERENCES}
+    judges = load_judges(assets_folder() / "judges")
+    card = scorecard.score_models(judges, rest)
+    assert "identity_references" not in card["figures"]
+    difference = figures.draw_grid(drawn).height - figures.draw_grid(rest).height
+    assert difference == figures.IMAGE_SIZE + figures.MARGIN
 
 
 def test_files_of_the_scorecard(

@@ -76,9 +76,10 @@ def generate(
     references: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PATH",
+            metavar="[WORDS=]PATH",
             help="Reference image, folder of them, or .refs.safetensors file; all make one group,"
-            " and the images show what it shares. Repeatable",
+            " and the images show what it shares. With words of the prompt, those of the same"
+            " words ('a dog=photos/rex'). Repeatable",
             show_default=False,
         ),
     ] = None,
@@ -247,9 +248,12 @@ def generate_images(
     trained_here = [concept for concept in concepts if isinstance(concept, Concept)]
     if trained_here:
         check_compatible(trained_here)
-    check_regions(plan.prompts, regions, {c.info.name: c.info.trigger_words for c in concepts})
+    words = {c.info.name: c.info.trigger_words for c in concepts}
+    check_regions(plan.prompts, regions, words)
     check_writable(output)
     references = read_references(reference_flags, loading.base)
+    if references is not None:
+        check_regions(plan.prompts, references.words, words, "--references")
     torch_device = choose_device(device, "--device")
     if loading.memory is not None and device is not None:
         generation_checks.check_memory_device(torch_device, device)

@@ -81,7 +81,10 @@ def generate_image(
 def _reference_agreement(result: Any) -> list[float] | None:
     """How well each reference image agrees with the others; None if it was not measured."""
     groups = getattr(result, "references", None)
-    return [round(value, 4) for value in groups[0].agreement] if groups else None
+    if not groups:
+        return None
+    by_words = groups[0] if isinstance(groups[0], Mapping) else {None: groups[0]}
+    return [round(value, 4) for group in by_words.values() for value in group.agreement]
 
 
 def save_image(folder: Path, number: int, image: Any, settings: Mapping[str, Any]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ class ReferenceFlags:
     """The flags of ``customize generate`` for reference images, as they are given.
 
     Attributes:
-        paths: Pictures and folders of pictures, which make one group; or the file of a group.
+        paths: Pictures and folders of pictures, which make one group; or the file of a group. With
+            "WORDS=" before each, those of the same words of the prompt make a group.
         model: Folder or hub id of a reference model.
         scale: Effect of the references.
 
@@ -55,7 +57,7 @@ class ReferenceArguments:
     Attributes:
         value: The argument ``reference_images=`` of a call.
         scale: The argument ``reference_scale=``; None if it is not given.
-        images: Name, and SHA-256 of pixels and attribute, of each image.
+        images: Name, SHA-256 of pixels and attribute, and words of the prompt, of each image.
         setting: The reference model; None for a base that reads references by itself.
         source: Folder or hub id of the reference model.
     """
@@ -65,6 +67,11 @@ class ReferenceArguments:
     images: Sequence[Mapping[str, str]]
     setting: References | None
     source: str | None
+
+    @property
+    def words(self) -> Mapping[str, Any]:
+        """Words of the prompt -> group; empty for one group for all of it."""
+        return self.value if isinstance(self.value, dict) else {}
 
     @property
     def call(self) -> dict[str, Any]:
@@ -113,11 +120,43 @@ def read_references(flags: ReferenceFlags, base: str) -> ReferenceArguments | No
     """
     if not flags.paths:
         return None
-    files = read_group_paths(flags.paths, FLAG, encoded_too=True)
+    groups = {
+        words: read_group_paths(paths, FLAG, encoded_too=True)
+        for words, paths in _split_words(flags.paths).items()
+    }
+    values = {words: files.encoded or list(files.pictures) for words, files in groups.items()}
+    images = [
+        {**image, **({} if words is None else {"words": words})}
+        for words, files in groups.items()
+        for image in files.images
+    ]
     source = flags.model or _bundled_model(base)
     setting = None if source is None else load_model(source)
-    value = files.encoded or list(files.pictures)
-    return ReferenceArguments(value, flags.scale, files.images, setting, source)
+    return ReferenceArguments(values.get(None, values), flags.scale, images, setting, source)
+
+
+def _split_words(texts: Sequence[str]) -> dict[str | None, list[str]]:
+    """Return the paths of each group by words of the prompt; None for all of it."""
+    groups: dict[str | None, list[str]] = {}
+    for text in texts:
+        words, equals, path = (part.strip() for part in text.partition("="))
+        if not equals or os.path.lexists(text):
+            groups.setdefault(None, []).append(text)
+        elif words and path:
+            groups.setdefault(words, []).append(path)
+        else:
+            raise ConfigError(
+                f"invalid references {text!r}",
+                where=FLAG,
+                fix="write for example photos/rex or '<rex>=photos/rex'",
+            )
+    if None in groups and len(groups) > 1:
+        raise ConfigError(
+            f"{groups[None][0]} is for no words of the prompt, and others are",
+            where=FLAG,
+            fix="write WORDS= before each path, or before none",
+        )
+    return groups
 
 
 def read_group_paths(paths: Sequence[str], where: str, *, encoded_too: bool = False) -> GroupFiles:

@@ -40,14 +40,18 @@ def parse_regions(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def check_regions(
-    prompts: Sequence[str], regions: Mapping[str, Any], words: Mapping[str, str]
+    prompts: Sequence[str],
+    regions: Mapping[str, Any],
+    words: Mapping[str, str],
+    flag: str = _FLAG,
 ) -> None:
-    """Check that each prompt contains the words of each region.
+    """Check that each prompt contains the words of each region, or of other things named so.
 
     Args:
         prompts: All prompts of the command.
         regions: Words or concept names -> region.
         words: Concept name -> its words in a prompt.
+        flag: The flag that names them, for messages.
 
     Raises:
         ConfigError: A prompt lacks the words; the error suggests similar words of the prompt.
@@ -59,7 +63,7 @@ def check_regions(
             words[key] if key in words and find_phrase(words[key], prompt) else key
             for key in regions
         ]
-        check_phrases(prompt, phrases, [*words.values(), *words], _FLAG)
+        check_phrases(prompt, phrases, [*words.values(), *words], flag)
 
 
 def _box(text: str, region: str) -> tuple[float, ...] | None:

@@ -83,6 +83,33 @@ def test_what_images_depend_on_is_recorded(
     assert first["reference_agreement"] == pytest.approx(group.agreement, abs=1e-4)
 
 
+def test_words_of_the_prompt_have_their_own_groups(
+    run: Run, world: World, model: str, pictures: Path, tmp_path: Path
+) -> None:
+    given = ("generate", "--base", world.base, "--prompt", "a dog and a cat", "--steps", "2")
+    given += ("--device", "cpu", "--output", tmp_path, "--reference-model", model)
+    first, second = pictures / "0.png", pictures / "1.png"
+    boxes = ("--regions", "a dog=0,0,.5,1", "--regions", "a cat=.5,0,1,1")
+    groups = ("--references", f"a dog={first}", "--references", f"a cat={second}")
+    assert run(*given, *boxes, *groups).code == 0
+    pipe = load_custom(tiny_sd(), References.from_pretrained(model))
+    expected = pipe(
+        "a dog and a cat",
+        reference_images={"a dog": [first], "a cat": [second]},
+        regions={"a dog": (0, 0, 0.5, 1), "a cat": (0.5, 0, 1, 1)},
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    assert (read(tmp_path / "0001.png") == np.asarray(expected)).all()
+    record = json.loads((tmp_path / "0001.json").read_text())
+    images = [(image["words"], image["name"]) for image in record["references"]["images"]]
+    assert images == [("a dog", str(first)), ("a cat", str(second))]
+    assert record["reference_agreement"] == [1.0, 1.0]
+    refused(run(*given, "--references", f"a cow={first}"), "'a cow' is not in the prompt")
+    refused(run(*given, *groups, "--references", first), "is for no words of the prompt")
+    refused(run(*given, "--references", "a dog="), "invalid references 'a dog='")
+
+
 def test_an_encoded_group_gives_the_images_of_its_pictures(
     run: Run, world: World, model: str, pictures: Path, tmp_path: Path
 ) -> None:

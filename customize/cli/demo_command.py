@@ -16,7 +16,7 @@ def demo(
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder for the results")
     ] = Path("demo"),
 ) -> None:
-    """Train three bundled concepts, merge them and score the results.
+    """Train three bundled concepts, merge and score them.
 
     The base model is a small one that generates drawings of a test world
     with eight classes, 64 x 64 pixels; it runs on a CPU in minutes.

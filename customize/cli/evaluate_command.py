@@ -146,7 +146,7 @@ def evaluate(
     json_file: Json = None,
     device: Device = None,
 ) -> None:
-    r"""Score concepts in the storybook, or images by CLIP, DINO, BLIP.
+    r"""Score concepts in the storybook, or images by CLIP or DINO.
 
     The storybook is a test world of eight classes (drawn), in which trained
     judges recognise every attribute.

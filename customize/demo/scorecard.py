@@ -123,7 +123,7 @@ def terminal_table(card: Mapping[str, Any]) -> Table:
     """One line per model, at most 80 columns wide; concepts are in :func:`markdown_page`."""
     from rich.table import Table
 
-    table = Table("model", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table("model", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in (*RATES, "both", "drift"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in card["rows"]:

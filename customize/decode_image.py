@@ -11,6 +11,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from customize.errors import DataError
 from customize.image_folder import image_formats, list_suffixes
+from customize.near_names import suggest_paths
 from customize.safe_read import MAX_IMAGE_BYTES, open_regular
 from customize.user_warnings import warn_user
 
@@ -27,8 +28,8 @@ def decode_image(path: Path, mode: str, *, animated: bool = False) -> Image.Imag
             refusing it.
 
     Raises:
-        DataError: The image is corrupt, animated, smaller than 16 pixels on a side, or too large to
-            decode safely.
+        DataError: The image is missing, corrupt, animated, smaller than 16 pixels on a side, or too
+            large to decode safely.
     """
     try:
         with warnings.catch_warnings():
@@ -48,6 +49,10 @@ def decode_image(path: Path, mode: str, *, animated: bool = False) -> Image.Imag
             return to_rgb(image) if mode == "RGB" else _to_gray(ImageOps.exif_transpose(image))
     except DataError:
         raise
+    except FileNotFoundError as error:
+        raise DataError(
+            "the image does not exist", where=path, fix=suggest_paths(path, "check the path")
+        ) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(
             f"the image has more than {Image.MAX_IMAGE_PIXELS} pixels, which may be an attack",

@@ -152,7 +152,7 @@ def test_bad_references_generate_nothing(
     flags += ("--reference-model", model)
     for scale in ("3", "-1", "nan"):
         refused(run(*flags, "--reference-scale", scale), "--reference-scale", "0 to 2")
-    refused(run(*given, "--references", tmp_path / "no.png"), "no.png")
+    refused(run(*given, "--references", tmp_path / "no.png"), "the image does not exist", "no.png")
     (tmp_path / "empty").mkdir()
     refused(run(*given, "--references", tmp_path / "empty"), "empty")
     refused(run(*flags, "--references", "a.refs.safetensors"), "takes no further pictures")

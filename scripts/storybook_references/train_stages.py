@@ -201,10 +201,10 @@ def train_stage(
     def loss_of(generator: torch.Generator) -> Tensor:
         rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
         # One number of references a batch where tokens are concatenated, which cannot be padded.
-        shared = int(rng.integers(1, MAX_REFERENCES + 1)) if model.pooling != "group" else 0
+        shared = _draw_count(rng) if model.pooling == "concatenate" else 0
         samples = []
         for _ in range(batch):
-            count = shared or int(rng.integers(1, MAX_REFERENCES + 1))
+            count = shared or _draw_count(rng)
             sample = make_sample(data, members, stage, count, rng)
             samples.append(drop_conditions(sample, rng))
         if model.pooling == "concatenate":
@@ -226,6 +226,11 @@ def train_stage(
     with attached(unet, model.adapter) as model.attachment:
         train_loop(stage, folder, modules, loss_of, steps, lr, seed, on_checkpoint)
     model.attachment = None
+
+
+def _draw_count(rng: np.random.Generator) -> int:
+    """A number of references from 1 to MAX_REFERENCES, small ones more often: they cost less."""
+    return 1 + int(MAX_REFERENCES * float(rng.random()) ** 2)
 
 
 def _repeat(sample: Sample, count: int) -> Sample:

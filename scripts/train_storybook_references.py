@@ -18,6 +18,7 @@ import torch  # noqa: E402
 from diffusers import DiffusionPipeline  # noqa: E402
 
 from customize.families import family_of  # noqa: E402
+from customize.references.model import ReferenceModel  # noqa: E402
 from customize.storybook.bundled_assets import assets_folder  # noqa: E402
 from customize.storybook.judges import load_judges  # noqa: E402
 from storybook_references.attribute_groups import render_attribute_groups  # noqa: E402
@@ -68,7 +69,12 @@ def main() -> None:
     data = Data(trained, latents[:split], attributes, target_latents)
     stages = {stage: getattr(args, f"{stage}_steps") for stage in STAGES}
     judges = load_judges(args.judges)
-    train_stages(args.folder, pipe, judges, data, held_out, stages, args.pooling)
+    model = train_stages(args.folder, pipe, judges, data, held_out, stages, args.pooling)
+    if args.pooling == "group":
+        config, output = model.encoder.config, args.folder / "model"
+        trained_model = ReferenceModel(config, model.encoder, model.adapter, model.processor)
+        trained_model.save_pretrained(output, torch.float16)
+        print(f"the reference model is in {output}")
 
 
 def part(groups: Groups, first: int, end: int) -> Groups:

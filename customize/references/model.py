@@ -139,7 +139,8 @@ class ReferenceModel:
             images: RGB images, or references, which have attributes and names of their own.
             attributes: For each of plain images the attribute to take from it; "" for all.
             prompt: The prompt; ignored by models that read none.
-            weigh: Whether images that do not agree with the others count less.
+            weigh: Whether images that do not agree with the others count less. Images that give
+                different attributes need not agree, so groups with attributes are not weighed.
 
         Raises:
             ConfigError: There are no images, or more than the model reads.
@@ -154,6 +155,7 @@ class ReferenceModel:
             )
         if not self.config.includes_prompt:
             prompt = ""
+        weigh = weigh and not any(reference.attribute for reference in references)
         request = GroupRequest(
             [reference.image for reference in references],
             [reference.attribute for reference in references],
@@ -166,11 +168,10 @@ class ReferenceModel:
             weights = torch.tensor([result.weights]) if weigh else None
             tokens = self.encoder.read_tokens(states, inputs, weights)[0].float().cpu()
             model = self.digest
-        for index in result.strangers:
+        for index in result.strangers if weigh else ():
             warn_user(
                 f"the reference {references[index].name} does not fit the others (agreement "
-                f"{result.agreement[index]:.2f})"
-                + (f", so it counts {result.weights[index]:.0%}" if weigh else "")
+                f"{result.agreement[index]:.2f}), so it counts {result.weights[index]:.0%}"
             )
         return ReferenceGroup(
             tokens,

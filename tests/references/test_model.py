@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -225,3 +226,19 @@ def test_damaged_group_files_are_refused(model, tmp_path):
         save_file({"tokens": tokens}, path, {"customize_references": json.dumps(facts)})
         with pytest.raises(DataError, match=problem):
             ReferenceGroup.load(path)
+
+
+def test_images_that_give_different_attributes_need_not_agree(model, monkeypatch):
+    # Every image but the most typical one is a stranger by these limits.
+    monkeypatch.setattr("customize.references.agreement.KEEP", 1.0)
+    monkeypatch.setattr("customize.references.agreement.STRANGER", 1.0)
+    images = make_images(4, 3)
+    with pytest.warns(UserWarning, match="does not fit the others"):
+        weighed = model.encode(images)
+    assert min(weighed.weights) < 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = model.encode(images, ["colour", "", "shape", ""])
+        plain = model.encode(images, weigh=False)
+    assert named.weights == plain.weights == (1.0,) * 4
+    assert not torch.equal(plain.tokens, weighed.tokens)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from customize.stages.decor.kv_updates import RowMatcher
-from customize.stages.multidiffusion import _is_same_prompt
+from customize.stages.multidiffusion import is_same_prompt
 
 
 def encoding(tokens=7, width=16):
@@ -22,7 +22,7 @@ def at_relative_distance(text, distance):
 def test_encodings_of_one_prompt_differ_by_less_than_two_percent(distance, is_same):
     expected = encoding()
     text = at_relative_distance(expected, distance)
-    assert _is_same_prompt(text, expected) is is_same
+    assert is_same_prompt(text, expected) is is_same
     matcher = RowMatcher([expected], [], {("hat",): []}, 1.0)
     ((strength,), factor) = matcher.row_strengths(text[None], 0)
     assert strength.tolist() == [[0.0 if is_same else 1.0]]  # a protected text is not cleaned
@@ -31,18 +31,18 @@ def test_encodings_of_one_prompt_differ_by_less_than_two_percent(distance, is_sa
 
 def test_rounding_to_bfloat16_is_tolerated():
     expected = encoding()
-    assert _is_same_prompt(expected.bfloat16(), expected)
-    assert _is_same_prompt(expected, expected.bfloat16())
+    assert is_same_prompt(expected.bfloat16(), expected)
+    assert is_same_prompt(expected, expected.bfloat16())
 
 
 def test_shorter_encodings_are_padded_with_zeros():
     expected = encoding()
     longer = torch.cat([expected, torch.zeros(3, 16)])
-    assert _is_same_prompt(longer, expected) and _is_same_prompt(expected, longer)
+    assert is_same_prompt(longer, expected) and is_same_prompt(expected, longer)
     longer[-1] = 1.0
-    assert not _is_same_prompt(longer, expected) and not _is_same_prompt(expected, longer)
-    assert not _is_same_prompt(expected[:-1], expected)
+    assert not is_same_prompt(longer, expected) and not is_same_prompt(expected, longer)
+    assert not is_same_prompt(expected[:-1], expected)
 
 
 def test_encodings_of_other_widths_do_not_match():
-    assert not _is_same_prompt(encoding(width=8), encoding())
+    assert not is_same_prompt(encoding(width=8), encoding())

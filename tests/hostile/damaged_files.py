@@ -25,6 +25,7 @@ from customize.concepts.library.index import INDEX_FILE
 from customize.concepts.library.library import Library
 from customize.concepts.slices.slice_reservations import read_reservations, write_reservation
 from customize.errors import CustomizeError
+from customize.references.group import ReferenceGroup
 from customize.training import checkpoint
 from customize.training.data.dataset import read_training_images
 from customize.training.settings_file import read_yaml
@@ -127,6 +128,19 @@ def _pictures(folder: Path) -> Any:
 
 _ROW = json.dumps({"file_name": "0.png", "text": "a photo of <rex>"})
 _FOLDER = "rex"
+
+
+def _reference_group(folder: Path) -> Path:
+    group = ReferenceGroup(
+        torch.ones(2, 3),
+        agreement=(1.0, 0.5),
+        weights=(1.0, 1.0),
+        names=("a.png", "b.png"),
+        digests=("0" * 64, "1" * 64),
+    )
+    return group.save(folder / "rex.refs.safetensors")
+
+
 KINDS = {
     **{
         f"concept's {name}": Kind(_concept(name), lambda f: load_concept(f / _FOLDER), same_tensors)
@@ -136,6 +150,9 @@ KINDS = {
     },
     "single file": Kind(_single, lambda f: load_concept(f / "rex.safetensors"), same_tensors),
     "LoRA from elsewhere": Kind(_lora, lambda f: open_adaptation(f / "a.safetensors")),
+    "group of references": Kind(
+        _reference_group, lambda f: ReferenceGroup.load(f / "rex.refs.safetensors")
+    ),
     "checkpoint": Kind(_checkpoint, checkpoint.load_latest_checkpoint, _checkpoints_alike),
     "index": Kind(_index, lambda f: Library(f).entries, lambda a, b: a == b),
     "claim": Kind(_claim, read_reservations),

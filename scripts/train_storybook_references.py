@@ -29,7 +29,7 @@ from storybook_references.render_groups import Groups, render_groups  # noqa: E4
 from storybook_references.train_stages import POOLINGS, Data, train_stages  # noqa: E402
 
 #: Steps of each stage of EasyRef.
-STAGES = {"alignment": 200, "single": 100, "multi": 1_500}
+STAGES = {"alignment": 200, "single": 100, "multi": 1_400}
 
 
 def main() -> None:

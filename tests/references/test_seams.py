@@ -177,6 +177,18 @@ def test_keys_and_values_are_computed_once(family):
 
 
 @torch.no_grad()
+def test_keys_and_values_are_kept_until_the_condition_ends(family):
+    predict = make_call(family)
+    adapter = random_adapter(family)
+    with torch.no_grad(), seam_of(family).attached(family.denoiser, adapter) as attachment:
+        for _ in range(3):
+            with attachment.condition(torch.randn(2, 4, WIDTH)):
+                predict()
+                predict()
+                assert len(attachment._kept) == 1
+            assert not attachment._kept  # a training stays attached while sheets are drawn
+
+
 def test_adapter_is_no_part_of_the_denoiser(family):
     adapter = random_adapter(family)
     parameters = {id(p) for p in adapter.parameters()}

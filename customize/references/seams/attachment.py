@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from customize.families.pipeline_components import uncompiled
 from customize.references.adapter import ReferenceAdapter
 
+#: Number of different sets of tokens whose keys and values are kept.
+MAX_KEPT = 128
+
 #: Scale of the references, for all layers or as a function of a module's name.
 Scale = float | Callable[[str], float]
 
@@ -55,6 +58,7 @@ class Attachment:
         self, denoiser: Any, insert: Callable[[dict[str, Any], Tensor], dict[str, Any]]
     ) -> None:
         self.current: RowTokens | None = None
+        self._kept: dict[RowTokens, dict[nn.Module, Tensor]] = {}
         self._denoiser, self._insert = denoiser, insert
         forward = inspect.signature(type(uncompiled(denoiser)).forward)
         self._names = list(forward.parameters)[1:]
@@ -63,7 +67,8 @@ class Attachment:
     def condition(self, tokens: Tensor | RowSelector) -> Iterator[None]:
         """Give tokens to all calls of the denoiser.
 
-        Gradients reach the tokens. Without gradients, keys and values are computed once.
+        Gradients reach the tokens. Without gradients, keys and values are computed once, and kept
+        until the end.
 
         Args:
             tokens: (rows, num_tokens, width), a row for each row of the latents; or a function of
@@ -85,12 +90,30 @@ class Attachment:
             yield
         finally:
             self.current = None
+            self._kept.clear()
             # Hooks that were attached meanwhile have already removed it.
             if vars(denoiser).get("forward") is forward:
                 if before is None:
                     del denoiser.forward
                 else:
                     denoiser.forward = before
+
+    def keep(
+        self, tokens: RowTokens, projection: nn.Module, compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return the keys or values of tokens in one layer, which are computed at their first use.
+
+        Args:
+            tokens: The tokens.
+            projection: The layer's module.
+            compute: Computes (rows, num_tokens, out).
+        """
+        if tokens not in self._kept and len(self._kept) >= MAX_KEPT:
+            self._kept.clear()
+        projected = self._kept.setdefault(tokens, {})
+        if projection not in projected:
+            projected[projection] = compute()
+        return projected[projection]
 
 
 class ReferenceProjection(nn.Module):
@@ -110,7 +133,6 @@ class ReferenceProjection(nn.Module):
         super().__init__()
         self._unregistered = (linear, attachment)
         self._scale, self._is_value = scale, is_value
-        self._memo: dict[RowTokens, Tensor] = {}
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Project (rows, ..., width) to (rows, ..., out)."""
@@ -120,11 +142,9 @@ class ReferenceProjection(nn.Module):
             return self._project(tokens, None if current is None else current.scale)
         # Motion models repeat the tokens for each frame in every call, so what is kept is found by
         # the tokens that the denoiser was given.
-        if current not in self._memo:
-            if len(self._memo) >= MAX_KEPT:
-                self._memo.clear()
-            self._memo[current] = self._project(current.tokens.to(tokens), current.scale)
-        projected = self._memo[current]
+        projected = attachment.keep(
+            current, self, lambda: self._project(current.tokens.to(tokens), current.scale)
+        )
         repeats = len(tokens) // len(projected)
         projected = projected if repeats == 1 else projected.repeat_interleave(repeats, dim=0)
         return projected.reshape(*tokens.shape[:-1], -1)
@@ -137,10 +157,6 @@ class ReferenceProjection(nn.Module):
         if self._scale != 1.0:
             projected = self._scale * projected
         return projected if row_scale is None else projected * per_row(row_scale, projected)
-
-
-#: Number of different sets of tokens whose keys and values a layer keeps.
-MAX_KEPT = 128
 
 
 class AdaptedProjection(nn.Module):

@@ -63,7 +63,7 @@ def encode(
     torch_device = choose_device(device, "--device")
     hide_loading_bars()
     references = load_model(reference_model)
-    references.model.encoder.to(torch_device)
+    references.model.move_encoder(torch_device)
     group = references.encode(pictures, prompt or "")
     group.save(output)
     table = Table("image", box=None, padding=(0, 2, 0, 0), pad_edge=False)

@@ -35,8 +35,7 @@ class ReferenceGroup:
         names: For each image its file or position in the argument.
         digests: For each image the SHA-256 of its pixels and attribute.
         prompt: The prompt that the model read; empty if it reads none.
-        model: Digest of the model that computed the tokens; empty for a model in memory that has
-            not been asked for it.
+        model: Digest of the model that computed the tokens.
     """
 
     tokens: Tensor

@@ -8,6 +8,7 @@ of an animated file the first frame. No image is resized here.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -55,7 +56,7 @@ class Reference:
     attribute: str
     name: str
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the size, the attribute and the pixels."""
         sha = hashlib.sha256(repr((self.image.size, self.attribute)).encode())
@@ -291,17 +292,14 @@ def _check_pixels(size: tuple[int, int], where: str) -> None:
 
 
 def _warn_about_repeated(group: Sequence[Reference]) -> None:
-    names: dict[tuple[str, bytes], str] = {}
+    names: dict[str, str] = {}
     for reference in group:
-        digest = hashlib.sha256(repr(reference.image.size).encode())
-        digest.update(reference.image.tobytes())
-        key = (reference.attribute, digest.digest())
-        if key in names:
+        if reference.digest in names:
             warn_user(
-                f"{reference.name} is the same image as {names[key]}; it counts twice, since the "
-                "model reads both"
+                f"{reference.name} is the same image as {names[reference.digest]}; it counts twice,"
+                " since the model reads both"
             )
-        names.setdefault(key, reference.name)
+        names.setdefault(reference.digest, reference.name)
 
 
 def count_prompts(call: Mapping[str, Any]) -> int:

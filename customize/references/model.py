@@ -116,10 +116,7 @@ class ReferenceModel:
                     (partial / name).parent.mkdir(exist_ok=True)
                     write_new_file(partial / name, data)
                 self.processor.save_pretrained(partial / PROCESSOR_FOLDER)
-                if folder.exists():
-                    old.rmdir()
-                    folder.rename(old)  # removed at the end
-                partial.rename(folder)
+                _replace_folder(folder, partial, old)
                 fsync_folder(folder.parent)
         except OSError as error:
             raise storage_error(error, folder) from error
@@ -151,7 +148,7 @@ class ReferenceModel:
             raise ConfigError(
                 f"{len(references):,} reference images are given; the model reads 1 to {limit}",
                 where="reference_images",
-                fix="choose the pictures that show best what they share",
+                fix="choose the images that show best what they share",
             )
         if not self.config.includes_prompt:
             prompt = ""
@@ -220,6 +217,11 @@ class ReferenceModel:
                 self._adapters[device, dtype] = kept
             return kept[1]
 
+    def move_encoder(self, device: torch.device | str) -> None:
+        """Move the encoder to a device, once no other thread encodes with it."""
+        with self._lock:
+            self.encoder.to(device)
+
     def release(self) -> None:
         """Move the encoder to the CPU and drop copies of the adapter on other devices."""
         with self._lock:
@@ -232,6 +234,24 @@ class ReferenceModel:
             f"ReferenceModel({config.family}, {config.num_tokens} tokens of {config.width}, "
             f"up to {config.max_references} images)"
         )
+
+
+def _replace_folder(folder: Path, new: Path, old: Path) -> None:
+    """Rename a new folder to a folder, which is renamed to an empty one if it exists.
+
+    Raises:
+        OSError: A folder cannot be renamed; the folder is as before.
+    """
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old.rmdir()
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
 
 
 def _as_references(

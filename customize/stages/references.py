@@ -45,7 +45,7 @@ from customize.stages.reference_tokens import (
 from customize.text import quote
 from customize.user_warnings import warn_user
 
-#: Number of encoded groups that a setting keeps.
+#: Number of encoded groups that a setting keeps, the latest used.
 _MAX_KEPT = 32
 
 
@@ -100,8 +100,8 @@ class References(StageSetting):
         """Encode one group of images.
 
         Args:
-            images: A picture, a list of pictures, or a folder. A picture is a path, PIL image,
-                array or tensor, or a tuple of one of these and the attribute to take from it.
+            images: An image, a list of images, or a folder. An image is a path, PIL image, array or
+                tensor, or a tuple of one of these and the attribute to take from it.
             prompt: The prompt, for models that read it with the images.
             weigh: Whether images that do not agree with the others count less.
 
@@ -154,13 +154,14 @@ class References(StageSetting):
     def _encode(self, group: Sequence[Reference], prompt: str, weigh: bool) -> ReferenceGroup:
         config = self.model.config
         prompt = prompt if config.includes_prompt else ""
-        pictures = tuple((r.image.size, r.image.tobytes(), r.attribute, r.name) for r in group)
-        key = (self.model.digest, hash(pictures), prompt, weigh)
+        images = tuple((reference.digest, reference.name) for reference in group)
+        key = (self.model.digest, images, prompt, weigh)
         with self._lock:  # pipelines of other models may share the setting
             if key not in self._groups:
                 self._groups[key] = self.model.encode(group, prompt=prompt, weigh=weigh)
                 while len(self._groups) > _MAX_KEPT:
                     self._groups.popitem(last=False)
+            self._groups.move_to_end(key)
             return self._groups[key]
 
     def encode_request(
@@ -243,13 +244,13 @@ def _run(
     model = setting.model
     denoiser = context.family.denoiser
     offloads = is_offloaded(denoiser)
-    model.encoder.to(execution_device(context.pipe, denoiser))
+    model.move_encoder(execution_device(context.pipe, denoiser))
     try:
         references = setting.encode_request(_by_concept_words(request, prompts, context), prompts)
         model.unconditional_tokens()
     finally:
         if offloads:
-            model.encoder.to("cpu")
+            model.move_encoder("cpu")
     groups = [{key: group for key, (group, _) in each.groups.items()} for each in references]
     context.results["references"] = [each.get(None, each) for each in groups]
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +79,41 @@ def test_saving_replaces_only_reference_models(model, tmp_path):
     with pytest.raises(StorageError, match="holds other files"):
         model.save_pretrained(other)
     assert [path.name for path in other.iterdir()] == ["notes.txt"]
+
+
+def test_a_model_that_cannot_be_replaced_stays(model, tmp_path, monkeypatch):
+    folder = model.save_pretrained(tmp_path / "refs")
+    before = (folder / "adapter.safetensors").read_bytes()
+    rename, calls = Path.rename, []
+
+    def fail_second(path, target):
+        calls.append(path)
+        if len(calls) == 2:  # the old folder is aside, and the new one comes in its place
+            raise PermissionError(13, "Permission denied", str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_second)
+    with pytest.raises(StorageError):
+        model.save_pretrained(folder, dtype=torch.float16)
+    assert (folder / "adapter.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["refs"]
+
+
+def test_the_encoder_is_not_moved_while_it_encodes(model):
+    moved = threading.Event()
+    mover = threading.Thread(target=lambda: (model.move_encoder("cpu"), moved.set()))
+
+    def move(*_):
+        mover.start()
+        assert not moved.wait(0.2)
+
+    hook = model.encoder.projector.register_forward_hook(move)
+    try:
+        model.encode(make_images(1))
+    finally:
+        hook.remove()
+    mover.join(10)
+    assert moved.is_set()
 
 
 def change(folder, file, edit):

@@ -72,6 +72,17 @@ def test_references_change_the_picture_and_nothing_else(kind, guidance):
     assert not vars(pipe.unet).get("_customize")
 
 
+def test_the_groups_that_were_used_last_are_kept(monkeypatch):
+    monkeypatch.setattr("customize.stages.references._MAX_KEPT", 2)
+    setting = References(make()[1])
+    first = setting.encode(A)
+    setting.encode(B)
+    assert setting.encode(A) is first
+    setting.encode(C)
+    assert setting.encode(A) is first
+    assert setting.encode([(A[0], "colour"), A[1]]) is not first
+
+
 def test_everything_is_restored_after_an_error():
     pipe, _ = make()
     base, before = images(pipe), snapshot(pipe.unet)

@@ -27,12 +27,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# Chosen on the bundled model, on groups of eight of 24 identities that no benchmark uses. With one
+# stranger of the same class, the tokens are .43 as far from those of a clean group as without
+# weights (.40 where the stranger is removed; .88 with KEEP .7 and POWER 2); clean groups move by .06
+# of that distance. The lowest agreement in 72 clean groups was .69 of the median.
 #: The fraction of the median agreement from which an image has its full weight.
-KEEP = 0.7
+KEEP = 0.9
 #: The steepness of weights below it.
-POWER = 2.0
+POWER = 16.0
 #: The fraction of the median agreement below which an image is reported as one that does not fit.
-STRANGER = 0.5
+STRANGER = 0.65
 #: The number of images from which a group is weighed.
 MIN_IMAGES = 3
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
-from customize.references.agreement import KEEP, STRANGER, measure_agreement, weigh
+from customize.references.agreement import KEEP, POWER, STRANGER, measure_agreement, weigh
 from customize.references.encoder_inputs import GroupRequest
+from customize.references.model import ReferenceModel
+from customize.storybook.example_concepts import make_concept
 from tests.references.test_encoder import make_images
 from tests.references.tiny_mllm import tiny_encoder, tiny_processor
 
@@ -15,7 +19,7 @@ def test_weights_follow_the_formula():
     result = weigh(torch.tensor([0.8, 0.8, KEEP * 0.8, 0.2, 0.0]))
     assert result.agreement == pytest.approx((0.8, 0.8, KEEP * 0.8, 0.2, 0.0))
     median = 0.8 * KEEP
-    expected = [1.0, 1.0, 1.0, (0.2 / (KEEP * median)) ** 2, 0.0]
+    expected = [1.0, 1.0, 1.0, (0.2 / (KEEP * median)) ** POWER, 0.0]
     assert result.weights == pytest.approx(expected)
     assert result.strangers == tuple(
         n for n, a in enumerate(result.agreement) if a < STRANGER * median
@@ -46,3 +50,16 @@ def test_a_stranger_agrees_least():
 def test_one_image_agrees_with_itself():
     result = measure_agreement(None, torch.zeros(1), None, 1)
     assert (result.agreement, result.weights, result.strangers) == ((1.0,), (1.0,), ())
+
+
+def test_strangers_are_found_by_the_bundled_model():
+    model = ReferenceModel.from_pretrained("assets/references")
+    images = make_concept("rex", "dog", 5001, 6).images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        honest = model.encode(images)
+    assert min(honest.weights) > 0.5
+    images[2] = make_concept("other", "dog", 5004, 1).images()[0]
+    mixed = model.encode(images)
+    assert min(range(6), key=mixed.weights.__getitem__) == 2
+    assert mixed.weights[2] < 0.3

@@ -29,7 +29,7 @@ from torch.nn import functional
 
 # Chosen on the bundled model, on groups of eight of 24 identities that no benchmark uses. With one
 # stranger of the same class, the tokens are .43 as far from those of a clean group as without
-# weights (.40 where the stranger is removed; .88 with KEEP .7 and POWER 2); clean groups move by .06
+# weights (.40 where it is removed; .88 with KEEP .7 and POWER 2), and clean groups move by .06
 # of that distance. The lowest agreement in 72 clean groups was .69 of the median.
 #: The fraction of the median agreement from which an image has its full weight.
 KEEP = 0.9

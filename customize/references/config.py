@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from customize.core.scalars import as_float
 from customize.errors import ConfigError
 from customize.near_names import did_you_mean
 from customize.text import quote
@@ -38,7 +39,7 @@ class ReferencesConfig:
             the tokens of a group are those of every prompt.
         max_references: Largest number of images of a group.
         lora_rank: Rank of the adapter's LoRA on the attention projections; 0 for none.
-        lora_alpha: Its alpha; the factor of its product is ``alpha / rank``.
+        lora_alpha: Its alpha, above 0; the factor of its product is ``alpha / rank``.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -61,10 +62,25 @@ class ReferencesConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(
-                    f"{quote(value)} is none of {', '.join(choices)}",
+                    f"invalid {name} {quote(value)}",
                     where=name,
-                    fix=did_you_mean(value, choices),
+                    fix=did_you_mean(value, choices) or f"choose from {', '.join(choices)}",
                 )
+        kinds = {"family": str, "instruction": str, "normalize_twice": bool, "includes_prompt": bool}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ConfigError(
+                    f"invalid {name} {quote(value)}",
+                    where=name,
+                    fix="give a text" if kind is str else "give true or false",
+                )
+        if not as_float(self.lora_alpha) > 0:
+            raise ConfigError(
+                f"invalid lora_alpha {quote(self.lora_alpha)}",
+                where="lora_alpha",
+                fix="give a number above 0",
+            )
         lowest = {"width": 1, "num_tokens": 1, "max_references": 1, "lora_rank": 0}
         for name, low in lowest.items():
             value = getattr(self, name)
@@ -104,4 +120,7 @@ def parse_config(values: Mapping[str, Any], where: Any) -> ReferencesConfig:
     missing = sorted({"family", "width"} - set(values))
     if missing:
         raise ConfigError(f"{' and '.join(missing)} is missing", where=where, fix="restore it")
-    return ReferencesConfig(**values)
+    try:
+        return ReferencesConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(error.problem, where=where, fix=error.fix) from None

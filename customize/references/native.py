@@ -20,10 +20,9 @@ from customize.errors import ConfigError
 from customize.families import FAMILIES
 from customize.families.native_references import NativeReferences
 from customize.references.images import ARGUMENT, Group, count_prompts, read_groups
+from customize.references.scale import SCALE_ARGUMENT
 from customize.text import plural
 from customize.user_warnings import warn_user
-
-SCALE_ARGUMENT = "reference_scale"
 
 #: The declarations of models that belong to no family.
 OTHERS: tuple[NativeReferences, ...] = (

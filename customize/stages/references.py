@@ -28,13 +28,13 @@ from customize.references.group import ReferenceGroup
 from customize.references.images import ARGUMENT, Reference, count_prompts, read_group
 from customize.references.model import ReferenceModel
 from customize.references.native import (
-    SCALE_ARGUMENT,
     all_native_references,
     find_native_references,
     native_arguments,
     with_prompt_first,
 )
 from customize.references.request import ReferenceRequest, Source, parse_request
+from customize.references.scale import SCALE_ARGUMENT
 from customize.references.seams import SEAMS, seam_of
 from customize.safe_read import PICKLE_SUFFIXES
 from customize.stages.reference_tokens import (

@@ -182,6 +182,22 @@ def test_another_configuration_is_refused(copied):
     set_value(copied / "references.json", "width", 40)
     with pytest.raises(ConceptError, match="shape"):
         ReferenceModel.from_pretrained(copied)
+    path = copied / "references.json"
+    for name, wrong in [
+        ("family", 1),
+        ("instruction", None),
+        ("normalize_twice", 1),
+        ("includes_prompt", "false"),
+        ("attention", []),
+        ("num_tokens", True),
+        ("lora_alpha", "1"),
+        ("lora_alpha", 0),
+    ]:
+        before = json.loads(path.read_text())[name]
+        set_value(path, name, wrong)
+        with pytest.raises(ConfigError, match=f"invalid {name} .*references.json"):
+            ReferenceModel.from_pretrained(copied)
+        set_value(path, name, before)
     set_value(copied / "references.json", "surprise", 1)
     with pytest.raises(ConfigError, match="unknown settings"):
         ReferenceModel.from_pretrained(copied)

@@ -31,12 +31,12 @@ from customize.image_folder import (
     warn_ignored,
 )
 from customize.near_names import suggest_paths
+from customize.references.images import MAX_ATTRIBUTE_LENGTH
 from customize.safe_read import MAX_TABLE_BYTES, read_bytes
 from customize.text import quote
 from customize.training.data import dataset
 from customize.training.data.captions import read_captions
 
-_MAX_ATTRIBUTE = 100  # characters
 _KEYS = {"group", "image", "caption", "attribute", "references"}
 
 
@@ -222,8 +222,10 @@ def _parse_captions(value: Any, default: str | None, name: str) -> tuple[str, ..
 def _parse_attribute(value: Any) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str) or not value.isprintable() or len(value) > _MAX_ATTRIBUTE:
-        raise ValueError(f"has an attribute that is not a text of at most {_MAX_ATTRIBUTE} letters")
+    if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_ATTRIBUTE_LENGTH:
+        raise ValueError(
+            f"has an attribute that is not a text of at most {MAX_ATTRIBUTE_LENGTH} characters"
+        )
     return value.strip()
 
 

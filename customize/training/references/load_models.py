@@ -15,6 +15,7 @@ from customize.families import Family, family_of
 from customize.references.encoder import MLLMS, ReferenceEncoder
 from customize.references.encoder_inputs import ReferenceProcessor
 from customize.references.model import ReferenceModel
+from customize.references.model_files import ADAPTER_FILE, ENCODER_FILE
 from customize.references.seams import make_adapter, seam_of
 from customize.safe_read import MAX_TABLE_BYTES, check_regular_files, map_float_tensors, read_json
 from customize.text import one_line, quote
@@ -186,8 +187,11 @@ def initial_digest(config: ReferenceTrainConfig, model: ReferenceModel | None) -
     if model is not None:
         parts = (model.encoder, model.adapter)
         return tensors_digest(value for part in parts for value in part.state_dict().values())
-    folder = config.init or config.mllm
-    files = sorted(folder.rglob("[!.]*.safetensors")) if folder else []
+    files: list[Path] = []
+    if config.init is not None:  # its folder may have the checkpoints of its training as well
+        files = [config.init / ADAPTER_FILE, config.init / ENCODER_FILE]
+    elif config.mllm is not None:
+        files = sorted(config.mllm.glob("[!.]*.safetensors"))
     digests = []
     for file in files:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 from customize.atomic import fsync_folder, is_partial, partial_folder, write_atomic
 from customize.errors import SettingsError, StorageError, storage_error
 from customize.references.model import ReferenceModel
+from customize.references.model_files import CONFIG_FILE
 from customize.safe_read import MAX_TABLE_BYTES, read_json
 from customize.training.checkpoint import (
     BASE_CONFIG,
@@ -23,7 +24,7 @@ from customize.training.checkpoint import (
 from customize.training.data.changed_images import combined_hash
 from customize.training.references.config import ENCODER_SETTINGS, ReferenceTrainConfig
 
-FACTS_FILE, CONFIG_FILE = "training.json", "references.json"
+FACTS_FILE = "training.json"
 _RUN_FILES = {".checkpoints", "validation", "logs"}
 _MAX_HISTORY = 200  # pairs of step and loss
 _MAX_NAMED_IMAGES = 2000

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from random import Random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from customize.errors import ConfigError, DataError, PipelineError, SettingsError, StorageError
 from customize.families import family_of
 from customize.references.model import ReferenceModel
 from customize.training.checkpoint import load_latest_checkpoint
 from customize.training.references.group_dataset import ArrayGroups, GroupSample
-from customize.training.references.load_models import load_reference_model
+from customize.training.references.load_models import initial_digest, load_reference_model
 from customize.training.references.recipe import train_references
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
 from tests.training.references.tiny_references import make_groups, settings, tensors
@@ -67,6 +69,17 @@ def test_later_stages_train_everything(stage, first):
     assert changed(before, after) == before.keys()
     # A step of AdamW changes a weight by about the learning rate.
     assert max(float((after[k] - before[k]).abs().max()) for k in before) < 10 * 1e-3
+
+
+def test_checkpoints_of_the_previous_stage_are_no_initial_weights(first):
+    config = settings(first, "next", init=first / "first")
+    before = initial_digest(config, None)
+    checkpoints = first / "first" / ".checkpoints"
+    checkpoints.mkdir()
+    save_file({"weight": torch.ones(2)}, checkpoints / "step-000004.safetensors")
+    assert before.count("/") == 1  # encoder and adapter
+    assert initial_digest(config, None) == before
+    shutil.rmtree(checkpoints)
 
 
 def test_learning_rates_of_encoder_and_adapter(first):

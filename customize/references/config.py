@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from customize.core.scalars import as_float
+from customize.core.scalars import as_float, is_integer
 from customize.errors import ConfigError
 from customize.near_names import did_you_mean
 from customize.text import quote
@@ -58,38 +58,24 @@ class ReferencesConfig:
     lora_alpha: float = 1.0
 
     def __post_init__(self) -> None:
+        fixes: dict[str, str] = {}  # of invalid values
         for name, choices in (("attention", get_args(Attention)), ("positions", _POSITIONS)):
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(
-                    f"invalid {name} {quote(value)}",
-                    where=name,
-                    fix=did_you_mean(value, choices) or f"choose from {', '.join(choices)}",
-                )
-        kinds = {"family": str, "instruction": str, "normalize_twice": bool, "includes_prompt": bool}
-        for name, kind in kinds.items():
-            value = getattr(self, name)
-            if not isinstance(value, kind):
-                raise ConfigError(
-                    f"invalid {name} {quote(value)}",
-                    where=name,
-                    fix="give a text" if kind is str else "give true or false",
-                )
-        if not as_float(self.lora_alpha) > 0:
-            raise ConfigError(
-                f"invalid lora_alpha {quote(self.lora_alpha)}",
-                where="lora_alpha",
-                fix="give a number above 0",
-            )
+                fixes[name] = did_you_mean(value, choices) or f"choose from {', '.join(choices)}"
+        for kind, names, fix in (
+            (str, ("family", "instruction"), "give a text"),
+            (bool, ("normalize_twice", "includes_prompt"), "give true or false"),
+        ):
+            fixes |= {name: fix for name in names if not isinstance(getattr(self, name), kind)}
         lowest = {"width": 1, "num_tokens": 1, "max_references": 1, "lora_rank": 0}
         for name, low in lowest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= 2**16:
-                raise ConfigError(
-                    f"invalid {name} {quote(value)}",
-                    where=name,
-                    fix=f"give an integer from {low} to {2**16:,}",
-                )
+            if not is_integer(getattr(self, name), low, 2**16):
+                fixes[name] = f"give an integer from {low} to {2**16:,}"
+        if not as_float(self.lora_alpha) > 0:
+            fixes["lora_alpha"] = "give a number above 0"
+        for name, fix in fixes.items():
+            raise ConfigError(f"invalid {name} {quote(getattr(self, name))}", where=name, fix=fix)
 
     def to_json(self) -> str:
         """Return the configuration as JSON text."""

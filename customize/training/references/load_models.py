@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,9 @@ def load_reference_model(config: ReferenceTrainConfig, family: Family) -> Refere
     if config.init is not None:
         model = ReferenceModel.from_pretrained(config.init)
         check_model(model, family, config.init)
+        # The stage decides how many images of a group the model has learned to read.
+        model.config = dataclasses.replace(model.config, max_references=config.max_references)
+        model.encoder.config = model.config
         return model
     if config.mllm is None:
         raise ConfigError(

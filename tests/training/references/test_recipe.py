@@ -82,6 +82,13 @@ def test_checkpoints_of_the_previous_stage_are_no_initial_weights(first):
     shutil.rmtree(checkpoints)
 
 
+def test_the_latest_stage_decides_how_many_references_a_model_reads(first):
+    before = ReferenceModel.from_pretrained(first / "first").config.max_references
+    config = settings(first, "next", init=first / "first", max_references=before - 1)
+    model = load_reference_model(config, family_of(COMPONENTS))
+    assert model.config.max_references == model.encoder.config.max_references == before - 1
+
+
 def test_learning_rates_of_encoder_and_adapter(first):
     config = settings(
         first, "rates", init=first / "first", learning_rate=1e-6, adapter_learning_rate=1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ class ReferenceGroup:
     def save(self, path: str | Path) -> Path:
         """Write the group to a ``.refs.safetensors`` file, atomically.
 
+        Of the images' paths only the names of the files are written.
+
         Raises:
             StorageError: The file has another extension, or cannot be written.
         """
@@ -69,6 +72,7 @@ class ReferenceGroup:
                 fix=f"name it {path.name.split('.')[0]}{SUFFIX}",
             )
         facts = {name: getattr(self, name) for name in _FACTS}
+        facts["names"] = [os.path.basename(name) or name for name in self.names]
         data = safetensors_bytes({"tokens": self.tokens}, {_HEADER: json.dumps(facts)})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,10 @@ class ReferenceModel:
         self._unconditional: tuple[Any, Tensor] | None = None
         self._adapters: dict[tuple[torch.device, torch.dtype], tuple[Any, ReferenceAdapter]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the parts; the lock and what is kept are made anew."""
+        return type(self), (self.config, self.encoder, self.adapter, self.processor)
+
     @classmethod
     def from_pretrained(cls, source: str | Path) -> ReferenceModel:
         """Load a model from a folder or hub id; everything is checked before it is used.

@@ -64,6 +64,10 @@ class References(StageSetting):
         self._groups: OrderedDict[tuple[Any, ...], ReferenceGroup] = OrderedDict()
         self._latest: tuple[ReferenceGroup, ...] = ()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the model; the lock and the kept groups are made anew."""
+        return type(self), (self.model,)
+
     @classmethod
     def from_pretrained(
         cls,

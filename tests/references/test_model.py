@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import threading
 import warnings
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from customize.errors import ConceptError, ConfigError, CustomizeError, DataError, StorageError
 from customize.references.group import ReferenceGroup
 from customize.references.model import ReferenceModel
+from customize.stages.references import References
 from tests.references.test_encoder import make_images
 from tests.references.tiny_model import tiny_reference_model
 from tests.tiny import tiny_sd
@@ -258,6 +261,31 @@ def test_a_group_and_its_file(model, tmp_path):
     assert len(set(loaded.digests)) == 3
     with pytest.raises(StorageError, match=r"refs\.safetensors"):
         group.save(tmp_path / "rex.safetensors")
+
+
+def test_the_file_of_a_group_names_no_folders(model, tmp_path):
+    folder = tmp_path / "private"
+    folder.mkdir()
+    for index, image in enumerate(make_images(3)):
+        image.save(folder / f"{index}.png")
+    group = References(model).encode(folder)
+    path = group.save(tmp_path / "rex.refs.safetensors")
+    assert group.names[0] == str(folder / "0.png")
+    assert ReferenceGroup.load(path).names == ("0.png", "1.png", "2.png")
+    assert b"private" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "copied_by", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))]
+)
+def test_copies_encode_alike(model, copied_by):
+    references = References(model)
+    group = references.encode(make_images(3))
+    copied = copied_by(references)
+    assert copied.model.encoder is not model.encoder
+    assert torch.equal(copied.encode(make_images(3)).tokens, group.tokens)
+    assert torch.equal(copied.model.unconditional_tokens(), model.unconditional_tokens())
+    assert copied.model.digest == model.digest
 
 
 def test_damaged_group_files_are_refused(model, tmp_path):

@@ -21,6 +21,7 @@ from customize.families import Family, family_of
 from customize.families.pipeline_components import uncompiled
 from customize.pipeline.state import AttachedState
 from customize.pipeline.validation import explain_quantized_layers
+from customize.references.model import is_model_folder
 from customize.text import plural
 
 #: The denoisers that files go into: one for all, or an entry for each source.
@@ -152,6 +153,12 @@ def _open(source: object, ignore: Sequence[str], matched: set[str]) -> Adaptatio
     if isinstance(source, Concept | Lora | LoraFile):
         return remove_ignored(source, ignore, matched)
     if isinstance(source, str | Path):
+        if is_model_folder(source):
+            raise ConfigError(
+                "the folder is a reference model, not a concept",
+                where=source,
+                fix="read it first: load_custom(customize.References.from_pretrained(...))",
+            )
         return open_adaptation(source, ignore, matched)
     if isinstance(source, list | tuple | set | frozenset):
         raise ConfigError(

@@ -221,6 +221,15 @@ def _read_file(path: str | os.PathLike[Any], where: str) -> Image.Image:
             where=where,
             fix="download the image first, and give its path",
         )
+    if not text.strip():
+        raise ConfigError("the path is empty", where=where, fix=_FORMS)
+    if _is_folder(path):
+        raise ConfigError(
+            f"{quote(text)} is a folder, and a single image is expected",
+            where=where,
+            fix="give the folder alone, or its images: (image, attribute) takes no folder, and a "
+            "list of images holds none",
+        )
     if text.lower().endswith(".safetensors"):
         raise ConfigError(
             f"{quote(text)} is not an image", where=where, fix="give the file alone, not in a list"

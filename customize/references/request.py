@@ -12,7 +12,7 @@ from customize.references.group import SUFFIX, ReferenceGroup
 from customize.references.images import ARGUMENT, Group, read_group, read_groups
 from customize.references.scale import SCALE_ARGUMENT, read_scale
 from customize.references.seams.attachment import Scale
-from customize.text import quote
+from customize.text import plural, quote
 
 #: A group that is encoded already, or its images.
 Source = ReferenceGroup | Group
@@ -70,7 +70,7 @@ def parse_request(
     elif isinstance(scale, list | tuple):
         if len(scale) != num_prompts:
             raise ConfigError(
-                f"{len(scale)} scales are given for {num_prompts} groups of references",
+                f"a list of {plural(len(scale), 'scale')} is given for {plural(num_prompts, 'prompt')}",
                 where=SCALE_ARGUMENT,
                 fix="give one number, or one for each prompt",
             )
@@ -143,7 +143,7 @@ def _check_key(key: Any) -> str:
 def _check_number(number: int, num_prompts: int) -> None:
     if number not in (1, num_prompts):
         raise ConfigError(
-            f"{number} groups of reference images were given for {num_prompts} prompts",
+            f"{number} groups of reference images were given for {plural(num_prompts, 'prompt')}",
             where=ARGUMENT,
             fix="give one group for all prompts, or one for each prompt",
         )

@@ -129,6 +129,15 @@ def test_a_tuple_of_two_files_is_no_attribute(folder):
         read_groups((str(folder / "a.png"), str(folder / "b.png")), 1)
 
 
+def test_a_folder_is_no_single_picture(folder):
+    for value in [(folder, "colour"), [[folder]], [PIXELS, (str(folder), "colour")]]:
+        with pytest.raises(ConfigError, match="is a folder, and a single image is expected"):
+            read_groups(value, 1)
+    for value in ["", " ", [PIXELS, ""]]:
+        with pytest.raises(ConfigError, match="the path is empty"):
+            read_groups(value, 1)
+
+
 def test_colour_modes(tmp_path):
     gray = PIXELS[:, :, 0]
     three = np.repeat(gray[:, :, None], 3, axis=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import diffusers
@@ -142,6 +143,24 @@ def test_a_scale_by_block_is_that_of_diffusers():
     assert close(everywhere, images(pipe, reference_images=A))
     with pytest.raises(ConfigError, match="do not fit the UNet"):
         draw(pipe, reference_images=A, reference_scale={"down": {"block_1": [1.0, 0.5, 0.2]}})
+    with pytest.raises(ConfigError, match="scale for 'a dog' is neither for words"):
+        draw(pipe, reference_images=A, reference_scale={"a dog": 0.5})
+
+
+def test_the_folder_of_a_reference_model_is_no_concept(tmp_path):
+    pipe, model = make()
+    folder = model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match="a reference model, not a concept.*References"):
+        pipe.load_custom(folder)
+
+
+def test_a_copied_pipeline_reads_references():
+    pipe, _ = make()
+    expected = images(pipe, reference_images=A)
+    copied = copy.deepcopy(pipe)
+    assert np.array_equal(images(copied, reference_images=A), expected)
+    copied.unload_custom()
+    assert np.array_equal(images(pipe, reference_images=A), expected)
 
 
 def test_forms_of_groups(tmp_path):

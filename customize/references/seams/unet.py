@@ -25,6 +25,14 @@ from customize.references.seams.attachment import (
     scale_of,
     set_attribute,
 )
+from customize.text import quote
+
+
+_PARTS = ("down", "mid", "up")
+_SCALE_FIX = (
+    "give them as set_ip_adapter_scale takes them, such as "
+    '{"down": {"block_1": [0.0, 1.0]}, "up": 0.5}'
+)
 
 
 def attention_layers(family: Family) -> AttentionLayers:
@@ -53,14 +61,21 @@ def expand_scale(family: Family, scale: Any) -> Scale:
     from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
     check_scales(scale)
+    unknown = [key for key in scale if key not in _PARTS and str(key).count(".") != 2]
+    if unknown:
+        raise ConfigError(
+            f"the scale for {quote(unknown[0])} is neither for words of reference_images= nor for a "
+            "part of the UNet",
+            where="reference_scale",
+            fix=_SCALE_FIX,
+        )
     try:
         (by_prefix,) = _maybe_expand_lora_scales(uncompiled(family.denoiser), [scale], 0.0)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"the scales by block do not fit the UNet: {error}",
             where="reference_scale",
-            fix="give them as set_ip_adapter_scale takes them, such as "
-            '{"down": {"block_1": [0.0, 1.0]}, "up": 0.5}',
+            fix=_SCALE_FIX,
         ) from error
     numbers = dict(by_prefix)
 

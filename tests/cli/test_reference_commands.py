@@ -122,6 +122,9 @@ def test_an_encoded_group_gives_the_images_of_its_pictures(
     assert run(*given, pictures).code == run(*given, file).code == 0
     assert (read(tmp_path / "out/0001.png") == read(tmp_path / "out/0002.png")).all()
     records = [json.loads((tmp_path / f"out/000{k}.json").read_text()) for k in (1, 2)]
+    for record in records:  # the file has no folders
+        for image in record["references"]["images"]:
+            image["name"] = Path(image["name"]).name
     assert records[0]["references"] == records[1]["references"]
 
 

@@ -150,7 +150,7 @@ def test_a_scale_by_block_is_that_of_diffusers():
 def test_the_folder_of_a_reference_model_is_no_concept(tmp_path):
     pipe, model = make()
     folder = model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="a reference model, not a concept.*References"):
+    with pytest.raises(ConfigError, match=r"a reference model, not a concept.*References"):
         pipe.load_custom(folder)
 
 

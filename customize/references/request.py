@@ -70,7 +70,7 @@ def parse_request(
     elif isinstance(scale, list | tuple):
         if len(scale) != num_prompts:
             raise ConfigError(
-                f"a list of {plural(len(scale), 'scale')} is given for {plural(num_prompts, 'prompt')}",
+                f"{plural(len(scale), 'scale')} in a list for {plural(num_prompts, 'prompt')}",
                 where=SCALE_ARGUMENT,
                 fix="give one number, or one for each prompt",
             )

@@ -27,7 +27,6 @@ from customize.references.seams.attachment import (
 )
 from customize.text import quote
 
-
 _PARTS = ("down", "mid", "up")
 _SCALE_FIX = (
     "give them as set_ip_adapter_scale takes them, such as "
@@ -64,8 +63,8 @@ def expand_scale(family: Family, scale: Any) -> Scale:
     unknown = [key for key in scale if key not in _PARTS and str(key).count(".") != 2]
     if unknown:
         raise ConfigError(
-            f"the scale for {quote(unknown[0])} is neither for words of reference_images= nor for a "
-            "part of the UNet",
+            f"the scale for {quote(unknown[0])} is neither for words of reference_images= nor for "
+            "a part of the UNet",
             where="reference_scale",
             fix=_SCALE_FIX,
         )

@@ -59,12 +59,12 @@ def encode(
 
     check_group_file(output)
     check_output_file(output)
-    pictures = read_group_paths(images, "PATH").pictures
+    paths = read_group_paths(images, "PATH").paths
     torch_device = choose_device(device, "--device")
     hide_loading_bars()
     references = load_model(reference_model)
     references.model.move_encoder(torch_device)
-    group = references.encode(pictures, prompt or "")
+    group = references.encode(paths, prompt or "")
     group.save(output)
     table = Table("image", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in ("agreement", "weight"):

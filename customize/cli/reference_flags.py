@@ -23,7 +23,7 @@ class ReferenceFlags:
     """The flags of ``customize generate`` for reference images, as they are given.
 
     Attributes:
-        paths: Pictures and folders of pictures, which make one group; or the file of a group. With
+        paths: Images and folders of images, which make one group; or the file of a group. With
             "WORDS=" before each, those of the same words of the prompt make a group.
         model: Folder or hub id of a reference model.
         scale: Effect of the references.
@@ -94,12 +94,12 @@ class GroupFiles:
     """One group that was read from files.
 
     Attributes:
-        pictures: The paths of its pictures; empty for a group that was encoded before.
+        paths: The paths of its images; empty for a group that was encoded before.
         encoded: The group that was encoded before.
         images: Name, and SHA-256 of pixels and attribute, of each image.
     """
 
-    pictures: Sequence[str | Path]
+    paths: Sequence[str | Path]
     encoded: ReferenceGroup | None
     images: Sequence[Mapping[str, str]]
 
@@ -124,7 +124,7 @@ def read_references(flags: ReferenceFlags, base: str) -> ReferenceArguments | No
         words: read_group_paths(paths, FLAG, encoded_too=True)
         for words, paths in _split_words(flags.paths).items()
     }
-    values = {words: files.encoded or list(files.pictures) for words, files in groups.items()}
+    values = {words: files.encoded or list(files.paths) for words, files in groups.items()}
     images = [
         {**image, **({} if words is None else {"words": words})}
         for words, files in groups.items()
@@ -163,12 +163,12 @@ def read_group_paths(paths: Sequence[str], where: str, *, encoded_too: bool = Fa
     """Read one group, to find faults before anything else is loaded.
 
     Args:
-        paths: Pictures and folders of pictures.
+        paths: Images and folders of images.
         where: Name of the argument in messages.
         encoded_too: Whether one file of an encoded group is valid instead.
 
     Raises:
-        ConfigError: There are too many pictures, or a file of a group and others.
+        ConfigError: There are too many images, or a file of a group and others.
         CustomizeError: A file cannot be read.
     """
     from customize.image_folder import scan_folder, warn_ignored
@@ -179,29 +179,29 @@ def read_group_paths(paths: Sequence[str], where: str, *, encoded_too: bool = Fa
     encoded = [path for path in paths if is_encoded(path)]
     if encoded and not encoded_too:
         raise ConfigError(
-            "the group is encoded already", where=f"{where} {encoded[0]}", fix="name its pictures"
+            "the group is encoded already", where=f"{where} {encoded[0]}", fix="name its images"
         )
     if encoded and len(paths) > 1:
         raise ConfigError(
-            "an encoded group takes no further pictures",
+            "an encoded group takes no further images",
             where=f"{where} {encoded[0]}",
-            fix="give the file alone, or all pictures",
+            fix="give the file alone, or all images",
         )
     if encoded:
         group = ReferenceGroup.load(encoded[0])
         pairs = zip(group.names, group.digests, strict=True)
         images = [{"name": name, "digest": digest} for name, digest in pairs]
         return GroupFiles((), group, images)
-    pictures: list[str | Path] = []
+    files: list[str | Path] = []
     for path in paths:
         if Path(path).is_dir():
             folder = scan_folder(Path(path))
             warn_ignored(folder.path, folder.ignored)
-            pictures += folder.images
+            files += folder.images
         else:
-            pictures.append(path)
-    read = read_group(pictures, where)
-    return GroupFiles(pictures, None, [{"name": i.name, "digest": i.digest} for i in read])
+            files.append(path)
+    read = read_group(files, where)
+    return GroupFiles(files, None, [{"name": i.name, "digest": i.digest} for i in read])
 
 
 def load_model(source: str | None) -> References:

@@ -1,5 +1,5 @@
-"""Reference images: pictures that a call shows the model beside its prompt.
+"""Reference images: images that a call shows the model beside its prompt.
 
 Models that read them by themselves (:mod:`customize.references.native`) get them as their own
-argument. For others, groups of pictures are read by a multimodal LLM (EasyRef, arXiv 2412.09618).
+argument. For others, groups of images are read by a multimodal LLM (EasyRef, arXiv 2412.09618).
 """

@@ -78,7 +78,7 @@ class GroupRequest:
 
 
 def unconditional_request() -> GroupRequest:
-    """Return what stands for no references: a black picture without a prompt, as in EasyRef."""
+    """Return what stands for no references: a black image without a prompt, as in EasyRef."""
     return GroupRequest([Image.new("RGB", (_BLACK_SIDE, _BLACK_SIDE))])
 
 

@@ -16,7 +16,7 @@ def merge_lora(adapter: ReferenceAdapter, denoiser: nn.Module) -> ReferenceAdapt
     """Add an adapter's LoRAs to the weights of a denoiser, for good.
 
     Steps are then as fast as without LoRAs. But the denoiser is another one: it draws other
-    pictures without references too, and the scale of references leaves the LoRAs at full strength.
+    images without references too, and the scale of references leaves the LoRAs at full strength.
 
     Args:
         adapter: The adapter; unchanged.

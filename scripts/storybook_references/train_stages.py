@@ -70,7 +70,7 @@ class Model(nn.Module):
 
     Args:
         pipe: The storybook's pipeline.
-        tokens: Number of reference tokens.
+        mllm_weights: Pretrained weights of the MLLM; None: random ones.
         pooling: One of :data:`POOLINGS`; all but "group" read each image by itself.
     """
 
@@ -156,7 +156,9 @@ def make_sample(
         references = [groups.pixels[group, k] for k in others]
         if len(references) > 2 and rng.random() < 0.15:  # a stranger of the class
             stranger = int(members[kind][int(rng.integers(len(members[kind])))])
-            references[int(rng.integers(len(references)))] = groups.pixels[stranger, target]
+            place = int(rng.integers(len(references)))
+            if stranger != group:  # whose image would be the target
+                references[place] = groups.pixels[stranger, target]
     else:
         references = [groups.pixels[group, target]]
     return Sample(data.latents[group, target], caption, references, [""] * len(references))

@@ -158,7 +158,7 @@ def test_bad_references_generate_nothing(
     refused(run(*given, "--references", tmp_path / "no.png"), "the image does not exist", "no.png")
     (tmp_path / "empty").mkdir()
     refused(run(*given, "--references", tmp_path / "empty"), "empty")
-    refused(run(*flags, "--references", "a.refs.safetensors"), "takes no further pictures")
+    refused(run(*flags, "--references", "a.refs.safetensors"), "takes no further images")
     refused(run(*given, "--references", tmp_path / "a.refs.safetensors"), "a.refs.safetensors")
     refused(run(*given, "--references", pictures, "--reference-model", tmp_path), "references.json")
     assert not list(tmp_path.rglob("*.png"))

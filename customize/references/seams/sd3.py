@@ -1,8 +1,8 @@
 """The seam of Stable Diffusion 3: diffusers' IP-Adapter attention processor for it.
 
-Its term attends to the picture and the reference tokens together:
+Its term attends to the image and the reference tokens together:
 
-    out = W_o (Attn(Q, K, V) + scale * Attn(Q, [K_picture, W_k' tokens], [V_picture, W_v' tokens]))
+    out = W_o (Attn(Q, K, V) + scale * Attn(Q, [K_image, W_k' tokens], [V_image, W_v' tokens]))
 
 Keys and values of the tokens do not depend on the timestep here, so they are computed once.
 """
@@ -32,7 +32,7 @@ from customize.references.seams.attachment import (
 
 
 def attention_layers(family: Family) -> AttentionLayers:
-    """Return all attention layers; those of the picture alone read reference tokens as well."""
+    """Return all attention layers; those of the image alone read reference tokens as well."""
     projections = family.adapter_targets(family.denoiser_key)
     ends = ".to_k"
     attentions = {
@@ -114,7 +114,7 @@ def _make_processor(
     nn.Module.__init__(processor)
     processor.norm_ip = _NoNorm()
     processor.to_k_ip = ReferenceProjection(adapter.key(name), attachment, is_value=False)
-    # The term contains the picture's values too, so its output is scaled instead.
+    # The term contains the image's values too, so its output is scaled instead.
     processor.to_v_ip = ReferenceProjection(adapter.value(name), attachment, is_value=False)
     processor.norm_q = nn.Identity() if module.norm_q is None else module.norm_q
     processor.norm_k = nn.Identity() if module.norm_k is None else module.norm_k

@@ -130,7 +130,7 @@ class ReferenceTrainConfig(BaseModel):
         default=0.5, ge=0, le=1, description="Probability of a mirrored or plain crop (single)"
     )
     drop_images: float = Field(
-        default=0.05, ge=0, le=1, description="Probability of a black picture for the references"
+        default=0.05, ge=0, le=1, description="Probability of a black image for the references"
     )
     drop_text: float = Field(default=0.05, ge=0, le=1, description="Probability of no caption")
     drop_both: float = Field(default=0.05, ge=0, le=1, description="Probability of both")

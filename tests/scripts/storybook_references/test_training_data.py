@@ -10,7 +10,7 @@ from PIL import Image
 from customize.evaluation.storybook_rates import SCENES
 from customize.storybook.caption_grammar import WORDS, parse_prompt
 from customize.storybook.world import random_identity
-from storybook_references.attribute_groups import make_attribute_group, transfer
+from storybook_references.attribute_groups import AttributeGroups, make_attribute_group, transfer
 from storybook_references.captions import class_caption
 from storybook_references.mllm import ATTRIBUTES, make_processor
 from storybook_references.pretrain_mllm import make_batch
@@ -22,6 +22,7 @@ from storybook_references.questions import (
     make_question,
 )
 from storybook_references.render_groups import IMAGES, Groups, patches, render_groups
+from storybook_references.train_stages import Data, make_sample
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +119,23 @@ def test_captions_leave_out_what_references_give():
         assert (request.background is None) == ("background" in names)
         assert (request.things[0].colour, request.things[0].pattern) == (None, None)
     assert class_caption("dog", "none", "snow") == "a photo of a dog in the snow"
+
+
+def test_a_target_is_never_among_its_references(groups):
+    one = Groups(groups.pixels[:1], groups.identities[:1], groups.accessories, groups.backgrounds)
+    latents = np.arange(IMAGES).reshape(1, IMAGES)  # the number of the image in place of its own
+    no_attributes = AttributeGroups(np.zeros((0, 1)), [], [])
+    data = Data(one, latents, no_attributes, np.zeros((0, 1)))
+    # Strangers are of the same class, here all of the target's own group.
+    members = {one.identities[0].kind: [0]}
+
+    count = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        if np.random.default_rng(seed).random() < 0.25:  # a sample of attributes
+            continue
+        sample = make_sample(data, members, "multi", 4, rng)
+        target = one.pixels[0, int(sample.latents)]
+        assert not any(np.array_equal(target, image) for image in sample.references)
+        count += 1
+    assert count > 100

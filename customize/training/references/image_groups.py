@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,17 +263,18 @@ def targets_with_references(groups: ImageGroups, where: object) -> list[int]:
 
 
 def content_digests(images: Sequence[GroupImage]) -> dict[str, str]:
-    """Return "group/image" -> hash of the image, its captions and references."""
-    return {
-        f"{image.group}/{image.sample.path.name}": hashlib.sha256(
-            repr(
-                (
-                    image.sample.digest,
-                    image.captions,
-                    image.attribute,
-                    image.references and [(f.name, name) for f, name in image.references],
-                )
-            ).encode()
-        ).hexdigest()
-        for image in images
-    }
+    """Return "group/image" -> hash of the image, its captions and references.
+
+    Further images of the same name in other folders have a number: "group/image (2)".
+    """
+    pixels = {image.sample.path: image.sample.digest for image in images}
+    counts: Counter[str] = Counter()
+    digests = {}
+    for image in images:
+        name = f"{image.group}/{image.sample.path.name}"
+        counts[name] += 1
+        name += f" ({counts[name]})" if counts[name] > 1 else ""
+        references = image.references and [(pixels[file], text) for file, text in image.references]
+        content = (image.sample.digest, image.captions, image.attribute, references)
+        digests[name] = hashlib.sha256(repr(content).encode()).hexdigest()
+    return digests

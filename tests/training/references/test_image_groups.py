@@ -128,3 +128,18 @@ def test_digests_depend_on_captions_and_references(tmp_path):
     rows[1]["references"] = [{"image": "2.png"}]
     after = content_digests(read_image_groups(make_metadata(tmp_path, rows), None).images)
     assert [before[key] == after[key] for key in before] == [False, False, True]
+
+
+def test_digests_tell_images_of_the_same_name_apart(tmp_path):
+    rows = [{"group": "x", "image": f"{folder}/1.png", "caption": "a cup"} for folder in "abc"]
+    target = {"group": "y", "image": "t.png", "caption": "a cup"}
+
+    def digests(reference):
+        row = {**target, "references": [{"image": reference}]}
+        return content_digests(
+            read_image_groups(make_metadata(tmp_path, [*rows, row]), None).images
+        )
+
+    first, second = digests("a/1.png"), digests("b/1.png")
+    assert list(first) == ["x/1.png", "x/1.png (2)", "x/1.png (3)", "y/t.png"]
+    assert {name for name in first if first[name] != second[name]} == {"y/t.png"}

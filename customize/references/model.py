@@ -91,7 +91,7 @@ class ReferenceModel:
         config = read_config(folder)
         encoder = read_encoder(folder, config)
         adapter = read_adapter(folder, config)
-        return cls(config, encoder, adapter, read_processor(folder))
+        return cls(config, encoder, adapter, read_processor(folder, encoder))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
         """Write the model to a folder, atomically.

@@ -19,7 +19,7 @@ from customize.near_names import suggest_paths
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
 from customize.references.config import ReferencesConfig, parse_config
 from customize.references.encoder import ReferenceEncoder
-from customize.references.encoder_inputs import ReferenceProcessor
+from customize.references.encoder_inputs import ReferenceProcessor, unconditional_request
 from customize.safe_read import path_exists
 from customize.text import quote
 
@@ -120,11 +120,11 @@ def read_adapter(folder: Path, config: ReferencesConfig) -> ReferenceAdapter:
     return adapter
 
 
-def read_processor(folder: Path) -> ReferenceProcessor:
-    """Read the tokenizer and the image processor.
+def read_processor(folder: Path, encoder: ReferenceEncoder) -> ReferenceProcessor:
+    """Read the tokenizer and the image processor, and try them on one image.
 
     Raises:
-        ConceptError: A file is missing or damaged.
+        ConceptError: A file is missing or damaged, or does not belong to the encoder.
     """
     path = folder / PROCESSOR_FOLDER
     if not path.is_dir():
@@ -132,9 +132,18 @@ def read_processor(folder: Path) -> ReferenceProcessor:
             "tokenizer and image processor are missing", where=path, fix="get an unchanged copy"
         )
     refuse_pickles(path)
+    # Without its vocabulary, transformers makes a tokenizer that knows its special tokens alone.
+    if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ConceptError(
+            "the tokenizer's file is missing",
+            where=path / "tokenizer.json",
+            fix="get an unchanged copy",
+        )
     try:
-        return ReferenceProcessor.from_pretrained(path)
-    except ConfigError:
+        processor = ReferenceProcessor.from_pretrained(path)
+        _check_processor(processor, encoder, path)
+        return processor
+    except (ConceptError, ConfigError):
         raise
     except Exception as error:  # another library's code may raise anything on damaged files
         raise ConceptError(
@@ -142,6 +151,22 @@ def read_processor(folder: Path) -> ReferenceProcessor:
             where=path,
             fix="get an unchanged copy",
         ) from error
+
+
+def _check_processor(processor: ReferenceProcessor, encoder: ReferenceEncoder, path: Path) -> None:
+    vision = encoder.mllm.config.vision_config
+    inputs = processor.make_inputs([unconditional_request()], encoder.config)
+    values = vision.temporal_patch_size * vision.patch_size**2 * 3
+    merge = processor.image_processor.merge_size
+    problem = None
+    if inputs.pixel_values.shape[1] != values or merge != vision.spatial_merge_size:
+        problem = "the image processor makes patches of another size than the encoder reads"
+    elif not torch.isfinite(inputs.pixel_values).all():
+        problem = "the image processor makes values that are not finite"
+    elif int(inputs.input_ids.max()) >= encoder.mllm.get_input_embeddings().num_embeddings:
+        problem = "the tokenizer has more tokens than the encoder"
+    if problem is not None:
+        raise ConceptError(problem, where=path, fix="get an unchanged copy")
 
 
 def _without_weights() -> Any:

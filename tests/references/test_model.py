@@ -217,6 +217,30 @@ def test_missing_and_truncated_files_are_refused(copied, name):
         ReferenceModel.from_pretrained(copied)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("patch_size", 10, "patches of another size"),
+        ("merge_size", "x", "cannot be read"),
+        ("rescale_factor", "x", "cannot be read"),
+        ("image_std", [0.0, 0.0, 0.0], "not finite"),
+    ],
+)
+def test_an_unsuitable_image_processor_is_refused(copied, name, value, problem):
+    set_value(copied / "processor" / "preprocessor_config.json", name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, for a division by zero
+        with pytest.raises(ConceptError, match=problem):
+            ReferenceModel.from_pretrained(copied)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(copied):
+    for file in ("tokenizer.json", "vocab.json"):
+        (copied / "processor" / file).unlink(missing_ok=True)
+    with pytest.raises(ConceptError, match=r"tokenizer's file is missing.*tokenizer\.json"):
+        ReferenceModel.from_pretrained(copied)
+
+
 def test_pickles_and_other_places_are_refused(copied, tmp_path):
     (copied / ENCODER).rename(copied / "encoder/pytorch_model.bin")
     with pytest.raises(ConceptError, match="pickle"):

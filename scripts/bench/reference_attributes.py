@@ -119,8 +119,8 @@ def score(request: Request, seen: dict[str, str]) -> dict[str, float]:
         if request.taken.get(name) != label
     ]
     return {
-        "arrived": mean(arrived),
-        "leaked": mean(leaked),
+        "arrived": float(mean(arrived)),
+        "leaked": float(mean(leaked)),
         "joint": float(all(arrived) and not any(leaked)),
     }
 

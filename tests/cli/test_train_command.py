@@ -172,7 +172,7 @@ def test_invalid_preservations_are_refused_before_reading(
     run: Run, world: World, tmp_path: Path
 ) -> None:
     for value, messages in (
-        ("outptu=1", "unknown losses: 'outptu'; choose from class_text, context_text, output"),
+        ("outptu=1", "unknown losses: 'outptu'. Fix: choose from class_text, context_text, output"),
         ("output=-1", "has a negative weight for output"),
         ("output", "names with weights, such as class_text=1,output=0.5"),
         ("output=many", "valid number"),

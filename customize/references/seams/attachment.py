@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from customize.families import Family
 from customize.families.pipeline_components import uncompiled
-from customize.references.adapter import ReferenceAdapter
+from customize.references.adapter import AttentionLayers, ReferenceAdapter
 
 #: Number of different sets of tokens whose keys and values are kept.
 MAX_KEPT = 128
@@ -194,6 +195,56 @@ class AdaptedProjection(nn.Module):
             return super().__getattr__(name)
         except AttributeError:  # such as the weight, whose dtype some code reads
             return getattr(super().__getattr__("base_layer"), name)
+
+
+def layers_with_keys(family: Family, prefix: str = "") -> AttentionLayers:
+    """Return the attention layers that have a ``to_k``, and the projections of all layers.
+
+    Args:
+        family: The model.
+        prefix: Beginning of the names of the layers that read reference tokens.
+    """
+    projections = family.adapter_targets(family.denoiser_key)
+    ends = ".to_k"
+    attentions = {
+        name.removesuffix(ends): out
+        for name, (out, _) in projections.items()
+        if name.startswith(prefix) and name.endswith(ends)
+    }
+    return AttentionLayers(attentions, projections)
+
+
+@contextmanager
+def attach(
+    denoiser: Any,
+    adapter: ReferenceAdapter,
+    scale: Scale,
+    insert: Callable[[dict[str, Any], Tensor], dict[str, Any]],
+    projection: tuple[str, nn.Module],
+    make_processor: Callable[..., nn.Module | None],
+) -> Iterator[Attachment]:
+    """Attach an adapter to a denoiser for a time; see ``attached`` of the seams.
+
+    Args:
+        denoiser: The denoiser; may be compiled.
+        adapter: The adapter.
+        scale: Scale of the references.
+        insert: See :class:`Attachment`.
+        projection: Attribute of the denoiser for the projection of image tokens, and its value.
+        make_processor: ``make_processor(module, name, adapter, attachment, scale)`` returns the
+            processor of an attention layer; None to leave the layer as it is.
+    """
+    model = uncompiled(denoiser)
+    attachment = Attachment(denoiser, insert)
+    with ExitStack() as stack:
+        stack.enter_context(replace_projections(model, adapter, attachment, scale))
+        stack.enter_context(set_attribute(model, *projection))
+        for name in adapter.layers.attentions:
+            module = model.get_submodule(name)
+            processor = make_processor(module, name, adapter, attachment, scale_of(scale, name))
+            if processor is not None:
+                stack.enter_context(replace_processor(module, processor))
+        yield attachment
 
 
 @contextmanager

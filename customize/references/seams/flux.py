@@ -5,56 +5,35 @@ The term of the reference tokens is added behind the block's output projection a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from customize.errors import PipelineError
 from customize.families import Family
-from customize.families.pipeline_components import uncompiled
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
 from customize.references.seams.attachment import (
     Attachment,
     ReferenceProjection,
     Scale,
-    replace_processor,
-    replace_projections,
-    scale_of,
-    set_attribute,
+    attach,
+    layers_with_keys,
 )
 from customize.references.seams.unet import identity_projection
 
 
 def attention_layers(family: Family) -> AttentionLayers:
     """Return the attention layers of the double blocks, and the projections of all layers."""
-    projections = family.adapter_targets(family.denoiser_key)
-    ends = ".to_k"
-    attentions = {
-        name.removesuffix(ends): out
-        for name, (out, _) in projections.items()
-        if name.startswith("transformer_blocks.") and name.endswith(ends)
-    }
-    return AttentionLayers(attentions, projections)
+    return layers_with_keys(family, "transformer_blocks.")
 
 
-@contextmanager
-def attached(denoiser: Any, adapter: ReferenceAdapter, scale: Scale = 1.0) -> Iterator[Attachment]:
+def attached(
+    denoiser: Any, adapter: ReferenceAdapter, scale: Scale = 1.0
+) -> AbstractContextManager[Attachment]:
     """Attach an adapter to a transformer; see :func:`customize.references.seams.unet.attached`."""
-    transformer = uncompiled(denoiser)
-    attachment = Attachment(denoiser, _insert)
-    with ExitStack() as stack:
-        stack.enter_context(replace_projections(transformer, adapter, attachment, scale))
-        stack.enter_context(set_attribute(transformer, "encoder_hid_proj", identity_projection()))
-        for name in adapter.layers.attentions:
-            layer_scale = scale_of(scale, name)
-            if layer_scale == 0.0:
-                continue
-            module = transformer.get_submodule(name)
-            processor = _make_processor(module, name, adapter, attachment, layer_scale)
-            stack.enter_context(replace_processor(module, processor))
-        yield attachment
+    projection = ("encoder_hid_proj", identity_projection())
+    return attach(denoiser, adapter, scale, _insert, projection, _make_processor)
 
 
 def _insert(arguments: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
@@ -66,7 +45,9 @@ def _insert(arguments: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
 
 def _make_processor(
     module: Any, name: str, adapter: ReferenceAdapter, attachment: Attachment, scale: float
-) -> nn.Module:
+) -> nn.Module | None:
+    if scale == 0.0:
+        return None
     from diffusers.models.transformers.transformer_flux import (
         FluxAttnProcessor,
         FluxIPAdapterAttnProcessor,

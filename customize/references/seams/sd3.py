@@ -9,53 +9,35 @@ Keys and values of the tokens do not depend on the timestep here, so they are co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from customize.errors import PipelineError
 from customize.families import Family
-from customize.families.pipeline_components import uncompiled
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
 from customize.references.seams.attachment import (
     Attachment,
     ReferenceProjection,
     Scale,
+    attach,
+    layers_with_keys,
     per_row,
-    replace_processor,
-    replace_projections,
-    scale_of,
-    set_attribute,
 )
 
 
 def attention_layers(family: Family) -> AttentionLayers:
     """Return all attention layers; those of the image alone read reference tokens as well."""
-    projections = family.adapter_targets(family.denoiser_key)
-    ends = ".to_k"
-    attentions = {
-        name.removesuffix(ends): out
-        for name, (out, _) in projections.items()
-        if name.endswith(ends)
-    }
-    return AttentionLayers(attentions, projections)
+    return layers_with_keys(family)
 
 
-@contextmanager
-def attached(denoiser: Any, adapter: ReferenceAdapter, scale: Scale = 1.0) -> Iterator[Attachment]:
+def attached(
+    denoiser: Any, adapter: ReferenceAdapter, scale: Scale = 1.0
+) -> AbstractContextManager[Attachment]:
     """Attach an adapter to a transformer; see :func:`customize.references.seams.unet.attached`."""
-    transformer = uncompiled(denoiser)
-    attachment = Attachment(denoiser, _insert)
-    with ExitStack() as stack:
-        stack.enter_context(replace_projections(transformer, adapter, attachment, scale))
-        stack.enter_context(set_attribute(transformer, "image_proj", _IdentityProjection()))
-        for name in adapter.layers.attentions:
-            module = transformer.get_submodule(name)
-            processor = _make_processor(module, name, adapter, attachment, scale_of(scale, name))
-            stack.enter_context(replace_processor(module, processor))
-        yield attachment
+    projection = ("image_proj", _IdentityProjection())
+    return attach(denoiser, adapter, scale, _insert, projection, _make_processor)
 
 
 def _insert(arguments: dict[str, Any], tokens: Tensor) -> dict[str, Any]:

@@ -20,10 +20,7 @@ from customize.references.seams.attachment import (
     Attachment,
     ReferenceProjection,
     Scale,
-    replace_processor,
-    replace_projections,
-    scale_of,
-    set_attribute,
+    attach,
 )
 from customize.text import quote
 
@@ -101,18 +98,14 @@ def attached(denoiser: Any, adapter: ReferenceAdapter, scale: Scale = 1.0) -> It
     Raises:
         PipelineError: An attention layer has a processor that cannot read image tokens.
     """
-    unet = uncompiled(denoiser)
-    attachment = Attachment(denoiser, _insert)
-    dim_type = unet.config.encoder_hid_dim_type
-    with ExitStack() as stack:
-        stack.enter_context(replace_projections(unet, adapter, attachment, scale))
-        stack.enter_context(set_attribute(unet, "encoder_hid_proj", identity_projection()))
-        for name in adapter.layers.attentions:
-            module = unet.get_submodule(name)
-            processor = _make_processor(module, name, adapter, attachment, scale_of(scale, name))
-            stack.enter_context(replace_processor(module, processor))
-        stack.callback(setattr, unet.config, "encoder_hid_dim_type", dim_type)
-        unet.config.encoder_hid_dim_type = "ip_image_proj"
+    config = uncompiled(denoiser).config
+    projection = ("encoder_hid_proj", identity_projection())
+    with (
+        attach(denoiser, adapter, scale, _insert, projection, _make_processor) as attachment,
+        ExitStack() as stack,
+    ):
+        stack.callback(setattr, config, "encoder_hid_dim_type", config.encoder_hid_dim_type)
+        config.encoder_hid_dim_type = "ip_image_proj"
         yield attachment
 
 

@@ -21,7 +21,12 @@ from customize.references.projector import ReferenceProjector
 from customize.text import quote
 
 #: Types of MLLMs with this seam: a vision tower whose merged features replace embeddings.
-MLLMS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+#: "model_type" of a configuration -> names of the classes in transformers.
+MLLMS = {
+    "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLModel"),
+    "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLModel"),
+    "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLModel"),
+}
 #: Images that the vision tower reads at once.
 VISION_BATCH = 8
 

@@ -18,7 +18,7 @@ from customize.errors import ConceptError, ConfigError
 from customize.near_names import suggest_paths
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
 from customize.references.config import ReferencesConfig, parse_config
-from customize.references.encoder import ReferenceEncoder
+from customize.references.encoder import MLLMS, ReferenceEncoder
 from customize.references.encoder_inputs import ReferenceProcessor, unconditional_request
 from customize.safe_read import path_exists
 from customize.text import quote
@@ -34,12 +34,6 @@ _FILES = [
     *(CONFIG_FILE, ENCODER_CONFIG_FILE, ENCODER_FILE, ADAPTER_FILE),
     *(f"{PROCESSOR_FOLDER}/*.{suffix}" for suffix in ("json", "txt", "jinja")),
 ]
-#: "model_type" of a configuration -> names of the classes in transformers.
-_MLLMS = {
-    "qwen2_vl": ("Qwen2VLConfig", "Qwen2VLModel"),
-    "qwen2_5_vl": ("Qwen2_5_VLConfig", "Qwen2_5_VLModel"),
-    "qwen3_vl": ("Qwen3VLConfig", "Qwen3VLModel"),
-}
 
 
 def locate_model(source: str | Path) -> Path:
@@ -193,13 +187,13 @@ def _make_mllm(values: Mapping[str, Any], where: Path) -> nn.Module:
     import transformers
 
     kind = values.get("model_type")
-    if kind not in _MLLMS:
+    if kind not in MLLMS:
         raise ConceptError(
             f"an MLLM of type {quote(kind)} cannot read references",
             where=where,
-            fix=f"use one of type {', '.join(_MLLMS)}",
+            fix=f"use one of type {', '.join(MLLMS)}",
         )
-    config_class, model_class = (getattr(transformers, name) for name in _MLLMS[str(kind)])
+    config_class, model_class = (getattr(transformers, name) for name in MLLMS[str(kind)])
     try:
         model: nn.Module = model_class(config_class.from_dict(dict(values)))
     except Exception as error:  # transformers may raise anything on a damaged configuration

@@ -21,22 +21,31 @@ def check_output_folder(folder: Path, name: str) -> None:
     Raises:
         StorageError: If the folder contains other files, or cannot be listed.
     """
-    try:
-        names = {path.name for path in folder.iterdir() if not is_partial(path.name)}
-    except FileNotFoundError:
-        return
-    except NotADirectoryError as error:
-        raise StorageError(
-            "the output folder is a file", where=folder, fix="choose another name"
-        ) from error
-    except OSError as error:
-        raise storage_error(error, folder) from error
+    names = list_output(folder)
     if INFO_FILE in names:
         check_same_name(folder, name)
     elif not names <= set(TRAINING_FILES):
         raise StorageError(
             "the folder holds other files", where=folder, fix="choose a new or empty folder"
         )
+
+
+def list_output(folder: Path) -> set[str]:
+    """Return the names in an output folder, without those of partial files; none if it is new.
+
+    Raises:
+        StorageError: If it is a file, or cannot be listed.
+    """
+    try:
+        return {path.name for path in folder.iterdir() if not is_partial(path.name)}
+    except FileNotFoundError:
+        return set()
+    except NotADirectoryError as error:
+        raise StorageError(
+            "the output folder is a file", where=folder, fix="choose another name"
+        ) from error
+    except OSError as error:
+        raise storage_error(error, folder) from error
 
 
 def check_same_name(path: Path, name: str) -> None:

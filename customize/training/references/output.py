@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from customize.atomic import fsync_folder, is_partial, partial_folder, write_atomic
+from customize.atomic import fsync_folder, partial_folder, write_atomic
+from customize.concepts.io.output_folder import list_output
 from customize.errors import SettingsError, StorageError, storage_error
 from customize.references.model import ReferenceModel
 from customize.references.model_files import CONFIG_FILE
@@ -43,16 +44,7 @@ def check_reference_output(folder: Path) -> None:
     Raises:
         StorageError: It has others, or cannot be listed.
     """
-    try:
-        names = {path.name for path in folder.iterdir() if not is_partial(path.name)}
-    except FileNotFoundError:
-        return
-    except NotADirectoryError as error:
-        raise StorageError(
-            "the output folder is a file", where=folder, fix="choose another name"
-        ) from error
-    except OSError as error:
-        raise storage_error(error, folder) from error
+    names = list_output(folder)
     # The configuration is written last, and the tokenizer's files before it.
     if not names <= _RUN_FILES and CONFIG_FILE not in names and ".checkpoints" not in names:
         raise StorageError(

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from customize.core.preservation import PRESERVATIONS, TEXT_COMPARISONS, select_losses
-from customize.errors import ConfigError
 from customize.training import field_values
-from customize.training.config_validation import config_error, find_contradictions, join_problems
-from customize.training.field_values import normalize_value
+from customize.training.config_validation import find_contradictions, join_problems
 from customize.training.settings_file import (
     NAME_PATTERN,
     add_default_trigger,
     read_yaml,
     rename_settings,
 )
+from customize.training.settings_model import SettingsModel, Tracker, build_settings
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(SettingsModel):
     """Settings of one concept's training; each field is also a YAML key and a command-line flag.
 
     The defaults suit a model of the size of Stable Diffusion 1.5. Relative paths are relative to
@@ -41,8 +35,6 @@ class TrainConfig(BaseModel):
         ConfigError: Settings are unknown, missing, out of range or contradict others; the message
             has a line for each.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Concept and data
     base: str = Field(
@@ -294,27 +286,12 @@ class TrainConfig(BaseModel):
     record_inputs: bool = Field(
         default=True, description="Record the layer inputs for fusion merges after training"
     )
-    tracker: Literal[
-        "none",
-        "tensorboard",
-        "wandb",
-        "trackio",
-        "comet_ml",
-        "aim",
-        "mlflow",
-        "clearml",
-        "dvclive",
-        "swanlab",
-    ] = Field(
+    tracker: Tracker = Field(
         default="none",
         description="Experiment tracker of accelerate: none, tensorboard, wandb, trackio, comet_ml,"
         " aim, mlflow, clearml, dvclive or swanlab",
     )
     log_every: int = Field(default=10, ge=1, description="Steps between logged losses, 1 or more")
-
-    def __repr_args__(self) -> Any:
-        fields = type(self).model_fields
-        return [(n, v) for n, v in super().__repr_args__() if v != fields[str(n)].default]
 
     @property
     def adapter_alpha(self) -> float:
@@ -331,24 +308,9 @@ class TrainConfig(BaseModel):
         """The enabled preservation losses on text features."""
         return select_losses(self.preserve, *TEXT_COMPARISONS)
 
-    @model_validator(mode="wrap")
     @classmethod
-    def _raise_config_error(
-        cls, data: Any, handler: ModelWrapValidatorHandler[TrainConfig]
-    ) -> TrainConfig:
-        if isinstance(data, dict):
-            data = add_default_trigger(rename_settings(data))
-        try:
-            return handler(data)
-        except ValidationError as error:
-            raise config_error(error, cls.model_fields) from None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _normalize(cls, value: Any, info: ValidationInfo) -> Any:
-        name = str(info.field_name)
-        annotation = cls.model_fields[name].annotation
-        return normalize_value(name, value, (annotation, *get_args(annotation)))
+    def _complete(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return add_default_trigger(rename_settings(settings))
 
     _expand_home = field_validator("images", "output", "masks", "library", "prior_images")(
         field_values.expand_home
@@ -391,7 +353,4 @@ def build_config(settings: Mapping[str, Any], where: Path | str | None) -> Train
     Raises:
         ConfigError: A setting is invalid.
     """
-    try:
-        return TrainConfig(**settings)
-    except ConfigError as error:
-        raise ConfigError(error.problem, where=where, fix=error.fix) from None
+    return build_settings(TrainConfig, settings, where)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from customize.errors import ConfigError
 from customize.references.config import INSTRUCTION, ReferencesConfig
 from customize.safe_read import real_path
 from customize.training import field_values
-from customize.training.config_validation import Problem, config_error, join_problems
-from customize.training.field_values import format_value, normalize_value
+from customize.training.config_validation import Problem, join_problems
+from customize.training.field_values import format_value
 from customize.training.references.stages import STAGES, Stage
 from customize.training.settings_file import read_yaml
+from customize.training.settings_model import SettingsModel, Tracker, build_settings
 
 #: Settings of a new encoder; one of ``init`` has them in its folder.
 ENCODER_SETTINGS = (
@@ -32,7 +27,7 @@ ENCODER_SETTINGS = (
 )
 
 
-class ReferenceTrainConfig(BaseModel):
+class ReferenceTrainConfig(SettingsModel):
     """Settings of one stage of training; each field is also a YAML key and a command-line flag.
 
     Relative paths are relative to the current folder, and ``~`` is the home folder. The text
@@ -42,8 +37,6 @@ class ReferenceTrainConfig(BaseModel):
         ConfigError: Settings are unknown, missing, out of range or contradict others; the message
             has a line for each.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Models and data
     base: str = Field(
@@ -227,27 +220,12 @@ class ReferenceTrainConfig(BaseModel):
         le=100,
         description="Guidance scale of validation sheets, 0 to 100 (default: the pipeline's)",
     )
-    tracker: Literal[
-        "none",
-        "tensorboard",
-        "wandb",
-        "trackio",
-        "comet_ml",
-        "aim",
-        "mlflow",
-        "clearml",
-        "dvclive",
-        "swanlab",
-    ] = Field(
+    tracker: Tracker = Field(
         default="none",
         description="Experiment tracker of accelerate: none, tensorboard, wandb, trackio, comet_ml,"
         " aim, mlflow, clearml, dvclive or swanlab",
     )
     log_every: int = Field(default=10, ge=1, description="Steps between logged losses, 1 or more")
-
-    def __repr_args__(self) -> Any:
-        fields = type(self).model_fields
-        return [(n, v) for n, v in super().__repr_args__() if v != fields[str(n)].default]
 
     @property
     def rules(self) -> Stage:
@@ -279,23 +257,6 @@ class ReferenceTrainConfig(BaseModel):
             lora_rank=self.lora_rank,
             lora_alpha=float(self.lora_rank or 1) if self.lora_alpha is None else self.lora_alpha,
         )
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _raise_config_error(
-        cls, data: Any, handler: ModelWrapValidatorHandler[ReferenceTrainConfig]
-    ) -> ReferenceTrainConfig:
-        try:
-            return handler(data)
-        except ValidationError as error:
-            raise config_error(error, cls.model_fields) from None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _normalize(cls, value: Any, info: ValidationInfo) -> Any:
-        name = str(info.field_name)
-        annotation = cls.model_fields[name].annotation
-        return normalize_value(name, value, (annotation, *get_args(annotation)))
 
     _expand_home = field_validator("images", "output", "mllm", "init", "validation_images")(
         field_values.expand_home
@@ -354,7 +315,4 @@ def load_reference_config(path: Path | str | None = None, **overrides: Any) -> R
         ConfigError: The file is missing, unreadable or not a YAML mapping, or a setting is invalid.
     """
     settings = {} if path is None else read_yaml(Path(path))
-    try:
-        return ReferenceTrainConfig(**{**settings, **overrides})
-    except ConfigError as error:
-        raise ConfigError(error.problem, where=path, fix=error.fix) from None
+    return build_settings(ReferenceTrainConfig, {**settings, **overrides}, path)

@@ -39,6 +39,7 @@ from customize.demo.experiment import TRAINING
 from customize.evaluation.storybook_rates import (
     GUIDANCE,
     SCENES,
+    draw_prompts,
     evaluation_prompts,
     rate_concept,
 )
@@ -55,9 +56,9 @@ RATES = ("identity", "prompt", "composition", "leak", "distance")
 #: Name of a row -> folder of its weights.
 RIVALS = {"averaged": "average", "side by side": "concatenate", "one image": "one"}
 
-#: ``encode(images)`` -> what ``draw(prompts, encoded, seeds)`` takes.
-Encode = Callable[[Sequence[Any]], Any]
-Draw = Callable[[Sequence[str], Any, Sequence[int]], Tensor]
+#: ``encode(subject, images)`` -> what ``draw(prompts, encoded, seed)`` takes.
+Encode = Callable[[ExampleConcept, Sequence[Any]], Any]
+Draw = Callable[[Sequence[str], Any, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,31 @@ def stranger_group(index: int) -> list[Any]:
     return images
 
 
+def class_words(concept: ExampleConcept) -> str:
+    """The words of a subject in prompts that have references."""
+    return f"a {concept.identity.kind}"
+
+
 def rate(
-    judges: Judges, protocol: Protocol, encode: Encode, draw: Draw, groups: Sequence[Sequence[Any]]
+    judges: Judges,
+    protocol: Protocol,
+    encode: Encode,
+    draw: Draw,
+    groups: Sequence[Sequence[Any]],
+    words: Callable[[ExampleConcept], str] = class_words,
 ) -> dict[str, float]:
     """Mean rates over all subjects, with the standard error of identity, and seconds an image."""
     rows: list[dict[str, float]] = []
     seconds = 0.0
     for index, images in enumerate(groups):
         concept = subject(index)
-        prompts = evaluation_prompts(f"a {concept.identity.kind}", SCENES[: protocol.scenes])
+        prompts = evaluation_prompts(words(concept), SCENES[: protocol.scenes])
         prototype = judges.prototype(images_to_tensor(concept.images()[: protocol.counts[-1]]))
-        encoded = encode(images)
+        encoded = encode(concept, images)
         drawn = []
         for seed in protocol.seeds:
             started = time.perf_counter()
-            drawn.append(draw(prompts, encoded, [1000 * seed + k for k in range(len(prompts))]))
+            drawn.append(draw(prompts, encoded, seed))
             seconds += time.perf_counter() - started
         rates = rate_concept(
             judges,
@@ -116,12 +127,17 @@ def rate(
     return means | {"identity_se": error, "seconds_an_image": seconds / pictures}
 
 
+def seeds_of(prompts: Sequence[str], seed: int) -> list[int]:
+    """The seed of each image, as :func:`draw_prompts` has them."""
+    return [1000 * seed + k for k in range(len(prompts))]
+
+
 def product_calls(pipe: Any, references: Any) -> tuple[Encode, Draw]:
     """Encoding and drawing by `reference_images=`."""
     pipe.load_custom(references)
 
-    def draw(prompts: Sequence[str], group: Any, seeds: Sequence[int]) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def draw(prompts: Sequence[str], group: Any, seed: int) -> Tensor:
+        generators = [torch.Generator().manual_seed(k) for k in seeds_of(prompts, seed)]
         images = pipe(
             list(prompts),
             reference_images=group,
@@ -132,7 +148,7 @@ def product_calls(pipe: Any, references: Any) -> tuple[Encode, Draw]:
         ).images
         return images.float() * 2 - 1
 
-    return references.encode, draw
+    return lambda _, images: references.encode(images), draw
 
 
 def rival_calls(pipe: Any, pooling: str, weights: Path) -> tuple[Encode, Draw]:
@@ -144,70 +160,44 @@ def rival_calls(pipe: Any, pooling: str, weights: Path) -> tuple[Encode, Draw]:
     model.eval()
 
     @torch.no_grad()
-    def encode(images: Sequence[Any]) -> Tensor:
+    def encode(_: ExampleConcept, images: Sequence[Any]) -> Tensor:
         return model.encode([[np.asarray(image) for image in images]])
 
-    def draw_tokens(prompts: Sequence[str], tokens: Tensor, seeds: Sequence[int]) -> Tensor:
+    def draw_tokens(prompts: Sequence[str], tokens: Tensor, seed: int) -> Tensor:
         rows = tokens.expand(len(prompts), -1, -1)
-        return draw(model, pipe, prompts, rows, seeds, STEPS, GUIDANCE)
+        return draw(model, pipe, prompts, rows, seeds_of(prompts, seed), STEPS, GUIDANCE)
 
     return encode, draw_tokens
 
 
-def concept_rates(
-    args: argparse.Namespace, judges: Judges, protocol: Protocol, count: int
-) -> dict[str, float]:
-    """Rates of concepts that are trained on the groups, with the seconds of a training."""
-    rows, trained_in = [], []
-    for index in range(protocol.identities):
-        concept = subject(index)
-        images = args.folder / "images" / f"{concept.name}-{count}"
-        output = args.folder / "learned" / folder_name(f"{concept.name} {count}")
-        images.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(concept.images()[:count]):
-            image.save(images / f"{number}.png")
-            (images / f"{number}.txt").write_text(concept.captions()[number] + "\n")
-        started = time.perf_counter()
-        customize.train(
+def trained_calls(args: argparse.Namespace, seconds: list[float]) -> tuple[Encode, Draw]:
+    """Training a concept on the images, and drawing it.
+
+    Args:
+        args: Of the command line.
+        seconds: Receives the seconds of each training's steps.
+    """
+
+    def encode(subject: ExampleConcept, images: Sequence[Any]) -> Any:
+        folder = args.folder / "images" / f"{subject.name}-{len(images)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, image in enumerate(images):
+            image.save(folder / f"{number}.png")
+            (folder / f"{number}.txt").write_text(subject.captions()[number] + "\n")
+        concept = customize.train(
             base=str(args.base),
-            images=images,
-            output=output,
-            name=concept.name,
-            class_word=concept.identity.kind,
+            images=folder,
+            output=args.folder / "learned" / folder_name(f"{subject.name} {len(images)}"),
+            name=subject.name,
+            class_word=subject.identity.kind,
             progress=False,
             record_inputs=False,
             **TRAINING | {"checkpoint_every": 0},
         )
-        trained_in.append(time.perf_counter() - started)
-        pipe = open_quietly(args.base).load_custom(output)
-        prompts = evaluation_prompts(concept.trigger, SCENES[: protocol.scenes])
-        drawn = []
-        for seed in protocol.seeds:
-            generators = [
-                torch.Generator().manual_seed(1000 * seed + k) for k in range(len(prompts))
-            ]
-            images_drawn = pipe(
-                prompts,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                generator=generators,
-                output_type="pt",
-            ).images
-            drawn.append(images_drawn.float() * 2 - 1)
-        prototype = judges.prototype(images_to_tensor(concept.images()[: protocol.counts[-1]]))
-        rates = rate_concept(
-            judges,
-            torch.cat(drawn),
-            prompts * len(protocol.seeds),
-            prototype,
-            concept.identity.kind,
-            concept.backgrounds,
-        )
-        rows.append({key: getattr(rates, key) for key in RATES})
-        print(f"{concept.name}: {rows[-1]} in {trained_in[-1]:.0f} s", flush=True)
-    means = {key: mean(row[key] for row in rows) for key in RATES}
-    error = float(np.std([row["identity"] for row in rows]) / max(len(rows) - 1, 1) ** 0.5)
-    return means | {"identity_se": error, "training_seconds": mean(trained_in)}
+        seconds.append(TRAINING["steps"] * concept.info.training["seconds_per_step"])
+        return open_quietly(args.base).load_custom(concept)
+
+    return encode, lambda prompts, pipe, seed: draw_prompts(pipe, prompts, seed, STEPS)
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -236,7 +226,11 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, f
             rows.append({"drawn by": f"{name}, a stranger", "images": STRANGERS} | rates)
             print(rows[-1], flush=True)
     if not args.without_training:
-        rates = concept_rates(args, judges, protocol, STRANGERS)
+        seconds: list[float] = []
+        groups = [subject(k).images()[:STRANGERS] for k in identities]
+        calls = trained_calls(args, seconds)
+        rates = rate(judges, protocol, *calls, groups, lambda concept: concept.trigger)
+        rates["training_seconds"] = mean(seconds)
         rows.append({"drawn by": "concept trained on the images", "images": STRANGERS} | rates)
     return rows, figures(rows)
 

@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.storybook_training.muon_adamw import EMA, MuonAdamW, trapezoid
+from scripts.storybook_training.muon_adamw import EMA, Muon, MuonAdamW, orthogonalize, trapezoid
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def net() -> nn.Module:
@@ -46,6 +50,35 @@ def test_hidden_matrices_go_to_muon_and_the_rest_to_adamw():
     # The views share the convolutions' memory: a step on one is a step on the other.
     assert optimizer.views[0].shape == (8, 54)
     assert optimizer.views[0].data_ptr() == module["hidden"].weight.data_ptr()
+
+
+@pytest.mark.parametrize("shape", [(8, 54), (54, 8), (16, 16)])
+def test_singular_values_become_about_one(shape: tuple[int, int]):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalize(matrix, steps=6)
+    values = torch.linalg.svdvals(result)
+    assert result.dtype == torch.float32
+    assert values.min() > 0.6 and values.max() < 1.3
+    # The singular vectors stay.
+    diagonal = (left.T @ result @ right.T).diagonal()
+    assert torch.allclose(left @ diagonal.diag() @ right, result, atol=1e-4)
+
+
+def test_muon_is_torchs_up_to_its_bfloat16():
+    matrices = [nn.Parameter(torch.randn(6, 10, generator=generator(0))) for _ in range(2)]
+    ours = Muon(matrices[:1], lr=0.1, weight_decay=0.2)
+    theirs = torch.optim.Muon(
+        matrices[1:], lr=0.1, weight_decay=0.2, adjust_lr_fn="match_rms_adamw", ns_steps=4
+    )
+    first = matrices[0].detach().clone()
+    for step in range(1, 6):
+        for matrix in matrices:
+            matrix.grad = torch.randn(6, 10, generator=generator(step))
+        ours.step()
+        theirs.step()
+    assert (matrices[0] - first).norm() > 0.5
+    assert torch.allclose(matrices[0], matrices[1], atol=0.02)
 
 
 def test_every_parameter_moves():

@@ -19,10 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customize.atomic import fsync_folder, partial_folder, write_new_file
 from customize.concepts.io.data_files import safetensors_bytes
 from customize.core.precision import full_precision
-from customize.errors import ConfigError, StorageError, storage_error
+from customize.errors import ConfigError
 from customize.references.adapter import ReferenceAdapter
 from customize.references.agreement import measure_agreement
 from customize.references.config import ReferencesConfig
@@ -39,7 +38,6 @@ from customize.references.model_files import (
     CONFIG_FILE,
     ENCODER_CONFIG_FILE,
     ENCODER_FILE,
-    PROCESSOR_FOLDER,
     locate_model,
     mllm_config_json,
     read_adapter,
@@ -47,6 +45,7 @@ from customize.references.model_files import (
     read_encoder,
     read_processor,
 )
+from customize.references.write_model import check_model_folder, write_model
 from customize.user_warnings import warn_user
 
 
@@ -94,36 +93,25 @@ class ReferenceModel:
         return cls(config, encoder, adapter, read_processor(folder, encoder))
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> Path:
-        """Write the model to a folder, atomically.
+        """Write the model to a folder, atomically; see :func:`write_model`.
 
         Args:
-            folder: New, or the folder of a reference model, which is replaced.
+            folder: New, of a training run, or of a reference model, which is replaced. Files that
+                are not of the model stay.
             dtype: Floating dtype of the stored weights.
 
         Raises:
             StorageError: The folder contains something else, or cannot be written.
         """
         folder = Path(folder)
-        if folder.exists() and not (folder / CONFIG_FILE).exists() and any(folder.iterdir()):
-            raise StorageError(
-                "the folder holds other files", where=folder, fix="choose a new or empty folder"
-            )
+        check_model_folder(folder)
         files = {
             CONFIG_FILE: self.config.to_json().encode(),
             ENCODER_CONFIG_FILE: mllm_config_json(self.encoder).encode(),
             ENCODER_FILE: _weights_bytes(self.encoder, dtype),
             ADAPTER_FILE: _weights_bytes(self.adapter, dtype),
         }
-        try:
-            with partial_folder(folder) as partial, partial_folder(folder) as old:
-                for name, data in files.items():
-                    (partial / name).parent.mkdir(exist_ok=True)
-                    write_new_file(partial / name, data)
-                self.processor.save_pretrained(partial / PROCESSOR_FOLDER)
-                _replace_folder(folder, partial, old)
-                fsync_folder(folder.parent)
-        except OSError as error:
-            raise storage_error(error, folder) from error
+        write_model(folder, files, self.processor)
         return folder
 
     def encode(
@@ -198,7 +186,12 @@ class ReferenceModel:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the configuration and the encoder's weights, which make the tokens."""
+        """SHA-256 of the configuration and the values of the encoder's weights.
+
+        These make the tokens, up to rounding. A precision or device that holds the same values has
+        the same digest, so a group may be encoded on a GPU in half precision and read elsewhere.
+        A cast that rounds the weights makes another model, as training does.
+        """
         key = _versions(self.encoder)
         if self._digest[0] != key:
             sha = hashlib.sha256(self.config.to_json().encode())
@@ -240,24 +233,6 @@ class ReferenceModel:
         )
 
 
-def _replace_folder(folder: Path, new: Path, old: Path) -> None:
-    """Rename a new folder to a folder, which is renamed to an empty one if it exists.
-
-    Raises:
-        OSError: A folder cannot be renamed; the folder is as before.
-    """
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old.rmdir()
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-
-
 def _as_references(
     images: Sequence[Image.Image] | Sequence[Reference], attributes: Sequence[str]
 ) -> list[Reference]:
@@ -274,11 +249,11 @@ def _as_references(
     ]
 
 
-def _versions(module: torch.nn.Module) -> tuple[int, ...]:
-    """Return what changes when a module's parameters are replaced or changed in place."""
+def _versions(module: torch.nn.Module) -> tuple[Any, ...]:
+    """Return what changes when a module's parameters are replaced, cast or changed in place."""
     parameters = list(module.parameters())
     counters = [0 if p.is_inference() else p._version for p in parameters]
-    return (*map(id, parameters), *counters)
+    return (*map(id, parameters), *counters, *(p.dtype for p in parameters))
 
 
 def _weights_bytes(module: torch.nn.Module, dtype: torch.dtype) -> bytes:

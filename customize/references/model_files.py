@@ -28,6 +28,10 @@ ENCODER_CONFIG_FILE = "encoder/config.json"
 ENCODER_FILE = "encoder/model.safetensors"
 ADAPTER_FILE = "adapter.safetensors"
 PROCESSOR_FOLDER = "processor"
+#: Settings and losses of the training, beside the model that it made.
+FACTS_FILE = "training.json"
+#: The configuration while the files of a model are replaced.
+INCOMPLETE = {"incomplete": "the files of this model are being replaced"}
 
 #: The files that are downloaded of a repository.
 _FILES = [
@@ -66,11 +70,18 @@ def read_config(folder: Path) -> ReferencesConfig:
     """Read ``references.json``.
 
     Raises:
-        ConceptError: The file cannot be read.
+        ConceptError: The file cannot be read, or the model was not saved completely.
         ConfigError: A value is missing, unknown or out of its range.
     """
     path = folder / CONFIG_FILE
-    return parse_config(_read_dict(path), path)
+    values = _read_dict(path)
+    if values == INCOMPLETE:
+        raise ConceptError(
+            "the model is incomplete: saving it was interrupted",
+            where=folder,
+            fix="save it again, or run its training again",
+        )
+    return parse_config(values, path)
 
 
 def read_encoder(folder: Path, config: ReferencesConfig) -> ReferenceEncoder:

@@ -189,7 +189,8 @@ class References(StageSetting):
         config = self.model.config
         if source.model != self.model.digest:
             raise ConfigError(
-                "the group of references was encoded by another reference model",
+                "the group of references was encoded by another reference model, or by the same "
+                "one in a precision that rounds its weights",
                 where=ARGUMENT,
                 fix="encode its images with the loaded one",
             )

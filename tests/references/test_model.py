@@ -8,7 +8,6 @@ import pickle
 import shutil
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,35 +70,24 @@ def test_half_precision_on_disk_is_computed_in_single(model, tmp_path):
     assert 0 < difference.abs().max() < 0.05
 
 
-def test_saving_replaces_only_reference_models(model, tmp_path):
-    folder = model.save_pretrained(tmp_path / "refs")
-    model.save_pretrained(folder, dtype=torch.float16)
-    assert ReferenceModel.from_pretrained(folder)
-    assert [path.name for path in tmp_path.iterdir()] == ["refs"]
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "notes.txt").write_text("mine")
-    with pytest.raises(StorageError, match="holds other files"):
-        model.save_pretrained(other)
-    assert [path.name for path in other.iterdir()] == ["notes.txt"]
+def test_a_precision_with_the_same_weights_is_the_same_model(model, tmp_path):
+    rounded = ReferenceModel.from_pretrained(model.save_pretrained(tmp_path, torch.bfloat16))
+    images = make_images(3)
+    single, digest, black = rounded.encode(images), rounded.digest, rounded.unconditional_tokens()
+    rounded.encoder.to(torch.bfloat16)  # which holds all of its weights
+    half = rounded.encode(images)
+    assert half.model == rounded.digest == digest
+    assert 0 < (half.tokens - single.tokens).abs().max() < 0.1 * single.tokens.abs().max()
+    assert not torch.equal(rounded.unconditional_tokens(), black)
 
 
-def test_a_model_that_cannot_be_replaced_stays(model, tmp_path, monkeypatch):
-    folder = model.save_pretrained(tmp_path / "refs")
-    before = (folder / "adapter.safetensors").read_bytes()
-    rename, calls = Path.rename, []
-
-    def fail_second(path, target):
-        calls.append(path)
-        if len(calls) == 2:  # the old folder is aside, and the new one comes in its place
-            raise PermissionError(13, "Permission denied", str(target))
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fail_second)
-    with pytest.raises(StorageError):
-        model.save_pretrained(folder, dtype=torch.float16)
-    assert (folder / "adapter.safetensors").read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["refs"]
+def test_a_cast_that_rounds_the_weights_makes_another_model(model):
+    copied = copy.deepcopy(model)
+    assert copied.digest == model.digest
+    copied.encoder.to(torch.bfloat16)
+    assert copied.digest != model.digest
+    copied.encoder.to(torch.float32)  # what was rounded stays so
+    assert copied.digest != model.digest
 
 
 def test_the_encoder_is_not_moved_while_it_encodes(model):

@@ -221,6 +221,14 @@ def test_a_group_of_another_model_is_refused():
         draw(pipe, reference_images=References(other).encode(A))
 
 
+def test_a_group_of_the_rounded_model_is_refused():
+    pipe, model = make()
+    group = References(model).encode(A)
+    model.encoder.to(torch.bfloat16)
+    with pytest.raises(ConfigError, match="in a precision that rounds its weights"):
+        draw(pipe, reference_images=group)
+
+
 def test_models_for_other_denoisers_are_refused_and_nothing_changes():
     model = tiny_reference_model(tiny_sd().components)
     sdxl = tiny_sdxl()

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from customize.atomic import fsync_folder, partial_folder, write_atomic
-from customize.concepts.io.output_folder import list_output
-from customize.errors import SettingsError, StorageError, storage_error
+from customize.atomic import write_atomic
+from customize.errors import SettingsError, storage_error
 from customize.references.model import ReferenceModel
-from customize.references.model_files import CONFIG_FILE
+from customize.references.model_files import CONFIG_FILE, FACTS_FILE
 from customize.safe_read import MAX_TABLE_BYTES, read_json
 from customize.training.checkpoint import (
     BASE_CONFIG,
@@ -25,8 +24,6 @@ from customize.training.checkpoint import (
 from customize.training.data.changed_images import combined_hash
 from customize.training.references.config import ENCODER_SETTINGS, ReferenceTrainConfig
 
-FACTS_FILE = "training.json"
-_RUN_FILES = {".checkpoints", "validation", "logs"}
 _MAX_HISTORY = 200  # pairs of step and loss
 _MAX_NAMED_IMAGES = 2000
 # Settings that the result does not depend on. Folders are replaced by digests of their content.
@@ -36,20 +33,6 @@ _IGNORED_SETTINGS = {
     *("gradient_checkpointing", "validation_images", "validation_groups", "validation_prompts"),
     *("validation_every", "validation_steps", "validation_guidance"),
 }
-
-
-def check_reference_output(folder: Path) -> None:
-    """Refuse an output folder with other files than those of a training of references.
-
-    Raises:
-        StorageError: It has others, or cannot be listed.
-    """
-    names = list_output(folder)
-    # The configuration is written last, and the tokenizer's files before it.
-    if not names <= _RUN_FILES and CONFIG_FILE not in names and ".checkpoints" not in names:
-        raise StorageError(
-            "the folder holds other files", where=folder, fix="choose a new or empty folder"
-        )
 
 
 def reference_settings(
@@ -115,28 +98,6 @@ def find_reference_state(
             "them",
         )
     return None, None
-
-
-def save_references(model: ReferenceModel, folder: Path) -> None:
-    """Write references into the output folder, which has the files of the run as well.
-
-    Raises:
-        StorageError: A file cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / FACTS_FILE).unlink(missing_ok=True)  # of the references that are replaced
-        with partial_folder(folder / "references") as partial:
-            model.save_pretrained(partial / "new")
-            names = [path.name for path in (partial / "new").iterdir()]
-            for name in sorted(names, key=lambda name: name == CONFIG_FILE):  # it comes last
-                target = folder / name
-                if target.is_dir():
-                    target.rename(partial / f"old-{name}")
-                (partial / "new" / name).replace(target)
-            fsync_folder(folder)
-    except OSError as error:
-        raise storage_error(error, folder) from error
 
 
 def write_training_facts(

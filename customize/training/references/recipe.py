@@ -16,6 +16,7 @@ from customize.errors import ConfigError
 from customize.families import family_of
 from customize.references.model import ReferenceModel
 from customize.references.seams import seam_of
+from customize.references.write_model import check_model_folder
 from customize.training.base_fingerprint import weight_digests
 from customize.training.checkpoint import (
     BASE_CONFIG,
@@ -43,10 +44,8 @@ from customize.training.references.load_models import (
     load_reference_model,
 )
 from customize.training.references.output import (
-    check_reference_output,
     find_reference_state,
     reference_settings,
-    save_references,
     write_training_facts,
 )
 from customize.training.references.reference_inputs import (
@@ -163,7 +162,7 @@ def start_run(
         ConfigError: The device, precision or tracker is not available.
         StorageError: The output folder contains something else, cannot be written, or is in use.
     """
-    check_reference_output(config.output)
+    check_model_folder(config.output)
     check_writable(config.output)
     accelerator = create_accelerator(config)
     kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
@@ -252,7 +251,7 @@ def train_and_save(
     )
     if accelerator.is_main_process:
         with run.progress.phase("saving the references"):
-            save_references(run.model, config.output)
+            run.model.save_pretrained(config.output)
             write_training_facts(config, settings, history, seconds_per_step)
     accelerator.wait_for_everyone()
     return run.model

@@ -3,6 +3,9 @@
 A miniature of EasyRef for the storybook: the vision tower learns to read drawn scenes, the
 language model to answer questions about images, then both to condition the frozen denoiser. Run the
 script again to resume from `--folder`, which receives checkpoints, losses (log.jsonl) and samples.
+
+With `--start MODEL` the last stage continues a trained reference model, without the others:
+`--start assets/references --pooling average --groups 2000 --multi-steps 500` trains a rival.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from storybook_references.cache_latents import cache_latents  # noqa: E402
 from storybook_references.pretrain_mllm import pretrain  # noqa: E402
 from storybook_references.pretrain_vision import pretrain_vision  # noqa: E402
 from storybook_references.render_groups import Groups, render_groups  # noqa: E402
-from storybook_references.train_stages import POOLINGS, Data, train_stages  # noqa: E402
+from storybook_references.train_stages import POOLINGS, Data, Model, train_stages  # noqa: E402
 
 #: Steps of each stage of EasyRef.
 STAGES = {"alignment": 200, "single": 100, "multi": 1_400}
@@ -47,6 +50,7 @@ def main() -> None:
         default="group",
         help="how several images become one condition: all but group are rivals (default: group)",
     )
+    parser.add_argument("--start", type=Path, help="continue this reference model")
     parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
     parser.add_argument("--judges", type=Path, default=assets_folder() / "judges")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
@@ -56,8 +60,9 @@ def main() -> None:
     groups = render_groups(args.folder / "groups", args.groups)
     split = args.groups - max(args.groups // 25, 8)
     trained, held_out = part(groups, 0, split), part(groups, split, args.groups)
-    pretrain_vision(args.folder, trained, held_out, args.vision_steps)
-    pretrain(args.folder, trained, held_out, args.mllm_steps)
+    if args.start is None:
+        pretrain_vision(args.folder, trained, held_out, args.vision_steps)
+        pretrain(args.folder, trained, held_out, args.mllm_steps)
     pipe = DiffusionPipeline.from_pretrained(args.base)
     pipe.set_progress_bar_config(disable=True)
     pipe.unet.to(memory_format=torch.channels_last)  # the fastest for convolutions on a CPU
@@ -67,9 +72,15 @@ def main() -> None:
     targets = attributes.pixels[:, :1]
     target_latents = cache_latents(args.folder / "attribute_latents.npy", targets, family)
     data = Data(trained, latents[:split], attributes, target_latents)
-    stages = {stage: getattr(args, f"{stage}_steps") for stage in STAGES}
+    model = Model(
+        pipe, args.folder / "mllm.safetensors" if args.start is None else None, args.pooling
+    )
+    if args.start is not None:
+        model.continue_from(ReferenceModel.from_pretrained(args.start))
+    names = list(STAGES) if args.start is None else ["multi"]
+    stages = {stage: getattr(args, f"{stage}_steps") for stage in names}
     judges = load_judges(args.judges)
-    model = train_stages(args.folder, pipe, judges, data, held_out, stages, args.pooling)
+    train_stages(args.folder, pipe, judges, model, data, held_out, stages)
     if args.pooling == "group":
         config, output = model.encoder.config, args.folder / "model"
         trained_model = ReferenceModel(config, model.encoder, model.adapter, model.processor)

@@ -23,6 +23,7 @@ from customize.families import family_of
 from customize.references.adapter import ReferenceAdapter
 from customize.references.encoder import ReferenceEncoder
 from customize.references.encoder_inputs import GroupRequest, ReferenceProcessor
+from customize.references.model import ReferenceModel
 from customize.references.seams.unet import attached, attention_layers
 from customize.storybook.judges import Judges
 from storybook_training.contact_sheet import save_contact_sheet
@@ -90,6 +91,11 @@ class Model(nn.Module):
         self.pooling = pooling
         self.attachment: Any = None  # while a stage is trained
         self._texts: dict[str, Tensor] = {}
+
+    def continue_from(self, trained: ReferenceModel) -> None:
+        """Copy the weights of a trained reference model."""
+        self.encoder.load_state_dict(trained.encoder.state_dict())
+        self.adapter.load_state_dict(trained.adapter.state_dict())
 
     def encode(
         self,
@@ -335,17 +341,16 @@ def train_stages(
     folder: Path,
     pipe: Any,
     judges: Judges,
+    model: Model,
     data: Data,
     held_out: Groups,
     stages: Mapping[str, int],
-    pooling: str = "group",
     batch: int = 24,
     lr: float = 1e-3,
-) -> Model:
-    """Train all stages, or resume, and write ``folder/references.safetensors``."""
-    model = Model(pipe, folder / "mllm.safetensors", pooling)
+) -> None:
+    """Train all stages, or resume, and write ``references.safetensors`` of the pooling's folder."""
     pipe.unet.requires_grad_(False)
-    results = folder / pooling
+    results = folder / model.pooling
     results.mkdir(exist_ok=True)
     for stage, steps in stages.items():
         done = results / f"after-{stage}.safetensors"
@@ -362,7 +367,7 @@ def train_stages(
         train_stage(stage, results, model, data, pipe.unet, steps, batch, lr, on_checkpoint)
         save_model(model, done)
     save_model(model, results / "references.safetensors")
-    return model.eval()
+    model.eval()
 
 
 def load_model(model: Model, path: Path) -> None:

@@ -5,16 +5,20 @@ outside code. The block that states it (text between blank lines, or the comment
 lists it in an HTML comment:
 
     <!-- figures: 83 % = demo:identity_merged; 0.3 s = merge_solver:... -->
+    <!-- settings: 0.9 = customize.references.agreement:KEEP -->
     <!-- not measured: 30 s, 25 % (why, if it is not clear) -->
     <!-- training log: 25.0 dB -->
 
-The value of a source must round to the figure. Figures in generated tables need no comment.
+The value of a source must round to the figure. A setting is a module's constant, or the default of
+a field, such as `MODULE:TrainConfig.rank`. Figures in generated tables need no comment.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
 
 import pytest
 
@@ -34,7 +38,7 @@ _UNITS = r"%|times\b|ms\b|s\b|minutes?\b|min\b|h\b|MB\b|MiB\b|points\b|dB\b"
 _FIGURE = re.compile(
     rf"(?<![\w.:/])(-?(?:\d[\d,]*)?\.?\d+) ?({_UNITS})|(?<![\w.:/-])(-?0?\.\d+)(?![\w.])"
 )
-_COMMENT = re.compile(r"<!-- (figures|not measured|training log): (.*?) -->", re.DOTALL)
+_COMMENT = re.compile(r"<!-- (figures|settings|not measured|training log): (.*?) -->", re.DOTALL)
 
 
 def normalize(figure: str) -> str:
@@ -60,15 +64,30 @@ def figures_in(block: str) -> Iterator[str]:
         yield normalize(match[1] + match[2])
 
 
-def listed(block: str) -> tuple[dict[str, list[str]], set[str]]:
-    """Figure -> its sources; and the figures without one that say why."""
-    sources: dict[str, list[str]] = {}
+def read_setting(source: str) -> float:
+    """The value of ``MODULE:NAME`` or the default of ``MODULE:CLASS.FIELD``."""
+    module, _, names = source.partition(":")
+    value: Any = import_module(module)
+    for name in names.split("."):
+        fields = getattr(value, "model_fields", {})
+        value = fields[name].default if name in fields else getattr(value, name)
+    return float(value)
+
+
+_READERS: dict[str, Callable[[str], float]] = {"figures": read_figure, "settings": read_setting}
+
+
+def listed(block: str) -> tuple[dict[str, list[tuple[str, float]]], set[str]]:
+    """Figure -> its sources with their values; and the figures without one that say why."""
+    sources: dict[str, list[tuple[str, float]]] = {}
     excused: set[str] = set()
     for kind, content in _COMMENT.findall(block):
-        if kind == "figures":
+        if kind in _READERS:
             for entry in filter(None, (part.strip() for part in content.split(";"))):
                 figure, source = entry.split(" = ", 1)
-                sources.setdefault(normalize(figure), []).append(" ".join(source.split()))
+                source = " ".join(source.split())
+                value = _READERS[kind](source)
+                sources.setdefault(normalize(figure), []).append((source, value))
         else:
             content = re.sub(r"\(.*?\)", "", content, flags=re.DOTALL)
             excused |= {normalize(part.strip()) for part in content.split(",")}
@@ -93,11 +112,11 @@ def test_figures_have_sources(readme: str) -> None:
         for figure in figures_in(block):
             if figure not in sources and figure not in excused:
                 missing.append((figure, " ".join(block.split())[:80]))
-        for figure, names in sources.items():
+        for figure, values in sources.items():
             wrong += [
-                f"{figure} = {name}: {read_figure(name)}"
-                for name in names
-                if not matches(figure, read_figure(name))
+                f"{figure} = {name}: {value}"
+                for name, value in values
+                if not matches(figure, value)
             ]
     assert not missing
     assert not wrong
@@ -133,6 +152,16 @@ def test_rounding(figure: str, value: float, expected: bool) -> None:
 def test_unknown_sources_are_refused(source: str) -> None:
     with pytest.raises(LookupError):
         read_figure(source)
+
+
+def test_settings_are_read_from_the_code() -> None:
+    assert read_setting("customize.references.agreement:MIN_IMAGES") == 3
+    field = "customize.training.references.config:ReferenceTrainConfig.drop_text"
+    sources, excused = listed(f"In 5 % of samples. <!-- settings: 5 % = {field} -->")
+    assert sources == {"5%": [(field, 0.05)]}
+    assert not excused
+    with pytest.raises(AttributeError):
+        read_setting("customize.references.agreement:NONE")
 
 
 def test_a_figure_without_a_source_is_found() -> None:

@@ -6,6 +6,8 @@ All calls build new objects that are equal bit for bit. Pictures are 32 x 32, la
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -82,6 +84,14 @@ CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Draw the same random numbers each time, and leave those of the caller alone."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        yield
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -192,8 +202,7 @@ def tiny_sd(prediction: Prediction = "epsilon") -> StableDiffusionPipeline:
     With v_prediction the schedule ends at zero SNR, as in newer v models.
     """
     tokenizer = clip_tokenizer()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = CLIPTextModel(_clip_config(tokenizer, 32))
         vae = _vae(scaling_factor=0.5, shift_factor=None)
         unet = UNet2DConditionModel(
@@ -227,8 +236,7 @@ def tiny_sdxl(prediction: Prediction = "epsilon") -> StableDiffusionXLPipeline:
     numbers of layers. The scheduler is that of tiny_sd.
     """
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = CLIPTextModel(_clip_config(tokenizer, 16, PUBLISHED_END))
         text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, 24, PUBLISHED_END))
         vae = _vae(scaling_factor=0.5, shift_factor=None)
@@ -270,8 +278,7 @@ def tiny_sd3(t5: bool = True, channels: int = 4) -> StableDiffusion3Pipeline:
     """
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
     tokenizer_3 = t5_tokenizer()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = CLIPTextModelWithProjection(_clip_config(tokenizer, 16, PUBLISHED_END))
         text_encoder_2 = CLIPTextModelWithProjection(_clip_config(tokenizer_2, 24, PUBLISHED_END))
         vae = _vae(scaling_factor=1.5, shift_factor=0.06, latent_channels=channels)
@@ -313,8 +320,7 @@ def tiny_flux(guidance: bool = True) -> FluxPipeline:
     the picture. Without, like schnell.
     """
     tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = CLIPTextModel(_clip_config(tokenizer, 16))
         vae = _vae(scaling_factor=1.5, shift_factor=0.06)
         transformer = FluxTransformer2DModel(
@@ -353,8 +359,7 @@ def tiny_flux3(flow_map: bool = False) -> Flux3ModularPipeline:
     are as large as in other families. With `flow_map` it is like the step-distilled model.
     """
     tokenizer = qwen_tokenizer()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Qwen3VLForConditionalGeneration(
             Qwen3VLConfig(
                 text_config={
@@ -436,8 +441,7 @@ def qwen_vae() -> AutoencoderKLQwenImage:
 def tiny_qwen_image() -> QwenImagePipeline:
     """Qwen-Image with a transformer of width 32, an LLM of 16 and an autoencoder of videos."""
     tokenizer = qwen_tokenizer()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(
                 text_config={
@@ -489,8 +493,7 @@ def tiny_z_image() -> ZImagePipeline:
     """Z-Image with a transformer of width 32 and an LLM of 16."""
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = CHAT
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Qwen3Model(
             Qwen3Config(
                 vocab_size=len(tokenizer),

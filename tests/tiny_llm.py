@@ -32,7 +32,7 @@ from transformers import (
     Qwen3VLModel,
 )
 
-from tests.tiny import qwen_tokenizer, qwen_vae
+from tests.tiny import qwen_tokenizer, qwen_vae, seeded
 
 #: Messages whose contents are texts, or lists of parts.
 CHAT = (
@@ -110,8 +110,7 @@ def tiny_flux2() -> Flux2Pipeline:
     tokenizer = qwen_tokenizer()
     tokenizer.add_tokens("[IMG]", special_tokens=True)
     processor = TextProcessor(tokenizer, chat_template=CHAT)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Mistral3ForConditionalGeneration(
             Mistral3Config(
                 text_config={
@@ -148,8 +147,7 @@ def tiny_flux2_klein(distilled: bool = False) -> Flux2KleinPipeline:
     """FLUX.2 klein with a transformer of width 32 and a Qwen3 of 16, deep enough for its layers."""
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = CHAT
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Qwen3ForCausalLM(
             Qwen3Config(
                 **_LLM,
@@ -192,8 +190,7 @@ def _qwen3_vl(vocabulary: int, layers: int) -> Qwen3VLConfig:
 def tiny_krea2(distilled: bool = False, layers: Sequence[int] = (1, 2)) -> Krea2Pipeline:
     """Krea 2 with a transformer of width 32 that reads these layers of an LLM of 16."""
     tokenizer = qwen_tokenizer()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Qwen3VLModel(_qwen3_vl(len(tokenizer), max(layers) + 1))
         vae = qwen_vae()
         transformer = Krea2Transformer2DModel(
@@ -237,8 +234,7 @@ def tiny_qwen_image_21(sigmas: list[float] | None = None) -> QwenImage21Pipeline
     processor = TextProcessor(tokenizer, "<|image_pad|>", CHAT)
     config = _qwen3_vl(len(tokenizer), 2)
     config.image_token_id = processor.image_token_id
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Qwen3VLForConditionalGeneration(config)
         # Tests of images need a norm whose output differs from its input.
         torch.nn.init.uniform_(text_encoder.model.language_model.norm.weight, 0.5, 2.0)

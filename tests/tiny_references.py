@@ -37,7 +37,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from tests.tiny import qwen_tokenizer, tiny_flux, tiny_qwen_image, tiny_z_image
+from tests.tiny import qwen_tokenizer, seeded, tiny_flux, tiny_qwen_image, tiny_z_image
 from tests.tiny_llm import CHAT, TextProcessor, _qwen3_vl, tiny_flux2_klein, tiny_qwen_image_21
 from tests.tiny_video import tiny_wan
 
@@ -94,8 +94,7 @@ def tiny_flux2_klein_inpaint() -> Flux2KleinInpaintPipeline:
 def tiny_redux() -> FluxPriorReduxPipeline:
     """FLUX.1 Redux with an image encoder of width 16, and text encoders of FLUX.1."""
     flux = tiny_flux()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         encoder = SiglipVisionModel(
             SiglipVisionConfig(
                 hidden_size=16,
@@ -123,10 +122,7 @@ def tiny_redux() -> FluxPriorReduxPipeline:
 def tiny_qwen_edit(plus: bool = True) -> QwenImageEditPlusPipeline | QwenImageEditPipeline:
     """Qwen-Image-Edit, or -Plus, with the models of tiny_qwen_image."""
     parts, processor = _parts(tiny_qwen_image()), image_text_processor()
-    config = parts["text_encoder"].config
-    config.image_token_id = processor.image_token_id
-    config.vision_start_token_id = processor.tokenizer.convert_tokens_to_ids(_START)
-    parts["text_encoder"].resize_token_embeddings(len(processor.tokenizer))
+    _add_image_tokens(parts["text_encoder"], processor)
     cls = QwenImageEditPlusPipeline if plus else QwenImageEditPipeline
     return _quiet(cls(**parts | {"processor": processor, "tokenizer": processor.tokenizer}))
 
@@ -134,18 +130,14 @@ def tiny_qwen_edit(plus: bool = True) -> QwenImageEditPlusPipeline | QwenImageEd
 def tiny_qwen_image_21_edit() -> Any:
     """Qwen-Image 2.1 with a processor of images."""
     pipe, processor = tiny_qwen_image_21(), image_text_processor(16, CHAT)
-    encoder = pipe.text_encoder
-    encoder.config.image_token_id = processor.image_token_id
-    encoder.config.vision_start_token_id = processor.tokenizer.convert_tokens_to_ids(_START)
-    encoder.resize_token_embeddings(len(processor.tokenizer))
+    _add_image_tokens(pipe.text_encoder, processor)
     return _quiet(type(pipe)(**_parts(pipe) | {"processor": processor}))
 
 
 def tiny_z_image_omni() -> ZImageOmniPipeline:
     """Z-Image Omni with a transformer of width 32 and an image encoder of 16."""
     pipe = tiny_z_image()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         encoder = Siglip2VisionModel(
             Siglip2VisionConfig(
                 hidden_size=16,
@@ -170,8 +162,7 @@ def tiny_z_image_omni() -> ZImageOmniPipeline:
 def tiny_wan_vace() -> WanVACEPipeline:
     """Wan VACE with a transformer of width 32."""
     parts = _parts(tiny_wan())
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         transformer = WanVACETransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=16,
@@ -194,8 +185,7 @@ def tiny_joy_image() -> JoyImageEditPlusPipeline:
     processor = image_text_processor(16)
     config = _qwen3_vl(len(processor.tokenizer), 2)
     config.image_token_id = processor.image_token_id
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Qwen3VLForConditionalGeneration(config)
         transformer = JoyImageEditPlusTransformer3DModel(
             in_channels=4,
@@ -223,8 +213,7 @@ def tiny_fibo2() -> BriaFibo2Pipeline:
     processor = image_text_processor(16)
     config = _qwen3_vl(len(processor.tokenizer), 2)
     config.image_token_id = processor.image_token_id
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Qwen3VLForConditionalGeneration(config)
         transformer = BriaFibo2Transformer2DModel(
             in_channels=4,
@@ -253,6 +242,12 @@ def tiny_fibo2() -> BriaFibo2Pipeline:
     pipe.text_encoder_out_layers = ((0, 1, 2),) * 6
     pipe.default_sample_size = 39  # latents of 2 x 2 pixels
     return _quiet(pipe)
+
+
+def _add_image_tokens(encoder: Any, processor: ImageTextProcessor) -> None:
+    encoder.config.image_token_id = processor.image_token_id
+    encoder.config.vision_start_token_id = processor.tokenizer.convert_tokens_to_ids(_START)
+    encoder.resize_token_embeddings(len(processor.tokenizer))
 
 
 def _parts(pipe: Any, *missing: str) -> dict[str, Any]:

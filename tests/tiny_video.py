@@ -38,7 +38,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from tests.tiny import SPACE, WORDS, t5_tokenizer, tiny_sd
+from tests.tiny import SPACE, WORDS, seeded, t5_tokenizer, tiny_sd
 
 
 def _wan_transformer() -> WanTransformer3DModel:
@@ -63,8 +63,7 @@ def tiny_wan(
     2.2 14B a second transformer, which is used below `boundary_ratio`.
     """
     tokenizer = t5_tokenizer()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = UMT5EncoderModel(
             UMT5Config(
                 vocab_size=len(tokenizer),
@@ -110,8 +109,7 @@ def tiny_wan(
 def tiny_animatediff() -> AnimateDiffPipeline:
     """The parts of tiny_sd with motion modules in the UNet, for videos of up to 8 frames."""
     parts = tiny_sd().components
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         adapter = MotionAdapter(
             block_out_channels=(16, 32),
             motion_layers_per_block=1,
@@ -134,8 +132,7 @@ def tiny_cogvideox(rotary: bool = False, multistep: bool = False) -> CogVideoXPi
     Positions are added, as in 2B, or `rotary`, as in 5B. With `multistep` the scheduler is DPM.
     """
     tokenizer = t5_tokenizer()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = T5EncoderModel(
             T5Config(
                 vocab_size=len(tokenizer),
@@ -221,8 +218,7 @@ def tiny_ltx2(later: bool = False) -> LTX2Pipeline:
     the noise level.
     """
     tokenizer = gemma_tokenizer()
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with seeded():
         text_encoder = Gemma3ForConditionalGeneration(
             Gemma3Config(
                 text_config={

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +14,20 @@ from customize.errors import DataError
 from customize.image_folder import image_formats, list_suffixes
 from customize.near_names import suggest_paths
 from customize.safe_read import MAX_IMAGE_BYTES, open_regular
-from customize.user_warnings import warn_user
 
 _MIN_SIDE = 16
 
 
-def decode_image(path: Path, mode: str, *, animated: bool = False) -> Image.Image:
+def decode_image(
+    path: Path, mode: str, *, on_animation: Callable[[Path], None] | None = None
+) -> Image.Image:
     """Decode an image file and apply its EXIF rotation.
 
     Args:
         path: The file.
         mode: "RGB": 8-bit sRGB, composited on white; "L": 8-bit grayscale, composited on black.
-        animated: Whether to take the first frame of an animation, with a warning, instead of
-            refusing it.
+        on_animation: Called with the path of an animation, whose first frame is taken; None: it is
+            refused.
 
     Raises:
         DataError: The image is missing, corrupt, animated, smaller than 16 pixels on a side, or too
@@ -40,7 +42,13 @@ def decode_image(path: Path, mode: str, *, animated: bool = False) -> Image.Imag
             ):
                 check_size(image.size, path)
                 if is_animated(image):
-                    _on_animation(path, animated)
+                    if on_animation is None:
+                        raise DataError(
+                            "the image is animated",
+                            where=path,
+                            fix="save the wanted frame as a PNG",
+                        )
+                    on_animation(path)
                 image.verify()  # checksums, which decoding ignores; closes the file
         with (
             open_regular(path, MAX_IMAGE_BYTES) as file,
@@ -94,12 +102,6 @@ def is_animated(image: Image.Image) -> bool:
     first one is used.
     """
     return getattr(image, "n_frames", 1) > 1 and image.format not in ("MPO", "HEIF")
-
-
-def _on_animation(path: Path, accepted: bool) -> None:
-    if not accepted:
-        raise DataError("the image is animated", where=path, fix="save the wanted frame as a PNG")
-    warn_user(f"{path} is animated; its first frame is used")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

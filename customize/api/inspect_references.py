@@ -67,6 +67,9 @@ def _describe_model(folder: Path) -> dict[str, str]:
         "MLLM": str(mllm.get("model_type") if isinstance(mllm, dict) else None),
         "tokens": f"{config.num_tokens} x {config.width}",
         "images": f"1 to {config.max_references}",
+        "attributes": "any word"
+        if config.attributes is None
+        else ", ".join(config.attributes) or "none",
         "reads the prompt": "yes" if config.includes_prompt else "no",
         "attention, positions": f"{config.attention}, {config.positions}",
         "LoRA rank, alpha": f"{config.lora_rank}, {config.lora_alpha:g}"

@@ -8,14 +8,14 @@ what the learned tokens always say), so the tokens of no image are subtracted:
     agreement_i = max(0, cos(own_i - none, rest_i - none))
 
 in the mean over tokens. An image that shows something else has a low agreement, while it lowers
-that of the others little, since they see one stranger among many. The weight compares it with the
+that of the others little, since they see one outlier among many. The weight compares it with the
 median m of the group, so that groups of different images are not punished:
 
     weight_i = 1                               if agreement_i >= KEEP * m
                max(0, agreement_i / (KEEP * m)) ** POWER     otherwise
 
 A group of fewer than three images is not weighed: of two that differ, nobody can tell which is the
-stranger.
+outlier.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 # Chosen on the bundled model, on groups of eight of 24 identities that no benchmark uses. With one
-# stranger of the same class, the tokens are .43 as far from those of a clean group as without
+# outlier of the same class, the tokens are .43 as far from those of a clean group as without
 # weights (.40 where it is removed; .88 with KEEP .7 and POWER 2), and clean groups move by .06
 # of that distance. The lowest agreement in 72 clean groups was .69 of the median.
 #: The fraction of the median agreement from which an image has its full weight.
@@ -36,7 +36,7 @@ KEEP = 0.9
 #: The steepness of weights below it.
 POWER = 16.0
 #: The fraction of the median agreement below which an image is reported as one that does not fit.
-STRANGER = 0.65
+OUTLIER = 0.65
 #: The number of images from which a group is weighed.
 MIN_IMAGES = 3
 
@@ -48,12 +48,12 @@ class Agreement:
     Attributes:
         agreement: For each image, in [0, 1].
         weights: For each image its weight, in [0, 1].
-        strangers: Indices of images that do not fit.
+        outliers: Indices of images that do not fit.
     """
 
     agreement: tuple[float, ...]
     weights: tuple[float, ...]
-    strangers: tuple[int, ...]
+    outliers: tuple[int, ...]
 
 
 @torch.no_grad()
@@ -88,5 +88,5 @@ def weigh(agreement: Tensor) -> Agreement:
     if len(numbers) < MIN_IMAGES or median <= 0.0:
         return Agreement(numbers, (1.0,) * len(numbers), ())
     weights = (agreement / (KEEP * median)).clamp(0.0, 1.0) ** POWER
-    strangers = (agreement < STRANGER * median).nonzero().flatten().tolist()
-    return Agreement(numbers, tuple(weights.tolist()), tuple(strangers))
+    outliers = (agreement < OUTLIER * median).nonzero().flatten().tolist()
+    return Agreement(numbers, tuple(weights.tolist()), tuple(outliers))

@@ -40,6 +40,8 @@ class ReferencesConfig:
         max_references: Largest number of images of a group.
         lora_rank: Rank of the adapter's LoRA on the attention projections; 0 for none.
         lora_alpha: Its alpha, above 0; the factor of its product is ``alpha / rank``.
+        attributes: The words for attributes of images that the model was trained with, such as
+            "colour"; empty for a model that was trained without, None if they are unknown.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -56,6 +58,7 @@ class ReferencesConfig:
     max_references: int = 28
     lora_rank: int = 0
     lora_alpha: float = 1.0
+    attributes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         fixes: dict[str, str] = {}  # of invalid values
@@ -74,15 +77,26 @@ class ReferencesConfig:
                 fixes[name] = f"give an integer from {low} to {2**16:,}"
         if not as_float(self.lora_alpha) > 0:
             fixes["lora_alpha"] = "give a number above 0"
+        if self.attributes is not None and not _are_texts(self.attributes):
+            fixes["attributes"] = "give a list of words"
         for name, fix in fixes.items():
             raise ConfigError(f"invalid {name} {quote(getattr(self, name))}", where=name, fix=fix)
+        if self.attributes is not None:  # a list in JSON
+            object.__setattr__(self, "attributes", tuple(self.attributes))
 
     def to_json(self) -> str:
         """Return the configuration as JSON text."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+        values = dataclasses.asdict(self)
+        if self.attributes is None:
+            del values["attributes"]
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 _POSITIONS = get_args(Positions)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(v, str) and v for v in values)
 
 
 def parse_config(values: Mapping[str, Any], where: Any) -> ReferencesConfig:

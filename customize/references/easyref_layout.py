@@ -156,6 +156,7 @@ def make_config(shapes: Mapping[str, Sequence[int]], keys: EasyRefKeys) -> Refer
         includes_prompt=True,
         lora_rank=rank,
         lora_alpha=float(rank or 1),
+        attributes=(),
     )
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from customize.decode_image import check_size, decode_image, is_animated, to_rgb
 from customize.errors import ConfigError, CustomizeError, DataError
-from customize.image_folder import image_formats, scan_folder, warn_ignored
+from customize.image_folder import image_formats, join_names, scan_folder, warn_ignored
 from customize.text import plural, quote
 from customize.user_warnings import warn_user
 
@@ -113,10 +113,14 @@ def read_group(value: Any, where: str = ARGUMENT) -> Group:
         items = _list_folder(items) if _is_folder(items) else [items]
     _check_count(len(items), where)
     is_single = not isinstance(_unstack(value), list) and not _is_folder(value)
+    animated: list[str] = []
     group = tuple(
-        _read_image(item, where if is_single else f"{where}[{index}]")
+        _read_image(item, where if is_single else f"{where}[{index}]", animated)
         for index, item in enumerate(items)
     )
+    if animated:
+        number = plural(len(animated), "animated reference image")
+        warn_user(f"one frame is used of {number}: {join_names(animated)}")
     _warn_about_repeated(group)
     return group
 
@@ -168,16 +172,23 @@ def _check_count(count: int, where: str) -> None:
         )
 
 
-def _read_image(item: Any, where: str) -> Reference:
+def _read_image(item: Any, where: str, animated: list[str]) -> Reference:
+    """Read one image.
+
+    Args:
+        item: The image, perhaps with an attribute.
+        where: Its position, for messages.
+        animated: Receives the name and the frame of an animated image.
+    """
     attribute = ""
     if _has_attribute(item):
         item, attribute = item
         attribute = _check_attribute(attribute, where)
     if isinstance(item, str | os.PathLike):
-        return Reference(_read_file(item, where), attribute, os.fsdecode(item))
+        return Reference(_read_file(item, where, animated), attribute, os.fsdecode(item))
     try:
         if isinstance(item, Image.Image):
-            image = _from_pil(item, where)
+            image = _from_pil(item, where, animated)
         elif isinstance(item, np.ndarray):
             image = _from_array(item, where)
         elif isinstance(item, Tensor):
@@ -213,7 +224,7 @@ def _check_attribute(attribute: str, where: str) -> str:
     return words
 
 
-def _read_file(path: str | os.PathLike[Any], where: str) -> Image.Image:
+def _read_file(path: str | os.PathLike[Any], where: str, animated: list[str]) -> Image.Image:
     text = os.fsdecode(path)
     if _URL.match(text):
         raise ConfigError(
@@ -234,15 +245,15 @@ def _read_file(path: str | os.PathLike[Any], where: str) -> Image.Image:
         raise ConfigError(
             f"{quote(text)} is not an image", where=where, fix="give the file alone, not in a list"
         )
-    return decode_image(Path(text), "RGB", animated=True)
+    return decode_image(
+        Path(text), "RGB", on_animation=lambda path: animated.append(f"{path} (frame 1)")
+    )
 
 
-def _from_pil(image: Image.Image, where: str) -> Image.Image:
+def _from_pil(image: Image.Image, where: str, animated: list[str]) -> Image.Image:
     _check_pixels(image.size, where)
     if is_animated(image):
-        warn_user(
-            f"{where} is animated; frame {image.tell() + 1} is used, which is its current one"
-        )
+        animated.append(f"{where} (frame {image.tell() + 1}, its current one)")
     return to_rgb(image)
 
 
@@ -302,13 +313,14 @@ def _check_pixels(size: tuple[int, int], where: str) -> None:
 
 def _warn_about_repeated(group: Sequence[Reference]) -> None:
     names: dict[str, str] = {}
+    repeated = []
     for reference in group:
         if reference.digest in names:
-            warn_user(
-                f"{reference.name} is the same image as {names[reference.digest]}; it counts twice,"
-                " since the model reads both"
-            )
+            repeated.append(f"{reference.name} (the same as {names[reference.digest]})")
         names.setdefault(reference.digest, reference.name)
+    if repeated:
+        number = plural(len(repeated), "repeated reference image")
+        warn_user(f"the model reads {number} again: {join_names(repeated)}")
 
 
 def count_prompts(call: Mapping[str, Any]) -> int:

@@ -8,6 +8,7 @@ MLLM), ``encoder/model.safetensors``, ``adapter.safetensors``, and tokenizer and
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import os
 import threading
@@ -22,8 +23,10 @@ from torch import Tensor
 from customize.concepts.io.data_files import safetensors_bytes
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
+from customize.image_folder import join_names
+from customize.near_names import did_you_mean
 from customize.references.adapter import ReferenceAdapter
-from customize.references.agreement import measure_agreement
+from customize.references.agreement import Agreement, measure_agreement
 from customize.references.config import ReferencesConfig
 from customize.references.encoder import ReferenceEncoder
 from customize.references.encoder_inputs import (
@@ -46,6 +49,7 @@ from customize.references.model_files import (
     read_processor,
 )
 from customize.references.write_model import check_model_folder, write_model
+from customize.text import quote
 from customize.user_warnings import warn_user
 
 
@@ -135,13 +139,7 @@ class ReferenceModel:
             ConfigError: There are no images, or more than the model reads.
         """
         references = _as_references(images, attributes)
-        limit = self.config.max_references
-        if not 0 < len(references) <= limit:
-            raise ConfigError(
-                f"{len(references):,} reference images are given; the model reads 1 to {limit}",
-                where="reference_images",
-                fix="choose the images that show best what they share",
-            )
+        self.check_references(references)
         if not self.config.includes_prompt:
             prompt = ""
         weigh = weigh and not any(reference.attribute for reference in references)
@@ -157,11 +155,8 @@ class ReferenceModel:
             weights = torch.tensor([result.weights]) if weigh else None
             tokens = self.encoder.read_tokens(states, inputs, weights)[0].float().cpu()
             model = self.digest
-        for index in result.strangers if weigh else ():
-            warn_user(
-                f"the reference {references[index].name} does not fit the others (agreement "
-                f"{result.agreement[index]:.2f}), so it counts {result.weights[index]:.0%}"
-            )
+        if weigh and result.outliers:
+            _warn_about_outliers(result, [reference.name for reference in references])
         return ReferenceGroup(
             tokens,
             result.agreement,
@@ -171,6 +166,23 @@ class ReferenceModel:
             prompt,
             model,
         )
+
+    def check_references(self, references: Sequence[Reference]) -> None:
+        """Refuse a group that the model does not read, and warn of unknown attributes.
+
+        Raises:
+            ConfigError: There are no images, or more than the model reads.
+        """
+        limit, known = self.config.max_references, self.config.attributes
+        if not 0 < len(references) <= limit:
+            raise ConfigError(
+                f"{len(references):,} reference images are given; the model reads 1 to {limit}",
+                where="reference_images",
+                fix="choose the images that show best what they share",
+            )
+        unknown = {reference.attribute for reference in references} - {"", *(known or ())}
+        if known is not None and unknown:
+            _warn_about_attributes(sorted(unknown), known)
 
     def unconditional_tokens(self) -> Tensor:
         """Return the tokens of a black image with an empty prompt: (num_tokens, width), float32.
@@ -190,11 +202,13 @@ class ReferenceModel:
 
         These make the tokens, up to rounding. A precision or device that holds the same values has
         the same digest, so a group may be encoded on a GPU in half precision and read elsewhere.
-        A cast that rounds the weights makes another model, as training does.
+        A cast that rounds the weights makes another model, as training does. The known attributes
+        make no tokens, and do not count.
         """
         key = _versions(self.encoder)
         if self._digest[0] != key:
-            sha = hashlib.sha256(self.config.to_json().encode())
+            config = dataclasses.replace(self.config, attributes=None)
+            sha = hashlib.sha256(config.to_json().encode())
             for name, tensor in sorted(self.encoder.state_dict().items()):
                 sha.update(name.encode())
                 sha.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -247,6 +261,33 @@ def _as_references(
         image if isinstance(image, Reference) else Reference(image, text, f"image {number}")  # type: ignore[arg-type]
         for number, (image, text) in enumerate(zip(images, texts, strict=True), 1)
     ]
+
+
+def _warn_about_outliers(result: Agreement, names: Sequence[str]) -> None:
+    count = len(result.outliers)
+    listed = [
+        f"{names[index]} (agreement {result.agreement[index]:.2f}, counts "
+        f"{result.weights[index]:.0%})"
+        for index in result.outliers
+    ]
+    warn_user(
+        f"{count} of {len(names)} references {'does' if count == 1 else 'do'} not fit the others: "
+        + join_names(listed)
+    )
+
+
+def _warn_about_attributes(unknown: Sequence[str], known: Sequence[str]) -> None:
+    listed = join_names([quote(word) for word in unknown])
+    if not known:
+        warn_user(
+            f"the reference model was trained without attributes, so {listed} may have no effect"
+        )
+        return
+    hints = [hint for word in unknown if (hint := did_you_mean(word, known))]
+    warn_user(
+        f"the reference model was not trained with the attribute{'s' * (len(unknown) > 1)} "
+        f"{listed}: {' '.join([*hints, 'it knows ' + ', '.join(known)])}"
+    )
 
 
 def _versions(module: torch.nn.Module) -> tuple[Any, ...]:

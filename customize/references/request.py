@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from customize.errors import ConfigError
 from customize.references.group import SUFFIX, ReferenceGroup
 from customize.references.images import ARGUMENT, Group, read_group, read_groups
 from customize.references.scale import SCALE_ARGUMENT, read_scale
-from customize.references.seams.attachment import Scale
+from customize.references.seams.attachment import Scale, scale_of
 from customize.text import plural, quote
 
 #: A group that is encoded already, or its images.
@@ -32,10 +32,14 @@ class ReferenceRequest:
     scales: tuple[Mapping[str | None, float], ...]
     layer_scale: Scale
 
-    @property
-    def is_zero(self) -> bool:
-        """Whether no group has an effect."""
-        return self.layer_scale == 0.0 or not any(any(s.values()) for s in self.scales)
+    def is_zero(self, modules: Iterable[str]) -> bool:
+        """Whether no group has an effect.
+
+        Args:
+            modules: Names of the denoiser's modules that read references, or have a LoRA.
+        """
+        has_scale = any(any(scales.values()) for scales in self.scales)
+        return not has_scale or all(scale_of(self.layer_scale, name) == 0.0 for name in modules)
 
 
 def parse_request(

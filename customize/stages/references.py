@@ -168,10 +168,27 @@ class References(StageSetting):
             self._groups.move_to_end(key)
             return self._groups[key]
 
+    def check_request(self, request: ReferenceRequest) -> None:
+        """Refuse groups that the model does not read.
+
+        Raises:
+            ConfigError: A group has too many images, or was encoded by another model.
+        """
+        for sources in request.sources:
+            for source in sources.values():
+                if isinstance(source, ReferenceGroup):
+                    self._check_encoded(source)
+                else:
+                    self.model.check_references(source)
+
     def encode_request(
         self, request: ReferenceRequest, prompts: Sequence[str]
     ) -> list[PromptReferences]:
-        """Return the encoded groups of each prompt, and keep them for the report."""
+        """Return the encoded groups of each prompt, and keep them for the report.
+
+        Raises:
+            ConfigError: See :meth:`check_request`.
+        """
         result = []
         for sources, scales, prompt in zip(request.sources, request.scales, prompts, strict=True):
             groups = {
@@ -179,6 +196,8 @@ class References(StageSetting):
                 for key, source in sources.items()
             }
             result.append(PromptReferences(groups))
+        if self.model.config.includes_prompt:
+            _warn_about_prompts(request, prompts)
         latest = {id(group): group for each in result for group, _ in each.groups.values()}
         self._latest = tuple(latest.values())
         return result
@@ -186,6 +205,10 @@ class References(StageSetting):
     def _group_of(self, source: Source, prompt: str) -> ReferenceGroup:
         if not isinstance(source, ReferenceGroup):
             return self._encode(source, prompt, True)
+        self._check_encoded(source)
+        return source
+
+    def _check_encoded(self, source: ReferenceGroup) -> None:
         config = self.model.config
         if source.model != self.model.digest:
             raise ConfigError(
@@ -201,12 +224,6 @@ class References(StageSetting):
                 where=ARGUMENT,
                 fix="encode its images again",
             )
-        if config.includes_prompt and source.prompt != prompt:
-            warn_user(
-                f"the group of references was encoded with the prompt {quote(source.prompt)}, and "
-                f"is used with {quote(prompt)}"
-            )
-        return source
 
 
 @contextmanager
@@ -243,15 +260,17 @@ def _run(
         lambda scale: seam_of(context.family).expand_scale(context.family, scale),
     )
     _check_words(request, prompts)
-    if request.is_zero:
+    request = _by_concept_words(request, prompts, context)
+    model = setting.model
+    if request.is_zero([*model.adapter.layers.attentions, *model.adapter.updates()]):
+        setting.check_request(request)  # what nothing reads is not encoded
         yield call
         return
-    model = setting.model
     denoiser = context.family.denoiser
     offloads = is_offloaded(denoiser)
     model.move_encoder(execution_device(context.pipe, denoiser))
     try:
-        references = setting.encode_request(_by_concept_words(request, prompts, context), prompts)
+        references = setting.encode_request(request, prompts)
         model.unconditional_tokens()
     finally:
         if offloads:
@@ -329,6 +348,23 @@ def _check_words(request: ReferenceRequest, prompts: Sequence[str]) -> None:
                     where="prompt",
                     fix="give prompt= a text or a list of texts",
                 )
+
+
+def _warn_about_prompts(request: ReferenceRequest, prompts: Sequence[str]) -> None:
+    """Warn of groups that were encoded with another prompt than the one that they are used with."""
+    pairs = dict.fromkeys(
+        (source.prompt, prompt)
+        for sources, prompt in zip(request.sources, prompts, strict=True)
+        for source in sources.values()
+        if isinstance(source, ReferenceGroup) and source.prompt != prompt
+    )
+    if pairs:
+        encoded, used = next(iter(pairs))
+        more = f"; and {len(pairs) - 1} more" if len(pairs) > 1 else ""
+        warn_user(
+            f"the group of references was encoded with the prompt {quote(encoded)}, and is used "
+            f"with {quote(used)}{more}"
+        )
 
 
 def _by_concept_words(

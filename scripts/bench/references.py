@@ -9,8 +9,8 @@ images' tokens side by side, and the first image alone; and a concept that is tr
 
 - identity, prompt, composition, leak: see customize.evaluation.storybook_rates; distance: mean
   cosine distance to the identity.
-- stranger: one of eight images shows another identity of the class. `stranger_loss_ratio` is what
-  it costs in identity, relative to what it costs the average.
+- a stranger: one of eight images is an outlier, which shows another identity of the class.
+  `stranger_loss_ratio` is what it costs in identity, relative to what it costs the average.
 
 Rivals whose weights are not in `--rivals` (folders named after the pooling) have no row.
 
@@ -51,7 +51,8 @@ from customize.storybook.world import CLASSES
 
 STEPS = 12  # sampling steps, enough for the judges
 COUNTS = (1, 2, 4, 8, 16, 28)
-STRANGERS = 8  # images of a group in which one is a stranger's
+OUTLIER_IMAGES = 8  # images of a group in which one is an outlier
+OUTLIER_ROW = "{}, a stranger"  # the name of its row in result files
 RATES = ("identity", "prompt", "composition", "leak", "distance")
 #: Name of a row -> folder of its weights.
 RIVALS = {"averaged": "average", "side by side": "concatenate", "one image": "one"}
@@ -79,10 +80,10 @@ def subject(index: int) -> ExampleConcept:
     return make_concept(f"r{index:02d}", kind, 700 + index, max(COUNTS))
 
 
-def stranger_group(index: int) -> list[Any]:
+def outlier_group(index: int) -> list[Any]:
     """Eight images of a subject, of which one, in the middle, is of another one of its class."""
-    images = subject(index).images()[:STRANGERS]
-    images[STRANGERS // 2] = subject(index + 10 * len(CLASSES)).images()[0]
+    images = subject(index).images()[:OUTLIER_IMAGES]
+    images[OUTLIER_IMAGES // 2] = subject(index + 10 * len(CLASSES)).images()[0]
     return images
 
 
@@ -222,35 +223,35 @@ def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, f
             rows.append({"drawn by": name, "images": count} | rates)
             print(rows[-1], flush=True)
         if name != "one image":
-            rates = rate(judges, protocol, encode, draw, [stranger_group(k) for k in identities])
-            rows.append({"drawn by": f"{name}, a stranger", "images": STRANGERS} | rates)
+            rates = rate(judges, protocol, encode, draw, [outlier_group(k) for k in identities])
+            rows.append({"drawn by": OUTLIER_ROW.format(name), "images": OUTLIER_IMAGES} | rates)
             print(rows[-1], flush=True)
     if not args.without_training:
         seconds: list[float] = []
-        groups = [subject(k).images()[:STRANGERS] for k in identities]
+        groups = [subject(k).images()[:OUTLIER_IMAGES] for k in identities]
         calls = trained_calls(args, seconds)
         rates = rate(judges, protocol, *calls, groups, lambda concept: concept.trigger)
         rates["training_seconds"] = mean(seconds)
-        rows.append({"drawn by": "concept trained on the images", "images": STRANGERS} | rates)
+        rows.append({"drawn by": "concept trained on the images", "images": OUTLIER_IMAGES} | rates)
     return rows, figures(rows)
 
 
 def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The figures of rows that are there."""
     by_key = {(row["drawn by"], row["images"]): row for row in rows}
-    ours = by_key["references", STRANGERS]
+    ours = by_key["references", OUTLIER_IMAGES]
     result = {f"{key}_8": ours[key] for key in ("identity", "leak")}
     result["prompt_rate_8"] = ours["prompt"]
-    averaged = by_key.get(("averaged", STRANGERS))
+    averaged = by_key.get(("averaged", OUTLIER_IMAGES))
     if averaged is not None and averaged["identity"]:
         result["identity_8_over_averaged"] = ours["identity"] / averaged["identity"]
         lost = [
-            row["identity"] - by_key[f"{name}, a stranger", STRANGERS]["identity"]
+            row["identity"] - by_key[OUTLIER_ROW.format(name), OUTLIER_IMAGES]["identity"]
             for name, row in (("references", ours), ("averaged", averaged))
         ]
         if lost[1] > 0:
             result["stranger_loss_ratio"] = lost[0] / lost[1]
-    trained = by_key.get(("concept trained on the images", STRANGERS))
+    trained = by_key.get(("concept trained on the images", OUTLIER_IMAGES))
     if trained is not None:
         result["identity_8_over_trained"] = ours["identity"] / trained["identity"]
     return result

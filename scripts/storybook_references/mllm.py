@@ -39,6 +39,7 @@ CONFIG = ReferencesConfig(
     includes_prompt=False,
     lora_rank=16,
     lora_alpha=16.0,
+    attributes=ATTRIBUTES,
 )
 
 

@@ -133,9 +133,9 @@ def make_question(
         same_class = members[groups.identities[group].kind]
         others = same_class if rng.random() < 0.8 else range(len(groups.identities))
         odd = int(rng.integers(count))
-        stranger = int(others[int(rng.integers(len(others)))])
-        if stranger != group:
-            images[odd] = (stranger, int(rng.integers(IMAGES)))
+        outlier = int(others[int(rng.integers(len(others)))])
+        if outlier != group:
+            images[odd] = (outlier, int(rng.integers(IMAGES)))
             answer = f" odd image {odd + 1}"
     return Question(tuple(images), ("",) * count, "same different ?", answer)
 

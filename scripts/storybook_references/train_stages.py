@@ -3,7 +3,7 @@
 "alignment": a target is reconstructed from itself, and the final layer, the projector and the
 adapter learn. "single": the same with the whole MLLM. "multi": the target is held out of its
 group; the others are shuffled, at most MAX_REFERENCES are read; a share of the samples asks for
-attributes of several things, and another has a stranger among the references.
+attributes of several things, and another has an outlier among the references.
 """
 
 from __future__ import annotations
@@ -160,11 +160,11 @@ def make_sample(
     if stage == "multi":
         others = [k for k in rng.permutation(IMAGES) if k != target][:count]
         references = [groups.pixels[group, k] for k in others]
-        if len(references) > 2 and rng.random() < 0.15:  # a stranger of the class
-            stranger = int(members[kind][int(rng.integers(len(members[kind])))])
+        if len(references) > 2 and rng.random() < 0.15:  # an outlier of the class
+            outlier = int(members[kind][int(rng.integers(len(members[kind])))])
             place = int(rng.integers(len(references)))
-            if stranger != group:  # whose image would be the target
-                references[place] = groups.pixels[stranger, target]
+            if outlier != group:  # whose image would be the target
+                references[place] = groups.pixels[outlier, target]
     else:
         references = [groups.pixels[group, target]]
     return Sample(data.latents[group, target], caption, references, [""] * len(references))

@@ -183,7 +183,7 @@ def test_inspect_reads_models_and_groups(
     group.save(file)
     result = run("inspect", model, world.rex, file)
     assert (result.code, result.err) == (0, "")
-    for text in ("reference model", "4 x 32", "qwen2_vl", "1 to 28", "<rex>, 2 tokens"):
+    for text in ("reference model", "4 x 32", "qwen2_vl", "1 to 28", "any word", "<rex>, 2 tokens"):
         assert text in result.out
     for name, digest, agreement in zip(group.names, group.digests, group.agreement, strict=True):
         assert f"{Path(name).name}: agreement {agreement:.2f}, weight" in result.out

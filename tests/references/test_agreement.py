@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from customize.references.agreement import KEEP, POWER, STRANGER, measure_agreement, weigh
+from customize.references.agreement import KEEP, OUTLIER, POWER, measure_agreement, weigh
 from customize.references.encoder_inputs import GroupRequest
 from customize.references.model import ReferenceModel
 from customize.storybook.example_concepts import make_concept
@@ -21,8 +21,8 @@ def test_weights_follow_the_formula():
     median = 0.8 * KEEP
     expected = [1.0, 1.0, 1.0, (0.2 / (KEEP * median)) ** POWER, 0.0]
     assert result.weights == pytest.approx(expected)
-    assert result.strangers == tuple(
-        n for n, a in enumerate(result.agreement) if a < STRANGER * median
+    assert result.outliers == tuple(
+        n for n, a in enumerate(result.agreement) if a < OUTLIER * median
     )
 
 
@@ -32,7 +32,7 @@ def test_pairs_and_groups_without_agreement_are_not_weighed():
 
 
 @torch.no_grad()
-def test_a_stranger_agrees_least():
+def test_an_outlier_agrees_least():
     encoder, processor = tiny_encoder(), tiny_processor()
     same, other = make_images(1)[0], make_images(1, 5)[0]
     inputs = processor.make_inputs([GroupRequest([same, same, other, same])], encoder.config)
@@ -49,10 +49,10 @@ def test_a_stranger_agrees_least():
 
 def test_one_image_agrees_with_itself():
     result = measure_agreement(None, torch.zeros(1), None, 1)
-    assert (result.agreement, result.weights, result.strangers) == ((1.0,), (1.0,), ())
+    assert (result.agreement, result.weights, result.outliers) == ((1.0,), (1.0,), ())
 
 
-def test_strangers_are_found_by_the_bundled_model():
+def test_outliers_are_found_by_the_bundled_model():
     model = ReferenceModel.from_pretrained("assets/references")
     images = make_concept("rex", "dog", 5001, 6).images()
     with warnings.catch_warnings():

@@ -176,19 +176,26 @@ def test_animations_give_a_frame_and_a_warning(tmp_path):
     frames = [Image.fromarray(array) for array in (PIXELS, OTHER)]
     path = tmp_path / "moving.png"
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    with pytest.warns(UserWarning, match=r"moving.png is animated; its first frame"):
+    with pytest.warns(UserWarning, match=r"1 animated reference image: .*moving.png \(frame 1\)"):
         assert same(read_group(path), PIXELS)
     with Image.open(path) as opened:
         opened.seek(1)
-        with pytest.warns(UserWarning, match="frame 2 is used"):
+        with pytest.warns(UserWarning, match=r"reference_images \(frame 2, its current one\)"):
             assert same(read_group(opened), OTHER)
         assert opened.tell() == 1
+        with pytest.warns(UserWarning, match="2 animated reference images") as caught:
+            read_group([path, opened])
+    assert len(caught) == 1
 
 
 def test_the_same_picture_twice_is_a_warning(folder):
-    with pytest.warns(UserWarning, match="same image as reference_images") as caught:
+    with pytest.warns(
+        UserWarning, match=r"1 repeated reference image again: .*same as reference_images\[0\]"
+    ):
         (group,) = read_groups([PIXELS, OTHER, folder / "a.png"], 1)
     assert len(group) == 3
+    with pytest.warns(UserWarning, match=r"29 repeated .*\[1\] \(the .* and 19 more") as caught:
+        read_group([PIXELS] * 30)
     assert len(caught) == 1
     read_groups([[PIXELS], [PIXELS]], 2)  # in two groups it is none
     read_groups([(PIXELS, "colour"), (PIXELS, "pose")], 1)  # nor for two attributes

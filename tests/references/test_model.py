@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
 import shutil
@@ -183,8 +184,10 @@ def test_another_configuration_is_refused(copied):
         ("num_tokens", True),
         ("lora_alpha", "1"),
         ("lora_alpha", 0),
+        ("attributes", "colour"),
+        ("attributes", [1]),
     ]:
-        before = json.loads(path.read_text())[name]
+        before = json.loads(path.read_text()).get(name)
         set_value(path, name, wrong)
         with pytest.raises(ConfigError, match=f"invalid {name} .*references.json"):
             ReferenceModel.from_pretrained(copied)
@@ -249,6 +252,32 @@ def test_number_of_images(model):
         model.encode(make_images(1) * 29)
     with pytest.raises(ConfigError, match="2 attributes"):
         model.encode(make_images(1), ["colour", "shape"])
+
+
+def warnings_of(model, *attributes):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.encode(make_images(len(attributes)), attributes)
+    return [str(warning.message) for warning in caught]
+
+
+def test_unknown_attributes_are_named(model, tmp_path):
+    def with_attributes(attributes):
+        config = dataclasses.replace(model.config, attributes=attributes)
+        return ReferenceModel(config, model.encoder, model.adapter, model.processor)
+
+    known = with_attributes(("colour", "pattern"))
+    assert warnings_of(known, "colour", "pattern", "") == []
+    (message,) = warnings_of(known, "color", "shape", "color")
+    assert "not trained with the attributes 'color', 'shape': did you mean colour?" in message
+    assert message.endswith("it knows colour, pattern")
+    (message,) = warnings_of(with_attributes(()), "colour", "")
+    assert "trained without attributes, so 'colour' may have no effect" in message
+    assert warnings_of(model, "anything") == []  # whose attributes are unknown
+    # The list is kept in the file, and makes no other model.
+    saved = ReferenceModel.from_pretrained(known.save_pretrained(tmp_path))
+    assert saved.config == known.config
+    assert saved.digest == known.digest == model.digest
 
 
 def test_unconditional_tokens_are_kept_until_the_encoder_changes(model):
@@ -322,12 +351,13 @@ def test_damaged_group_files_are_refused(model, tmp_path):
 
 
 def test_images_that_give_different_attributes_need_not_agree(model, monkeypatch):
-    # Every image but the most typical one is a stranger by these limits.
+    # Every image up to the median is an outlier by these limits, and so are two of four.
     monkeypatch.setattr("customize.references.agreement.KEEP", 1.0)
-    monkeypatch.setattr("customize.references.agreement.STRANGER", 1.0)
+    monkeypatch.setattr("customize.references.agreement.OUTLIER", 1.001)
     images = make_images(4, 3)
-    with pytest.warns(UserWarning, match="does not fit the others"):
+    with pytest.warns(UserWarning, match=r"2 of 4 references do not fit .*%\), image") as caught:
         weighed = model.encode(images)
+    assert len(caught) == 1
     assert min(weighed.weights) < 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 
 import diffusers
@@ -141,10 +142,31 @@ def test_a_scale_by_block_is_that_of_diffusers():
     assert differ(drawn, images(pipe))
     everywhere = images(pipe, reference_images=A, reference_scale={"down": 1.0, "mid": 1, "up": 1})
     assert close(everywhere, images(pipe, reference_images=A))
-    with pytest.raises(ConfigError, match="do not fit the UNet"):
+    with pytest.raises(ConfigError, match="do not fit the UNet") as error:
         draw(pipe, reference_images=A, reference_scale={"down": {"block_1": [1.0, 0.5, 0.2]}})
+    example = json.loads(error.value.fix.partition("such as ")[2])
+    assert differ(images(pipe, reference_images=A, reference_scale=example), images(pipe))
     with pytest.raises(ConfigError, match="scale for 'a dog' is neither for words"):
         draw(pipe, reference_images=A, reference_scale={"a dog": 0.5})
+
+
+def test_groups_that_nothing_reads_are_checked_and_not_encoded(monkeypatch):
+    pipe, model = make()
+    base, encoded = images(pipe), []
+    other = tiny_reference_model(tiny_sd().components)
+    other.encoder.final_layer.reference_tokens.data.add_(1.0)
+    group = References(other).encode(A)
+    monkeypatch.setattr(model, "encode", lambda *args, **kwargs: encoded.append(args))
+    for scale in (0.0, [0.0], {"down": 0.0, "mid": 0.0, "up": {"block_0": 0.0}}):
+        asked = {"reference_scale": scale}
+        assert np.array_equal(images(pipe, reference_images=A, **asked), base)
+        with pytest.raises(ConfigError, match="30 reference images are given"):
+            draw(pipe, reference_images=make_images(30), **asked)
+        with pytest.raises(ConfigError, match="another reference model"):
+            draw(pipe, reference_images=group, **asked)
+    with pytest.raises(ConfigError, match="does not contain 'a cow'"):
+        draw(pipe, reference_images={"a cow": A}, reference_scale={"a cow": 0.0})
+    assert encoded == []
 
 
 def test_the_folder_of_a_reference_model_is_no_concept(tmp_path):
@@ -191,7 +213,7 @@ def test_output_reports_the_groups():
     assert "agreement" in str(pipe.custom)
 
 
-def test_a_stranger_is_reported():
+def test_an_outlier_agrees_least():
     pipe, model = make()
     model.encoder.final_layer.reference_tokens.data.mul_(0.1)
     same, other = make_images(1)[0], make_images(1, 7)[0]
@@ -209,8 +231,8 @@ def test_prompts_are_read_by_models_that_read_them():
     draw(pipe, ["a dog", "a cat"], reference_images=A)
     assert seen == ["a dog", "a cat"]
     group = References(model).encode(A, "a dog")
-    with pytest.warns(UserWarning, match="was encoded with the prompt"):
-        draw(pipe, "a cat", reference_images=group)
+    with pytest.warns(UserWarning, match="was encoded with the prompt 'a dog'.* 'a cat'; and 1"):
+        draw(pipe, ["a cat", "a dog", "a cup"], reference_images=group)
 
 
 def test_a_group_of_another_model_is_refused():
@@ -258,7 +280,7 @@ def test_models_for_other_denoisers_are_refused_and_nothing_changes():
         ({"reference_images": make_images(1) * 29}, "29 reference images"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*the same picture")
+@pytest.mark.filterwarnings("ignore:.*repeated reference image")
 def test_bad_arguments_are_refused(call, problem):
     pipe, _ = make()
     before = snapshot(pipe.unet)

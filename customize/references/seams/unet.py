@@ -25,10 +25,6 @@ from customize.references.seams.attachment import (
 from customize.text import quote
 
 _PARTS = ("down", "mid", "up")
-_SCALE_FIX = (
-    "give them as set_ip_adapter_scale takes them, such as "
-    '{"down": {"block_1": [0.0, 1.0]}, "up": 0.5}'
-)
 
 
 def attention_layers(family: Family) -> AttentionLayers:
@@ -45,8 +41,8 @@ def expand_scale(family: Family, scale: Any) -> Scale:
 
     Args:
         family: The model.
-        scale: Such as ``{"down": {"block_1": [0.0, 1.0]}, "up": 0.5}``; blocks without a number
-            have 0.
+        scale: Such as ``{"mid": 0.5, "up": {"block_0": [0.0, 1.0]}}``, with a number for each layer
+            of a block; blocks without a number have 0.
 
     Returns:
         Name of a module -> scale.
@@ -63,7 +59,7 @@ def expand_scale(family: Family, scale: Any) -> Scale:
             f"the scale for {quote(unknown[0])} is neither for words of reference_images= nor for "
             "a part of the UNet",
             where="reference_scale",
-            fix=_SCALE_FIX,
+            fix=_scale_fix(family),
         )
     try:
         (by_prefix,) = _maybe_expand_lora_scales(uncompiled(family.denoiser), [scale], 0.0)
@@ -71,7 +67,7 @@ def expand_scale(family: Family, scale: Any) -> Scale:
         raise ConfigError(
             f"the scales by block do not fit the UNet: {error}",
             where="reference_scale",
-            fix=_SCALE_FIX,
+            fix=_scale_fix(family),
         ) from error
     numbers = dict(by_prefix)
 
@@ -80,6 +76,18 @@ def expand_scale(family: Family, scale: Any) -> Scale:
         return 0.0 if prefix is None else float(numbers[prefix])
 
     return scale_of_module
+
+
+def _scale_fix(family: Family) -> str:
+    """Return the fix for scales by block: an example for the model's UNet."""
+    fix = "give them as set_ip_adapter_scale takes them"
+    layers = [name.split(".") for name in family.cross_attention_layers()]
+    ups = [(block, layer) for part, block, _, layer, *_ in layers if part == "up_blocks"]
+    if not ups:
+        return fix
+    block = ups[0][0]
+    numbers = [0.5] * len({layer for number, layer in ups if number == block})
+    return f'{fix}, such as {{"mid": 0.5, "up": {{"block_{block}": {numbers}}}}}'
 
 
 @contextmanager

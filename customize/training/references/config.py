@@ -256,6 +256,7 @@ class ReferenceTrainConfig(SettingsModel):
             max_references=self.max_references,
             lora_rank=self.lora_rank,
             lora_alpha=float(self.lora_rank or 1) if self.lora_alpha is None else self.lora_alpha,
+            attributes=(),  # until a data set adds its own
         )
 
     _expand_home = field_validator("images", "output", "mllm", "init", "validation_images")(

@@ -44,7 +44,11 @@ class GroupSample:
 
 
 class GroupDataset(Protocol):
-    """A source of samples, such as files, arrays or drawn scenes."""
+    """A source of samples, such as files, arrays or drawn scenes.
+
+    One that has ``attributes``, a collection of all attributes of its samples, lets the trained
+    references warn of others.
+    """
 
     def __len__(self) -> int:
         """Return the number of targets of one pass."""
@@ -121,6 +125,14 @@ class FileGroups:
     def __len__(self) -> int:
         return len(self._targets)
 
+    @property
+    def attributes(self) -> set[str]:
+        """The attributes of all samples."""
+        if not self._config.rules.holds_out_target:
+            return set()
+        references = (self._groups.references[number] for number in self._targets)
+        return {name for others in references for _, name in others if name}
+
     def sample(self, index: int, rng: Random) -> GroupSample:
         """See :meth:`GroupDataset.sample`."""
         number, config = self._targets[index], self._config
@@ -196,6 +208,9 @@ class ArrayGroups:
             )
         self._images, self._captions, self._latents = images, captions, latents
         self._config, self._patches = config, PatchCache(processor)
+
+    #: No sample has attributes.
+    attributes = frozenset[str]()
 
     def __len__(self) -> int:
         return self._images.shape[0] * self._images.shape[1]

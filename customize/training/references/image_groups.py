@@ -122,15 +122,15 @@ def _read_folders(path: Path, caption: str | None) -> list[GroupImage]:
         )
     suffixes = image_formats()[0]
     loose = [entry.name for entry in entries if entry.suffix.lower() in suffixes]
-    warn_ignored(path, [f"{name} (in no group's folder)" for name in loose])
-    images = []
+    images, unused = [], []
     for folder in folders:
         files = scan_folder(folder)
         captions = read_captions(files, files.images, template=caption, trigger=None, forbidden=())
-        warn_ignored(folder, [*captions.unused, *files.ignored])
+        unused += [f"{folder.name}/{name}" for name in (*captions.unused, *files.ignored)]
         for file in files.images:
             text = captions.texts[file]
             images.append(GroupImage(_read_sample(file, text), (text,), folder.name))
+    warn_ignored(path, [*(f"{name} (in no group's folder)" for name in loose), *unused])
     return images
 
 
@@ -227,7 +227,7 @@ def _parse_attribute(value: Any) -> str:
         raise ValueError(
             f"has an attribute that is not a text of at most {MAX_ATTRIBUTE_LENGTH} characters"
         )
-    return value.strip()
+    return " ".join(value.split())
 
 
 def _resolve(folder: Path, name: Any) -> Path:

@@ -29,6 +29,7 @@ from customize.training.data.batches import stream_seed
 from customize.training.distributed import MIXED_PRECISION_DTYPES
 from customize.training.prepare_base import freeze, offload, restored_afterwards
 from customize.training.references.config import ReferenceTrainConfig
+from customize.training.references.group_dataset import GroupDataset
 from customize.training.references.reference_run import ReferenceRun
 
 
@@ -108,6 +109,18 @@ def load_reference_model(config: ReferenceTrainConfig, family: Family) -> Refere
         encoder = ReferenceEncoder(settings, mllm)
         adapter = make_adapter(settings, family)
     return ReferenceModel(settings, encoder.eval(), adapter, processor)
+
+
+def add_attributes(model: ReferenceModel, dataset: GroupDataset) -> None:
+    """Add the attributes of a data set to those that references know.
+
+    They are unknown afterwards if those of either are unknown.
+    """
+    known, learned = model.config.attributes, getattr(dataset, "attributes", None)
+    is_known = known is not None and learned is not None
+    attributes = tuple(sorted({*(known or ()), *(learned or ())})) if is_known else None
+    model.config = dataclasses.replace(model.config, attributes=attributes)
+    model.encoder.config = model.config
 
 
 def check_model(model: ReferenceModel, family: Family, where: object) -> None:

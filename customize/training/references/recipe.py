@@ -38,6 +38,7 @@ from customize.training.progress import Progress
 from customize.training.references.config import ReferenceTrainConfig
 from customize.training.references.group_dataset import GroupDataset
 from customize.training.references.load_models import (
+    add_attributes,
     check_model,
     initial_digest,
     load_base,
@@ -141,6 +142,7 @@ def run_recipe(
         assert groups is not None
         dataset = cache_groups(run, groups)
     run.dataset = dataset
+    add_attributes(model, dataset)
     shown = dataset if validation_groups is None else cache_groups(run, validation_groups)
     keeps_autoencoder = config.validation_groups or not config.cache_latents
     offload(run.family, {"vae": run.family.vae}, free=run.owns_base and not keeps_autoencoder)

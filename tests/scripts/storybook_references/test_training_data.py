@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from customize.evaluation.storybook_rates import SCENES
+from customize.references.model_files import read_config
 from customize.storybook.caption_grammar import WORDS, parse_prompt
 from customize.storybook.world import random_identity
 from storybook_references.attribute_groups import AttributeGroups, make_attribute_group, transfer
 from storybook_references.captions import class_caption
-from storybook_references.mllm import ATTRIBUTES, make_processor
+from storybook_references.mllm import ATTRIBUTES, CONFIG, make_processor
 from storybook_references.pretrain_mllm import make_batch
 from storybook_references.pretrain_vision import make_targets
 from storybook_references.questions import (
@@ -121,12 +124,17 @@ def test_captions_leave_out_what_references_give():
     assert class_caption("dog", "none", "snow") == "a photo of a dog in the snow"
 
 
+def test_the_bundled_references_have_the_configuration_of_their_training():
+    assert read_config(Path("assets/references")) == CONFIG
+    assert CONFIG.attributes == ATTRIBUTES
+
+
 def test_a_target_is_never_among_its_references(groups):
     one = Groups(groups.pixels[:1], groups.identities[:1], groups.accessories, groups.backgrounds)
     latents = np.arange(IMAGES).reshape(1, IMAGES)  # the number of the image in place of its own
     no_attributes = AttributeGroups(np.zeros((0, 1)), [], [])
     data = Data(one, latents, no_attributes, np.zeros((0, 1)))
-    # Strangers are of the same class, here all of the target's own group.
+    # Outliers are of the same class, here all of the target's own group.
     members = {one.identities[0].kind: [0]}
 
     count = 0

@@ -115,6 +115,17 @@ def test_unreadable_image(tmp_path):
         read_image_groups(folder, None)
 
 
+def test_files_that_are_not_read_are_named_once(tmp_path, caplog):
+    folder = make_groups(tmp_path / "data", (1,) * 12)
+    for group in range(12):
+        (folder / f"g{group}" / "notes.md").write_text("mine")
+    picture(0).save(folder / "loose.png")
+    read_image_groups(folder, None)
+    (record,) = caplog.records
+    for text in (f"{folder}: loose.png (in no group's folder)", "g0/notes.md", "and 3 more"):
+        assert text in record.getMessage()
+
+
 def test_groups_of_one_image_have_no_targets(tmp_path):
     groups = read_image_groups(make_groups(tmp_path / "data", (1, 1)), None)
     with pytest.raises(DataError, match="every group has one image"):

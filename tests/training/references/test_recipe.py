@@ -18,10 +18,14 @@ from customize.families import family_of
 from customize.references.model import ReferenceModel
 from customize.training.checkpoint import load_latest_checkpoint
 from customize.training.references.group_dataset import ArrayGroups, GroupSample
-from customize.training.references.load_models import initial_digest, load_reference_model
+from customize.training.references.load_models import (
+    add_attributes,
+    initial_digest,
+    load_reference_model,
+)
 from customize.training.references.recipe import train_references
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl, tiny_z_image
-from tests.training.references.tiny_references import make_groups, settings, tensors
+from tests.training.references.tiny_references import make_groups, make_metadata, settings, tensors
 from tests.training.runs import Stop, assert_unchanged, crash_at, same, snapshot
 
 PIPE = tiny_sd()
@@ -69,6 +73,34 @@ def test_later_stages_train_everything(stage, first):
     assert changed(before, after) == before.keys()
     # A step of AdamW changes a weight by about the learning rate.
     assert max(float((after[k] - before[k]).abs().max()) for k in before) < 10 * 1e-3
+
+
+def test_references_know_the_attributes_that_they_were_trained_with(first):
+    rows = [
+        {"group": "a", "image": f"{k}.png", "caption": "a cup", "attribute": word}
+        for k, word in enumerate(["colour", "shape ", ""])
+    ]
+    images = make_metadata(first / "named", rows)
+
+    def train(name, stage, previous, images=images):
+        config = settings(first, name, stage=stage, init=previous, steps=1, images=images)
+        train_references(config, COMPONENTS, progress=False)
+        return first / name, ReferenceModel.from_pretrained(first / name).config.attributes
+
+    # Another stage than the last reads no attributes.
+    single, known = train("named-single", "single", first / "first")
+    assert known == ()
+    multi, known = train("named-multi", "multi", single)
+    assert known == ("colour", "shape")
+    assert train("plain-multi", "multi", multi, first / "images")[1] == ("colour", "shape")
+    # Those of samples in memory are unknown, unless the data set names them.
+    model = ReferenceModel.from_pretrained(multi)
+    add_attributes(model, make_arrays(model, settings(first, "x", init=multi)))
+    assert model.config.attributes == ("colour", "shape")
+    add_attributes(model, [])
+    assert model.config.attributes is None is model.encoder.config.attributes
+    add_attributes(model, make_arrays(model, settings(first, "x", init=multi)))
+    assert model.config.attributes is None
 
 
 def test_checkpoints_of_the_previous_stage_are_no_initial_weights(first):

@@ -17,6 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from customize.errors import ConfigError
+from customize.text import quote
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -54,6 +57,24 @@ _FLOATS = {
     "F8_E5M2": "float8_e5m2",
 }
 _MIN_SPARSE_BYTES = 256 * MB  # smaller files are read even if they have holes
+
+
+def as_path(value: Any, where: str) -> Path:
+    """Return the path that a user gave.
+
+    Args:
+        value: What was given.
+        where: Name of the argument in messages.
+
+    Raises:
+        ConfigError: It is neither a text nor a path, or has a zero byte.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise ConfigError(
+            f"{quote(value)} is not a path", where=where, fix="give a text or a pathlib.Path"
+        )
+    return Path(text)
 
 
 def path_exists(path: str | Path) -> bool:

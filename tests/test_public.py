@@ -12,9 +12,13 @@ import pytest
 
 import customize
 from customize.api.inspect_files import Inspection
+from customize.concepts.input_statistics import LayerInputs
 from customize.concepts.io.write_concept import save_concept
-from customize.errors import ConceptError, ConfigError
+from customize.errors import ConceptError, ConfigError, CustomizeError
 from customize.families import family_of
+from customize.references.group import ReferenceGroup
+from customize.references.model import ReferenceModel
+from customize.training.references.config import load_reference_config
 from tests.cli.making import record_of
 from tests.contexts import CONTEXTS
 from tests.pipeline.making import concept, draw
@@ -138,6 +142,33 @@ def test_lists_must_be_unpacked(tmp_path: Path) -> None:
         customize.merge(sources, output=tmp_path / "m")
     with pytest.raises(ConfigError, match=r"a dict is not a concept.*weights="):
         pipe.load_custom({"rex": 1.0})
+
+
+LOADERS = {
+    "load_concept": customize.load_concept,
+    "save_concept": lambda value: save_concept(concept(tiny_sd()), value),
+    "Library": customize.Library,
+    "inspect": customize.inspect,
+    "load_custom": lambda value: tiny_sd().load_custom(value),
+    "merge": lambda value: customize.merge(concept(tiny_sd()), output=value),
+    "References": customize.References.from_pretrained,
+    "ReferenceModel": ReferenceModel.from_pretrained,
+    "ReferenceModel.save": lambda value: ReferenceModel.from_pretrained(
+        "assets/references"
+    ).save_pretrained(value),
+    "ReferenceGroup": ReferenceGroup.load,
+    "LayerInputs": LayerInputs.load,
+    "load_reference_config": load_reference_config,
+    "train": lambda value: customize.train(config=value),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_values_that_are_no_paths_are_refused_with_their_fix(name: str) -> None:
+    for value in (5, b"rex", ["rex"], "\0"):
+        with pytest.raises(CustomizeError) as error:
+            LOADERS[name](value)
+        assert error.value.where and error.value.fix
 
 
 def test_inspect_reports_facts_and_overlap(tmp_path: Path) -> None:

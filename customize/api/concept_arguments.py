@@ -40,6 +40,7 @@ def read_concepts(
             is_collection = isinstance(concept, list | tuple | set)
             raise ConfigError(
                 f"a {type(concept).__name__} is not a concept",
+                where="concepts",
                 fix="unpack it with a star, as in merge(*concepts, output=...)"
                 if is_collection
                 else "give a folder, a .safetensors file, a hub id or a Concept",

@@ -52,6 +52,7 @@ def train(
     else:
         raise ConfigError(
             f"a {type(config).__name__} is not a configuration",
+            where="config",
             fix="give a YAML file, a TrainConfig, or settings by name: train(base=..., images=...)",
         )
     return recipe.train(config, components, progress, pipeline_config=pipeline_config)

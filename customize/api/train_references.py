@@ -59,6 +59,7 @@ def train_references(
     else:
         raise ConfigError(
             f"a {type(config).__name__} is not a configuration",
+            where="config",
             fix="give a YAML file, a ReferenceTrainConfig, or settings by name: "
             "train_references(base=..., images=...)",
         )

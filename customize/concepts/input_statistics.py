@@ -39,7 +39,7 @@ from customize.families import Family
 from customize.families.adaptable_layers import CONVOLUTIONS
 from customize.families.pipeline_components import uncompiled
 from customize.families.sampling import sample
-from customize.safe_read import path_exists
+from customize.safe_read import as_path, path_exists
 
 #: Contexts of the prompts.
 CONTEXTS = (
@@ -95,7 +95,7 @@ class LayerInputs:
         Raises:
             StorageError: If the file cannot be written.
         """
-        path = Path(path)
+        path = as_path(path, "path")
         try:
             write_atomic(path, self.to_bytes())
         except OSError as error:
@@ -126,7 +126,7 @@ class LayerInputs:
         Raises:
             ConceptError: If the file cannot be read, or is not a valid record.
         """
-        digest, factors = read_input_statistics(Path(path))
+        digest, factors = read_input_statistics(as_path(path, "path"))
         return cls(digest, factors["own"], factors["generic"])
 
 

@@ -163,15 +163,18 @@ def _open(source: object, ignore: Sequence[str], matched: set[str]) -> Adaptatio
     if isinstance(source, list | tuple | set | frozenset):
         raise ConfigError(
             f"a {type(source).__name__} of {len(source)} is not a concept",
+            where="concepts",
             fix="unpack it with a star, as in load_custom(*concepts), or give each by itself",
         )
     if isinstance(source, Mapping):
         raise ConfigError(
             "a dict is not a concept",
+            where="concepts",
             fix='give concepts by themselves and weights beside them: load_custom("rex", '
             'weights={"rex": 0.8})',
         )
     raise ConfigError(
         f"a {type(source).__name__} is not a concept",
+        where="concepts",
         fix="give a folder, a .safetensors file, a hub id or a Concept",
     )

@@ -33,6 +33,7 @@ from customize.references.encoder import ReferenceEncoder
 from customize.references.encoder_inputs import ReferenceProcessor
 from customize.safe_read import (
     PICKLE_SUFFIXES,
+    as_path,
     check_regular_files,
     map_float_tensors,
     read_safetensors_header,
@@ -72,7 +73,8 @@ def is_easyref(path: str | Path) -> bool:
     Raises:
         ConceptError: The file is a pickle, missing or damaged.
     """
-    return any(name.startswith(("mllm_final_layer.", MLLM)) for name in _read_shapes(Path(path)))
+    names = _read_shapes(as_path(path, "path"))
+    return any(name.startswith(("mllm_final_layer.", MLLM)) for name in names)
 
 
 def load_easyref(
@@ -99,7 +101,7 @@ def load_easyref(
         ConfigError: The MLLM's folder is not given, missing, incomplete, or of another kind of
             model.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     shapes = _read_shapes(path)
     map_keys(shapes, path)
     if mllm is None:
@@ -108,6 +110,7 @@ def load_easyref(
             where=path,
             fix="give mllm=, a local folder of Qwen2-VL-2B-Instruct",
         )
+    mllm = as_path(mllm, "mllm")
     mllm_config = _read_mllm_config(mllm)
     keys, config = check_layout(shapes, mllm_config, layers or sdxl_layers(), path)
     processor = _load_processor(mllm)

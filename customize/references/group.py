@@ -16,6 +16,7 @@ from customize.atomic import write_atomic
 from customize.concepts.io.data_files import read_tensors, safetensors_bytes
 from customize.core.lowrank import all_finite
 from customize.errors import DataError, StorageError, storage_error
+from customize.safe_read import as_path
 
 #: The end of the names of groups' files.
 SUFFIX = ".refs.safetensors"
@@ -62,9 +63,10 @@ class ReferenceGroup:
         Of the images' paths only the names of the files are written.
 
         Raises:
+            ConfigError: The path is no path.
             StorageError: The file has another extension, or cannot be written.
         """
-        path = Path(path)
+        path = as_path(path, "path")
         if not path.name.endswith(SUFFIX):
             raise StorageError(
                 f"a group of references must end in {SUFFIX}",
@@ -86,10 +88,11 @@ class ReferenceGroup:
         """Read a ``.refs.safetensors`` file.
 
         Raises:
+            ConfigError: The path is no path.
             ConceptError: The file is missing, cannot be read, or is no safetensors file.
             DataError: It is another kind of file, or its content is damaged.
         """
-        path = Path(path)
+        path = as_path(path, "path")
         tensors, metadata = read_tensors(path)
         if _HEADER not in metadata or set(tensors) != {"tokens"}:
             raise DataError(

@@ -49,6 +49,7 @@ from customize.references.model_files import (
     read_processor,
 )
 from customize.references.write_model import check_model_folder, write_model
+from customize.safe_read import as_path
 from customize.text import quote
 from customize.user_warnings import warn_user
 
@@ -88,7 +89,8 @@ class ReferenceModel:
         Raises:
             ConceptError: A file is missing or damaged, has missing, further or wrongly shaped
                 tensors or values that are not finite, or is a pickle.
-            ConfigError: The configuration has unknown, missing or wrong values.
+            ConfigError: The source is no path, or the configuration has unknown, missing or wrong
+                values.
         """
         folder = locate_model(source)
         config = read_config(folder)
@@ -105,9 +107,10 @@ class ReferenceModel:
             dtype: Floating dtype of the stored weights.
 
         Raises:
+            ConfigError: The folder is no path.
             StorageError: The folder contains something else, or cannot be written.
         """
-        folder = Path(folder)
+        folder = as_path(folder, "folder")
         check_model_folder(folder)
         files = {
             CONFIG_FILE: self.config.to_json().encode(),

@@ -20,7 +20,7 @@ from customize.references.adapter import AttentionLayers, ReferenceAdapter
 from customize.references.config import ReferencesConfig, parse_config
 from customize.references.encoder import MLLMS, ReferenceEncoder
 from customize.references.encoder_inputs import ReferenceProcessor, unconditional_request
-from customize.safe_read import path_exists
+from customize.safe_read import as_path, path_exists
 from customize.text import quote
 
 CONFIG_FILE = "references.json"
@@ -45,8 +45,9 @@ def locate_model(source: str | Path) -> Path:
 
     Raises:
         ConceptError: It does not exist, or is another kind of folder or file.
+        ConfigError: It is no path.
     """
-    folder = Path(source)
+    folder = as_path(source, "source")
     if path_exists(folder):
         if path_exists(folder / CONFIG_FILE):
             return folder

@@ -36,7 +36,7 @@ from customize.references.native import (
 from customize.references.request import ReferenceRequest, Source, parse_request
 from customize.references.scale import SCALE_ARGUMENT
 from customize.references.seams import SEAMS, seam_of
-from customize.safe_read import PICKLE_SUFFIXES
+from customize.safe_read import PICKLE_SUFFIXES, as_path
 from customize.stages.reference_tokens import (
     PromptReferences,
     execution_device,
@@ -86,10 +86,10 @@ class References(StageSetting):
 
         Raises:
             ConceptError: A file is missing, damaged or of another model, or is a pickle.
-            ConfigError: The configuration has unknown, missing or wrong values; or an argument does
-                not belong to this kind of source.
+            ConfigError: The configuration has unknown, missing or wrong values; or an argument is
+                no path, or does not belong to this kind of source.
         """
-        if Path(source).suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
+        if as_path(source, "source").suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
             if mllm is not None or dtype is not None:
                 raise ConfigError(
                     "mllm= and dtype= belong to EasyRef's file",

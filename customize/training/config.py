@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from customize.core.preservation import PRESERVATIONS, TEXT_COMPARISONS, select_losses
+from customize.safe_read import as_path
 from customize.training import field_values
 from customize.training.config_validation import find_contradictions, join_problems
 from customize.training.settings_file import (
@@ -339,7 +340,7 @@ def load_config(path: Path | str | None = None, **overrides: Any) -> TrainConfig
     Raises:
         ConfigError: The file is missing, unreadable or not a YAML mapping, or a setting is invalid.
     """
-    settings = {} if path is None else read_yaml(Path(path))
+    settings = {} if path is None else read_yaml(as_path(path, "path"))
     return build_config({**settings, **rename_settings(overrides)}, path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from customize.errors import ConfigError
-from customize.safe_read import real_path
+from customize.safe_read import as_path, real_path
 from customize.training.config import TrainConfig, build_config, load_config
 from customize.training.config_validation import Problem, join_problems
 from customize.training.field_values import contains_trigger, format_value
@@ -41,7 +41,7 @@ def load_configs(
     configs = [load_config(path, **overrides)]
     if others:
         overrides = rename_settings(overrides)
-        first = ({} if path is None else read_yaml(Path(path))) | overrides
+        first = ({} if path is None else read_yaml(as_path(path, "path"))) | overrides
         for other in others:
             settings = (
                 _shared_settings(first) | read_yaml(Path(other)) | _shared_settings(overrides)

@@ -354,6 +354,8 @@ def test_other_mllms_are_refused(write, tmp_path, mllm):
     assert "mllm=" in caught.value.fix
     with pytest.raises(ConfigError, match="the MLLM cannot be read"):
         load(path, tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="5 is not a path"):
+        load(path, 5)
     from transformers import Qwen2_5_VLConfig
 
     Qwen2_5_VLConfig().save_pretrained(tmp_path / "other")

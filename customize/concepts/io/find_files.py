@@ -10,7 +10,7 @@ from customize.concepts.io.file_layout import INFO_FILE, LORA_FILE, MERGED_FILE
 from customize.concepts.io.hub import download, is_hub_id
 from customize.errors import ConceptError
 from customize.near_names import suggest_paths
-from customize.safe_read import PICKLE_SUFFIXES, path_exists
+from customize.safe_read import PICKLE_SUFFIXES, as_path, path_exists
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -83,8 +83,9 @@ def locate(source: str | Path) -> Path:
 
     Raises:
         ConceptError: If the source does not exist or cannot be reached, or it is a pickle.
+        ConfigError: If the source is no path.
     """
-    path = Path(source)
+    path = as_path(source, "source")
     try:
         os.stat(path)
     except PermissionError as error:
@@ -113,7 +114,7 @@ def locate_concept(source: str | Path) -> Path:
     """The path of a concept, merge or LoRA; for the LoRA file of a concept or merge, its folder.
 
     Raises:
-        ConceptError: As :func:`locate`.
+        ConceptError, ConfigError: As :func:`locate`.
     """
     path = locate(source)
     info_files = (path.parent / name for name in (INFO_FILE, MERGED_FILE))

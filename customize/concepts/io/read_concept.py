@@ -50,6 +50,7 @@ def load_concept(source: str | Path) -> Concept:
         ConceptError: If the source does not exist or is a pickle; a file is missing, truncated or
             changed; a tensor has a wrong shape or a value that is not finite; a key is missing or
             unknown; or the schema version is unknown.
+        ConfigError: If the source is no path.
     """
     path = locate(source)
     return _read_folder(path) if path.is_dir() else _read_single_file(path)

@@ -42,6 +42,7 @@ from customize.concepts.io.file_layout import (
 from customize.concepts.io.output_folder import check_output_folder, check_same_name
 from customize.concepts.types import Concept
 from customize.errors import ConfigError, StorageError, storage_error
+from customize.safe_read import as_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,10 +62,11 @@ def save_concept(
         The path.
 
     Raises:
-        ConfigError: If samples are given for a single file.
+        ConfigError: If samples are given for a single file, or the path is no path.
         StorageError: If the path contains something else, or cannot be written.
     """
-    if Path(path).suffix != ".safetensors":
+    path = as_path(path, "path")
+    if path.suffix != ".safetensors":
         return write_folder(concept, path, samples or ())
     if samples:
         raise ConfigError(

@@ -38,7 +38,7 @@ from customize.concepts.slices.slice_reservations import lock_library
 from customize.concepts.types import Concept
 from customize.errors import ConceptError, ConfigError, storage_error
 from customize.near_names import find_near_names, suggest_paths
-from customize.safe_read import MAX_SAFETENSORS_BYTES, open_regular, path_exists, real_path
+from customize.safe_read import MAX_SAFETENSORS_BYTES, as_path, open_regular, path_exists, real_path
 from customize.text import one_line, plural
 
 # Files of a concept besides safetensors: those that are validated, and those that are not.
@@ -63,8 +63,8 @@ class Library:
             the hub (:func:`customize.concepts.io.hub.download_collection`).
 
     Raises:
-        ConfigError: If the source is not a folder, or cannot be listed; or the hub has no such
-            collection.
+        ConfigError: If the source is no path or not a folder, or cannot be listed; or the hub has
+            no such collection.
         ConceptError: If a concept of the collection cannot be downloaded.
     """
 
@@ -163,7 +163,7 @@ class Library:
 def _folder_of(source: str | Path) -> Path:
     if isinstance(source, str) and is_collection_slug(source) and not os.path.exists(source):
         return download_collection(source)
-    return Path(source)
+    return as_path(source, "library")
 
 
 def add_to_library(library: str | Path, source: str | Path) -> LibraryEntry:
@@ -183,7 +183,7 @@ def add_to_library(library: str | Path, source: str | Path) -> LibraryEntry:
         ConceptError: If the concept cannot be read, or its name or trigger is taken in the library.
         StorageError: If the library cannot be written.
     """
-    folder = Path(library)
+    folder = as_path(library, "library")
     concept, path = open_adaptation(source), locate_concept(source)
     name = concept.info.name
     target = folder / (name if path.is_dir() else f"{name}.safetensors")

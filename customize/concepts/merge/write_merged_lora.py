@@ -46,7 +46,7 @@ from customize.core.scalars import is_integer
 from customize.core.truncation import truncate
 from customize.errors import ConceptError, ConfigError, StorageError, storage_error
 from customize.families import Family, published_families
-from customize.safe_read import read_bytes
+from customize.safe_read import as_path, read_bytes
 from customize.text import quote
 
 Updates = Mapping[str, Mapping[str, LowRank]]
@@ -118,7 +118,7 @@ def write_merged(
             finite.
         StorageError: If the folder contains something else, or cannot be written.
     """
-    folder = Path(folder)
+    folder = as_path(folder, "output")
     check_compatible(concepts)
     subjects = [subject for concept in concepts for subject in concept.subjects]
     check_subjects(subjects)

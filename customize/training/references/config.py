@@ -11,8 +11,9 @@ from pydantic import (
     model_validator,
 )
 
+from customize.errors import ConfigError
 from customize.references.config import INSTRUCTION, ReferencesConfig
-from customize.safe_read import real_path
+from customize.safe_read import as_path, real_path
 from customize.training import field_values
 from customize.training.config_validation import Problem, join_problems
 from customize.training.field_values import format_value
@@ -237,6 +238,30 @@ class ReferenceTrainConfig(SettingsModel):
         """The learning rate, or the stage's if it is None."""
         return self.rules.learning_rate if self.learning_rate is None else self.learning_rate
 
+    def check_sources(self, has_dataset: bool = False, has_model: bool = False) -> None:
+        """Refuse settings without training images, or without weights to start from.
+
+        Args:
+            has_dataset: Whether there are samples in memory.
+            has_model: Whether there are references in memory.
+
+        Raises:
+            ConfigError: There are none.
+        """
+        if self.images is None and not has_dataset:
+            raise ConfigError(
+                "there are no training images",
+                where="images",
+                fix="set images to a folder of groups or a .jsonl file (--images)",
+            )
+        if self.mllm is None and self.init is None and not has_model:
+            raise ConfigError(
+                "there is neither an MLLM nor references to continue",
+                where="mllm",
+                fix="set mllm to the folder of a Qwen2-VL (--mllm), or init to a folder of "
+                "references (--init)",
+            )
+
     def references_config(self, family: str, width: int) -> ReferencesConfig:
         """Return the configuration of a new encoder.
 
@@ -315,5 +340,5 @@ def load_reference_config(path: Path | str | None = None, **overrides: Any) -> R
     Raises:
         ConfigError: The file is missing, unreadable or not a YAML mapping, or a setting is invalid.
     """
-    settings = {} if path is None else read_yaml(Path(path))
+    settings = {} if path is None else read_yaml(as_path(path, "path"))
     return build_settings(ReferenceTrainConfig, {**settings, **overrides}, path)

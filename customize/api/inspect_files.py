@@ -65,7 +65,7 @@ def inspect(
 
     Args:
         concepts: At least one folder, ``.safetensors`` file, hub id, or concept in memory; also
-            folders of reference models, and files of encoded groups of references.
+            folders of reference models, EasyRef's file, and files of encoded groups of references.
         family: The model family of LoRA files whose layer names fit several families.
         ignore: Parts of the folders and files to leave out, as for :func:`customize.load_custom`.
 

@@ -16,6 +16,7 @@ from customize.cli.shared_options import (
     Dtype,
     Ignore,
     MergeMethod,
+    Mllm,
     Names,
     OptionalConcepts,
     ReferenceModelSource,
@@ -84,6 +85,7 @@ def generate(
         ),
     ] = None,
     reference_model: ReferenceModelSource = None,
+    mllm: Mllm = None,
     reference_scale: Annotated[
         float | None,
         typer.Option(
@@ -200,7 +202,9 @@ def generate(
         variant,
         base_config,
     )
-    reference_flags = ReferenceFlags(tuple(references or ()), reference_model, reference_scale)
+    reference_flags = ReferenceFlags(
+        tuple(references or ()), reference_model, mllm, reference_scale
+    )
     parsed = parse_regions(regions or [])
     generate_images(loading, plan, parsed, reference_flags, output, device, dtype)
 

@@ -34,7 +34,7 @@ def inspect(
     on another concept's recorded layer inputs, relative to that concept's
     own update.
 
-    Also reads folders of reference models and .refs.safetensors files.
+    Also reads reference models and .refs.safetensors files.
     """
     from rich.table import Table
 

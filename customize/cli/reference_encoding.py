@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from customize.cli.interrupts import on_interrupt
-from customize.cli.shared_options import Device, ReferenceModelSource
+from customize.cli.shared_options import Device, Mllm, ReferenceModelSource
 
 
 @on_interrupt("interrupted: nothing was written")
@@ -30,6 +30,7 @@ def encode(
         ),
     ],
     reference_model: ReferenceModelSource = None,
+    mllm: Mllm = None,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +63,7 @@ def encode(
     paths = read_group_paths(images, "PATH").paths
     torch_device = choose_device(device, "--device")
     hide_loading_bars()
-    references = load_model(reference_model)
+    references = load_model(reference_model, mllm)
     references.model.move_encoder(torch_device)
     group = references.encode(paths, prompt or "")
     group.save(output)

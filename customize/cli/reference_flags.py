@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from customize.stages.references import References
 
 FLAG, MODEL_FLAG, SCALE_FLAG = "--references", "--reference-model", "--reference-scale"
+MLLM_FLAG = "--mllm"
+#: The name of the bundled reference model in settings files, which name no folder of this machine.
+BUNDLED = "bundled"
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class ReferenceFlags:
     Attributes:
         paths: Images and folders of images, which make one group; or the file of a group. With
             "WORDS=" before each, those of the same words of the prompt make a group.
-        model: Folder or hub id of a reference model.
+        model: Folder or hub id of a reference model, or EasyRef's file.
+        mllm: Folder of the MLLM of EasyRef's file.
         scale: Effect of the references.
 
     Raises:
@@ -34,10 +38,12 @@ class ReferenceFlags:
 
     paths: tuple[str, ...] = ()
     model: str | None = None
+    mllm: str | None = None
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        for flag, value in ((MODEL_FLAG, self.model), (SCALE_FLAG, self.scale)):
+        values = {MODEL_FLAG: self.model, MLLM_FLAG: self.mllm, SCALE_FLAG: self.scale}
+        for flag, value in values.items():
             if value is not None and not self.paths:
                 raise ConfigError(
                     f"{flag} was given without {FLAG}",
@@ -59,7 +65,8 @@ class ReferenceArguments:
         scale: The argument ``reference_scale=``; None if it is not given.
         images: Name, SHA-256 of pixels and attribute, and words of the prompt, of each image.
         setting: The reference model; None for a base that reads references by itself.
-        source: Folder or hub id of the reference model.
+        source: Folder, hub id or file of the reference model, as it was given; :data:`BUNDLED`
+            for the default.
     """
 
     value: Any
@@ -130,8 +137,9 @@ def read_references(flags: ReferenceFlags, base: str) -> ReferenceArguments | No
         for words, files in groups.items()
         for image in files.images
     ]
-    source = flags.model or _bundled_model(base)
-    setting = None if source is None else load_model(source)
+    source = flags.model or (BUNDLED if _has_bundled_model(base) else None)
+    needs_model = source is not None or flags.mllm is not None
+    setting = load_model(flags.model, flags.mllm) if needs_model else None
     return ReferenceArguments(values.get(None, values), flags.scale, images, setting, source)
 
 
@@ -204,16 +212,30 @@ def read_group_paths(paths: Sequence[str], where: str, *, encoded_too: bool = Fa
     return GroupFiles(files, None, [{"name": i.name, "digest": i.digest} for i in read])
 
 
-def load_model(source: str | None) -> References:
+def load_model(source: str | None, mllm: str | None = None) -> References:
     """Load a reference model.
 
     Args:
-        source: Folder or hub id; None: the bundled one.
+        source: Folder, hub id, or EasyRef's file; None: the bundled one.
+        mllm: Folder of the MLLM of EasyRef's file.
 
     Raises:
-        ConfigError: There is no bundled one.
+        ConfigError: There is no bundled one; or the MLLM is missing, or belongs to no file.
         CustomizeError: The model cannot be read.
     """
+    is_file = source is not None and source.lower().endswith(".safetensors")
+    if mllm is not None and not is_file:
+        raise ConfigError(
+            "an MLLM belongs to EasyRef's .safetensors file",
+            where=MLLM_FLAG,
+            fix=f"name the file with {MODEL_FLAG}, or remove the flag: a folder has its MLLM",
+        )
+    if is_file and mllm is None:
+        raise ConfigError(
+            "EasyRef's file comes without the configuration and the tokenizer of its MLLM",
+            where=source,
+            fix=f"add {MLLM_FLAG} with a local folder of Qwen2-VL-2B-Instruct",
+        )
     from customize.stages.references import References
     from customize.storybook.bundled_assets import references_folder
 
@@ -222,7 +244,7 @@ def load_model(source: str | None) -> References:
         raise ConfigError(
             "no reference model is bundled", where=MODEL_FLAG, fix="name a folder or hub id"
         )
-    return References.from_pretrained(folder)
+    return References.from_pretrained(folder, mllm)
 
 
 def check_base(references: ReferenceArguments, pipe: Any, family: Family) -> None:
@@ -263,10 +285,9 @@ def check_group_file(path: Path) -> None:
         )
 
 
-def _bundled_model(base: str) -> str | None:
-    """Return the folder of the bundled reference model if the base is the bundled one."""
+def _has_bundled_model(base: str) -> bool:
+    """Whether the base is the bundled one, and has a reference model."""
     from customize.cli.storybook_base import is_storybook
     from customize.storybook.bundled_assets import references_folder
 
-    folder = references_folder()
-    return str(folder) if folder is not None and is_storybook(base) else None
+    return references_folder() is not None and is_storybook(base)

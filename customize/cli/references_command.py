@@ -76,6 +76,7 @@ def train(config: Path | None, settings: dict[str, Any]) -> None:
     from customize.training.references.recipe import train_references
 
     loaded = load_reference_config(config, **settings)
+    loaded.check_sources()
     for title, text in describe_run(loaded).items():
         print_line(f"{title:<12} {text}")
     hide_loading_bars()
@@ -95,7 +96,9 @@ def describe_run(config: ReferenceTrainConfig) -> dict[str, str]:
         "stage": f"{config.stage}, the references of a target are {target}",
         "base": config.base,
         "images": str(config.images),
-        "starts from": str(config.init or config.mllm),
+        "starts from": f"the references in {config.init}"
+        if config.init
+        else f"the MLLM in {config.mllm}",
         "trains": ", ".join(trained),
         "steps": f"{plural(config.steps, 'step')} of {plural(batch, 'target')}",
     }

@@ -114,8 +114,18 @@ ReferenceModelSource = Annotated[
     typer.Option(
         "--reference-model",
         metavar="MODEL",
-        help="Model that reads reference images: a folder or hub id (default: the bundled one"
-        " for the bundled base)",
+        help="Model that reads reference images: a folder, a hub id, or EasyRef's .safetensors"
+        " file with --mllm (default: the bundled one for the bundled base)",
+        show_default=False,
+    ),
+]
+Mllm = Annotated[
+    str | None,
+    typer.Option(
+        "--mllm",
+        metavar="FOLDER",
+        help="Folder of Qwen2-VL-2B-Instruct, for EasyRef's .safetensors file as the reference"
+        " model",
         show_default=False,
     ),
 ]

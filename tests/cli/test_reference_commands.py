@@ -12,7 +12,9 @@ from PIL import Image
 
 from customize import References, inspect, load_custom
 from customize.references.group import ReferenceGroup
+from customize.storybook.bundled_assets import ASSETS
 from tests.cli.making import Run, World, photos, refused
+from tests.references.tiny_easyref import write_release
 from tests.references.tiny_model import tiny_reference_model
 from tests.tiny import drawn, tiny_sd
 from tests.tiny_llm import tiny_flux2_klein
@@ -142,6 +144,45 @@ def test_a_base_that_reads_references_by_itself_needs_no_model(
     assert (read(tmp_path / "out/0001.png") == np.asarray(expected)).all()
     record = json.loads((tmp_path / "out/0001.json").read_text())["references"]
     assert record["model"] is record["model_digest"] is None and len(record["images"]) == 1
+
+
+def test_the_bundled_model_is_named_without_its_folder(run: Run, tmp_path: Path) -> None:
+    given = ("generate", "--base", "assets/storybook", "--prompt", "a photo of a dog")
+    given += ("--references", "assets/concepts/rex/0.png", "--steps", "1", "--device", "cpu")
+    assert run(*given, "--output", tmp_path).code == 0
+    text = (tmp_path / "0001.json").read_text()
+    assert str(ASSETS.parent) not in text
+    record = json.loads(text)["references"]
+    digest = References.from_pretrained("assets/references").model.digest
+    assert (record["model"], record["model_digest"]) == ("bundled", digest)
+
+
+def test_easyrefs_file_is_read_with_the_folder_of_its_mllm(
+    run: Run, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, weights, mllm = write_release(tmp_path, monkeypatch)
+    pipe.save_pretrained(tmp_path / "base")
+    file = tmp_path / "rex.refs.safetensors"
+    encode = ("references", "encode", pictures, "--prompt", PROMPT, "-o", file)
+    refused(run(*encode, "--reference-model", weights), "easyref.safetensors", "Fix: add --mllm")
+    refused(run(*encode, "--mllm", mllm), "belongs to EasyRef's .safetensors file")
+    source = ("--reference-model", weights, "--mllm", mllm)
+    assert run(*encode, *source).code == 0
+    given = ("generate", "--base", tmp_path / "base", "--prompt", PROMPT, "--steps", "2")
+    given += ("--device", "cpu", "--size", "32", "--output", tmp_path / "out")
+    refused(run(*given, "--mllm", mllm), "--mllm was given without --references")
+    assert run(*given, "--references", file, *source).code == 0
+    group = References.from_pretrained(weights, mllm).encode(pictures, PROMPT)
+    call = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
+    load_custom(pipe, References.from_pretrained(weights, mllm))
+    result = pipe(PROMPT, reference_images=group, height=32, width=32, **call)
+    assert (read(tmp_path / "out/0001.png") == np.asarray(result.images[0])).all()
+    record = json.loads((tmp_path / "out/0001.json").read_text())["references"]
+    assert (record["model"], record["model_digest"]) == (str(weights), group.model)
+    result = run("inspect", weights)
+    assert (result.code, result.err) == (0, "")
+    for text in ("EasyRef's file", "sdxl", "--mllm", "4 x 40", "attributes", "none"):
+        assert text in result.out
 
 
 def test_bad_references_generate_nothing(

@@ -40,6 +40,8 @@ def test_training_from_a_file_and_flags(run: Run, world: World, tmp_path: Path) 
     assert result.code == 0, result.err
     assert "stage        alignment, the references of a target are itself" in result.out
     assert "1 step of 2 targets" in result.out
+    assert f"starts from  the MLLM in {settings['mllm']}\n" in result.out
+    assert "None" not in result.out
     assert f"The references are in {tmp_path / 'refs'}: 4 tokens for models of family sd" in (
         result.out
     )
@@ -52,7 +54,13 @@ def test_invalid_settings_are_reported(run: Run, world: World, tmp_path: Path) -
     assert result.code == 2 and "did you mean multi" in result.err
     result = run("references", "train", *flags, "--stage", "multi")
     assert result.code == 2 and "there are no training images" in result.err
+    assert result.out == ""
     images = make_groups(tmp_path / "images", (1,))
-    result = run("references", "train", *flags, "--stage", "multi", "--images", str(images))
+    flags += ["--images", str(images)]
+    result = run("references", "train", *flags, "--stage", "multi")
+    assert result.code == 2 and "neither an MLLM nor references" in result.err
+    assert result.out == ""
+    flags += ["--mllm", str(make_mllm(tmp_path / "mllm"))]
+    result = run("references", "train", *flags, "--stage", "multi")
     assert result.code == 2 and "every group has one image" in result.err
     assert not (tmp_path / "refs").exists()

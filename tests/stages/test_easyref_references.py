@@ -5,33 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import customize
 from customize.errors import ConceptError, ConfigError, PipelineError
-from customize.families import family_of
-from customize.references import easyref_file
-from customize.references.seams import seam_of
-from tests.references.easyref_release import encoder_part, mllm_part, random_weights, unet_part
-from tests.references.test_easyref_file import TINY
 from tests.references.test_encoder import make_images
-from tests.references.tiny_mllm import tiny_mllm, tiny_processor
-from tests.tiny import tiny_sd, tiny_sdxl
+from tests.references.tiny_easyref import write_release
+from tests.tiny import tiny_sd
 
 
 @pytest.fixture
 def release(tmp_path, monkeypatch):
-    """A pipeline, a file of the release's layout for its UNet, and the folder of an MLLM."""
-    pipe = tiny_sdxl()
-    family = family_of(pipe.components)
-    layers = seam_of(family).attention_layers(family)
-    monkeypatch.setattr(easyref_file, "sdxl_layers", lambda: layers)
-    processors = dict.fromkeys(pipe.unet.attn_processors, 32)
-    shapes = mllm_part(TINY) | encoder_part(TINY, 4, 40) | unet_part(processors, 40, 8)
-    save_file(random_weights(shapes), tmp_path / "easyref.safetensors")
-    tiny_mllm().save_pretrained(tmp_path / "mllm")
-    tiny_processor().save_pretrained(tmp_path / "mllm")
-    return pipe, tmp_path / "easyref.safetensors", tmp_path / "mllm"
+    return write_release(tmp_path, monkeypatch)
 
 
 def draw(pipe, prompt="a dog on the beach", **call):

@@ -92,13 +92,8 @@ def load_reference_model(config: ReferenceTrainConfig, family: Family) -> Refere
         model.config = dataclasses.replace(model.config, max_references=config.max_references)
         model.encoder.config = model.config
         return model
-    if config.mllm is None:
-        raise ConfigError(
-            "there is neither an MLLM nor references to continue",
-            where="mllm",
-            fix="set mllm to the folder of a Qwen2-VL (--mllm), or init to a folder of references "
-            "(--init)",
-        )
+    config.check_sources(has_dataset=True)
+    assert config.mllm is not None
     with torch.no_grad():
         width = family.encode_prompts([""])["prompt_embeds"].shape[-1]
     settings = config.references_config(family.name, width)

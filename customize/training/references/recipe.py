@@ -99,6 +99,7 @@ def train_references(
         TrainingError: The loss or a trained parameter is not finite.
         TrainingStopped: The run was stopped by Ctrl-C or SIGTERM, and a checkpoint is saved.
     """
+    config.check_sources(has_dataset=dataset is not None, has_model=model is not None)
     with full_precision(tf32=True), torch.enable_grad(), ExitStack() as cleanup:
         run = start_run(config, components, Progress(progress), cleanup)
         return run_recipe(run, components, dataset, model, on_step, pipeline_config or {})
@@ -118,7 +119,7 @@ def run_recipe(
     validation_groups = read_groups(config, config.validation_images, run)
     settings = reference_settings(
         config,
-        data_digests(config, groups, dataset),
+        data_digests(groups, dataset),
         initial_digest(config, model),
         run.weights,
         family_of(components, pipeline_config).relevant_config() if components else None,

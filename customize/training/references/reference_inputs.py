@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from customize.errors import ConfigError
 from customize.families import Family
 from customize.training.latents_and_embeddings import (
     Encode,
@@ -55,22 +54,11 @@ def read_groups(
     return groups
 
 
-def data_digests(
-    config: ReferenceTrainConfig, groups: ImageGroups | None, dataset: GroupDataset | None
-) -> dict[str, str] | int:
-    """Return name -> digest of the training images, or the number of targets in memory.
-
-    Raises:
-        ConfigError: There are neither images nor a data set.
-    """
+def data_digests(groups: ImageGroups | None, dataset: GroupDataset | None) -> dict[str, str] | int:
+    """Return name -> digest of the training images, or the number of targets in memory."""
     if groups is not None:
         return content_digests(groups.images)
-    if dataset is None:
-        raise ConfigError(
-            "there are no training images",
-            where="images",
-            fix="set images to a folder of groups or a .jsonl file (--images)",
-        )
+    assert dataset is not None
     return len(dataset)
 
 

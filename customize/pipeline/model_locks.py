@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from customize.pipeline.call_lock import LockRequest, acquire
+from customize.pipeline.modular_blocks import has_block
 from customize.pipeline.state import get_state
 
 
@@ -62,7 +63,7 @@ def request_for_call(
     if (
         exclusive
         or _scales_adapters(arguments)
-        or _attaches_concepts(pipe)
+        or has_block(pipe, "changes_models")
         or any(map(_is_hooked, models))
     ):
         return LockRequest(exclusive=[*models, pipe, *stateful])
@@ -93,17 +94,6 @@ def _scales_adapters(arguments: Mapping[str, Any]) -> bool:
         if name.endswith("attention_kwargs") and isinstance(value, Mapping)
     ]
     return any(scale != 1.0 for scale in scales)
-
-
-def _attaches_concepts(pipe: Any) -> bool:
-    """Return whether a step of a modular pipeline attaches concepts."""
-    blocks = [vars(pipe).get("_blocks")]  # `pipe.blocks` is a copy of it
-    while blocks:
-        block = blocks.pop()
-        if getattr(block, "changes_models", False):
-            return True
-        blocks += dict(getattr(block, "sub_blocks", None) or {}).values()
-    return False
 
 
 def _is_hooked(model: Any) -> bool:

@@ -3,7 +3,8 @@
 A pipeline calls the denoiser with rows of prompts and of negative prompts, in an order of its own.
 Rows are recognized by their encoded text, as ``regions=`` recognizes them; where the call gives
 the prompt in another form, by their order: negative prompts first. Rows of negative prompts read
-the tokens of a black image with an empty prompt, as in training.
+the tokens of a black image with an empty prompt, as in training. A modular pipeline with a
+:class:`~customize.api.references_step.ReferencesStep` has its own blocks give each row its tokens.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def read_references(
     model: ReferenceModel,
     references: Sequence[PromptReferences],
     layer_scale: Scale,
+    *,
+    from_blocks: bool = False,
 ) -> Iterator[None]:
     """Make the denoiser read references while a pipeline is called.
 
@@ -59,6 +62,7 @@ def read_references(
         model: The model that encoded the groups.
         references: For each prompt of the call.
         layer_scale: Scale in each layer, which the groups' scales multiply.
+        from_blocks: Whether blocks of the pipeline give the denoiser the tokens.
 
     Raises:
         PipelineError: The denoiser was never called with the prompt.
@@ -68,7 +72,9 @@ def read_references(
     denoiser = components[family.denoiser_key]
     device = execution_device(context.pipe, denoiser)
     adapter = model.adapter_on(device, family.denoiser.dtype)
-    selector = _RowSelector(family, call, context, references, model.unconditional_tokens())
+    selector = _RowSelector(
+        family, call, context, references, model.unconditional_tokens(), from_blocks
+    )
     with (
         seam_of(family).attached(denoiser, adapter, layer_scale) as attachment,
         attachment.condition(selector),
@@ -82,6 +88,12 @@ def read_references(
             fix="leave out arguments that change how prompts are encoded, and steps that rewrite "
             "them",
         )
+
+
+def images_per_prompt(context: CallContext, call: CallArguments) -> int:
+    """Return the number of images of each prompt of a call."""
+    counts = [call.get(name, context.parameters.get(name)) for name in _COUNTS]
+    return next((count for count in counts if isinstance(count, int)), 1)
 
 
 def execution_device(pipe: Any, denoiser: Any) -> torch.device:
@@ -104,18 +116,20 @@ class _RowSelector:
         context: CallContext,
         references: Sequence[PromptReferences],
         unconditional: Tensor,
+        from_blocks: bool,
     ) -> None:
         self.has_matched = False
         self._family, self._references = family, references
-        self._unconditional = unconditional
+        self._unconditional, self._from_blocks = unconditional, from_blocks
+        self._given: dict[int, tuple[Tensor, RowTokens]] = {}
         self._tokens: dict[tuple[Any, ...], RowTokens] = {}
         self._rows: dict[int, tuple[Any, list[int | None]]] = {}
-        defaults = context.parameters
-        counts = [call.get(name, defaults.get(name)) for name in _COUNTS]
-        per_prompt = next((count for count in counts if isinstance(count, int)), 1)
-        self._num_rows = len(references) * per_prompt
-        self._is_separate = family.guidance_needs_negative_prompt and (
-            float(call.get(family.guidance_argument) or 1.0) > 1.0
+        self._num_rows = len(references) * images_per_prompt(context, call)
+        # A guider of modular pipelines calls the denoiser for negative prompts by themselves.
+        guider = context.pipe.components.get("guider")
+        self._is_separate = getattr(guider, "num_conditions", 1) > 1 or (
+            family.guidance_needs_negative_prompt
+            and float(call.get(family.guidance_argument) or 1.0) > 1.0
         )
         self._encoded = _encode_prompts(family, call)
 
@@ -124,6 +138,9 @@ class _RowSelector:
         rows = len(arguments[self._family.latents_argument])
         text = arguments["encoder_hidden_states"]
         regional = REGION_ROWS.get()
+        given = (arguments.get("added_cond_kwargs") or {}).get("image_embeds")
+        if regional is None and self._from_blocks and given:
+            return self._take(given[0], text)
         if regional is not None:
             entries = [self._region_entry(row) for row in regional]
             self.has_matched = True
@@ -133,11 +150,20 @@ class _RowSelector:
         if key not in self._tokens:
             if len(self._tokens) >= _MAX_REMEMBERED:
                 self._tokens.clear()
-            tokens = torch.stack([tokens for tokens, _ in entries]).to(text)
-            scales = [scale for _, scale in entries]
-            factor = None if all(scale == 1.0 for scale in scales) else torch.tensor(scales)
-            self._tokens[key] = RowTokens(tokens, None if factor is None else factor.to(text))
+            tokens = torch.stack([tokens for tokens, _ in entries])
+            self._tokens[key] = _row_tokens(tokens, [scale for _, scale in entries], text)
         return self._tokens[key]
+
+    def _take(self, embeds: Tensor, text: Tensor) -> RowTokens:
+        """Return the tokens that blocks give: (rows, 1, num_tokens, width)."""
+        self.has_matched = True
+        if id(embeds) not in self._given:  # the embeddings are kept, so that no other has their id
+            if len(self._given) >= _MAX_REMEMBERED:
+                self._given.clear()
+            repeats = len(embeds) // len(self._references)
+            scales = [prompt.groups[None][1] for prompt in self._references for _ in range(repeats)]
+            self._given[id(embeds)] = (embeds, _row_tokens(embeds[:, 0], scales, text))
+        return self._given[id(embeds)][1]
 
     def _region_entry(self, row: tuple[int, str | None] | None) -> tuple[Tensor, float]:
         """Return tokens and scale of a row that is drawn by regions; None: a negative prompt."""
@@ -162,6 +188,9 @@ class _RowSelector:
                 negatives += 1
             else:
                 group = self._references[prompt].groups
+            if prompt is None and None not in group:  # in a call of negative prompts alone
+                entries.append(self._region_entry(None))
+                continue
             if None not in group:
                 raise ConfigError(
                     "references for words of the prompt need their regions",
@@ -191,7 +220,8 @@ class _RowSelector:
                 raise PipelineError(
                     "negative prompts cannot be told from prompts that are given as embeddings",
                     where="reference_images",
-                    fix="give the prompt as prompt= alone",
+                    fix="give the prompt as prompt= alone; or, in a modular Stable Diffusion XL, "
+                    "put a ReferencesStep among the blocks",
                 )
             negatives: list[int | None] = [None] * (rows - self._num_rows)
             per_prompt = self._num_rows // number
@@ -210,6 +240,12 @@ class _RowSelector:
             expected = position * number // len(matching)
             prompts[row] = expected if expected in candidates[row] else candidates[row][0]
         return prompts
+
+
+def _row_tokens(tokens: Tensor, scales: Sequence[float], text: Tensor) -> RowTokens:
+    """Return the tokens and scales of rows, on the device and in the dtype of the text."""
+    is_scaled = any(scale != 1.0 for scale in scales)
+    return RowTokens(tokens.to(text), torch.tensor(scales).to(text) if is_scaled else None)
 
 
 def _encode_prompts(family: Family, call: CallArguments) -> list[Tensor] | None:

@@ -21,6 +21,7 @@ from customize.base.offload import is_offloaded
 from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
+from customize.pipeline.modular_blocks import has_block
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, StageSetting
 from customize.references.easyref_file import load_easyref
@@ -40,6 +41,7 @@ from customize.safe_read import PICKLE_SUFFIXES, as_path
 from customize.stages.reference_tokens import (
     PromptReferences,
     execution_device,
+    images_per_prompt,
     read_references,
 )
 from customize.text import quote
@@ -277,12 +279,31 @@ def _run(
             model.move_encoder("cpu")
     groups = [{key: group for key, (group, _) in each.groups.items()} for each in references]
     context.results["references"] = [each.get(None, each) for each in groups]
+    given = _given_to_blocks(context, call, groups)
+    scale = request.layer_scale
     try:
-        with read_references(context, call, model, references, request.layer_scale):
-            yield call
+        with read_references(context, call, model, references, scale, from_blocks=bool(given)):
+            yield {**call, **given}
     finally:
         if offloads:
             model.release()
+
+
+def _given_to_blocks(
+    context: CallContext, call: CallArguments, groups: Sequence[Mapping[str | None, ReferenceGroup]]
+) -> dict[str, Any]:
+    """Return the argument of a step that gives the tokens to diffusers' blocks, if there is one.
+
+    diffusers repeats the tokens of all prompts for several images of each, and the prompts each by
+    itself, so different groups would change their order.
+    """
+    if not has_block(context.pipe, "gives_reference_tokens"):
+        return {}
+    if any(set(each) != {None} for each in groups):
+        return {}
+    whole = [each[None] for each in groups]
+    is_ordered = images_per_prompt(context, call) == 1 or len({id(group) for group in whole}) == 1
+    return {ARGUMENT: whole} if is_ordered else {}
 
 
 def _prepare(context: CallContext, call: CallArguments) -> CallArguments:

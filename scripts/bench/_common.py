@@ -93,12 +93,20 @@ def report(
     console.print(table)
     for key, value in figures.items():
         console.print(f"{key} = {value:.4g}", highlight=False)
-    if args.json is not None:
-        from customize.evaluation import result_file
+    write_result(bench, args, rows, figures)
 
-        result = result_file.make_result(bench, command(), rows, figures)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+def write_result(
+    bench: str, args: argparse.Namespace, rows: Sequence[Row], figures: Mapping[str, float]
+) -> None:
+    """Write rows and figures with `--json`."""
+    if args.json is None:
+        return
+    from customize.evaluation import result_file
+
+    result = result_file.make_result(bench, command(), rows, figures)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def tensors_peak(call: Callable[[], Any], device: torch.device) -> int:

@@ -2,17 +2,23 @@
 
 Identities of the storybook that no training has seen are drawn in scenes that no training of the
 references has seen, from 1 to 28 images each: five-image concepts' protocol (two backgrounds, no
-accessories), so that what the images share besides the identity can leak. Rivals are poolings of
-the same encoder, each trained for the same steps on the same data by
-`scripts/train_storybook_references.py --pooling NAME`: the average of each image's tokens, all
-images' tokens side by side, and the first image alone; and a concept that is trained on the group.
+accessories), so that what the images share besides the identity can leak. Rivals are other
+poolings of the same encoder: the average of each image's tokens, all images' tokens side by side,
+and the first image alone. They continue the bundled reference model for 500 steps, so they have
+been trained for longer than it:
+
+    python scripts/train_storybook_references.py --start assets/references --groups 2000 \
+        --multi-steps 500 --pooling average
+
+The last rival is a concept that is trained on the group.
 
 - identity, prompt, composition, leak: see customize.evaluation.storybook_rates; distance: mean
   cosine distance to the identity.
 - a stranger: one of eight images is an outlier, which shows another identity of the class.
   `stranger_loss_ratio` is what it costs in identity, relative to what it costs the average.
 
-Rivals whose weights are not in `--rivals` (folders named after the pooling) have no row.
+Rivals whose weights are not in `--rivals` (folders named after the pooling) have no row. A whole
+run takes hours: the file of `--json` is written after every row, and `--resume` keeps its rows.
 
     python scripts/bench/references.py --json scripts/bench/results/references.json
 """
@@ -20,11 +26,12 @@ Rivals whose weights are not in `--rivals` (folders named after the pooling) hav
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import _common
@@ -60,6 +67,8 @@ RIVALS = {"averaged": "average", "side by side": "concatenate", "one image": "on
 #: ``encode(subject, images)`` -> what ``draw(prompts, encoded, seed)`` takes.
 Encode = Callable[[ExampleConcept, Sequence[Any]], Any]
 Draw = Callable[[Sequence[str], Any, int], Tensor]
+Groups = Sequence[Sequence[Any]]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,35 +106,29 @@ def rate(
     protocol: Protocol,
     encode: Encode,
     draw: Draw,
-    groups: Sequence[Sequence[Any]],
+    groups: Groups,
     words: Callable[[ExampleConcept], str] = class_words,
 ) -> dict[str, float]:
-    """Mean rates over all subjects, with the standard error of identity, and seconds an image."""
+    """Mean rates over all subjects, with the standard error of identity."""
     rows: list[dict[str, float]] = []
-    seconds = 0.0
     for index, images in enumerate(groups):
         concept = subject(index)
         prompts = evaluation_prompts(words(concept), SCENES[: protocol.scenes])
         prototype = judges.prototype(images_to_tensor(concept.images()[: protocol.counts[-1]]))
         encoded = encode(concept, images)
-        drawn = []
-        for seed in protocol.seeds:
-            started = time.perf_counter()
-            drawn.append(draw(prompts, encoded, seed))
-            seconds += time.perf_counter() - started
+        drawn = torch.cat([draw(prompts, encoded, seed) for seed in protocol.seeds])
         rates = rate_concept(
             judges,
-            torch.cat(drawn),
+            drawn,
             prompts * len(protocol.seeds),
             prototype,
             concept.identity.kind,
             concept.backgrounds,
         )
         rows.append({key: getattr(rates, key) for key in RATES})
-    pictures = len(groups) * protocol.scenes * len(protocol.seeds)
     means = {key: mean(row[key] for row in rows) for key in RATES}
     error = float(np.std([row["identity"] for row in rows]) / max(len(rows) - 1, 1) ** 0.5)
-    return means | {"identity_se": error, "seconds_an_image": seconds / pictures}
+    return means | {"identity_se": error}
 
 
 def seeds_of(prompts: Sequence[str], seed: int) -> list[int]:
@@ -201,56 +204,95 @@ def trained_calls(args: argparse.Namespace, seconds: list[float]) -> tuple[Encod
     return encode, lambda prompts, pipe, seed: draw_prompts(pipe, prompts, seed, STEPS)
 
 
-def measure(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     """All rows and figures."""
     protocol = QUICK if args.quick else FULL
     judges = load_judges(args.judges)
-    pipe = open_quietly(args.base)
-    pipe.unet.to(memory_format=torch.channels_last)
-    references = customize.References.from_pretrained(args.references)
-    systems: dict[str, tuple[Encode, Draw]] = {"references": product_calls(pipe, references)}
-    for name, pooling in RIVALS.items():
-        weights = args.rivals / pooling / "references.safetensors"
-        if weights.exists():
-            systems[name] = rival_calls(open_quietly(args.base), pooling, weights)
-    rows: list[dict[str, Any]] = []
+    rows = measured_rows(args)
     identities = range(protocol.identities)
-    for name, (encode, draw) in systems.items():
-        counts = (1,) if name == "one image" else protocol.counts
-        for count in counts:
-            groups = [subject(k).images()[:count] for k in identities]
-            rates = rate(judges, protocol, encode, draw, groups)
-            rows.append({"drawn by": name, "images": count} | rates)
-            print(rows[-1], flush=True)
-        if name != "one image":
-            rates = rate(judges, protocol, encode, draw, [outlier_group(k) for k in identities])
-            rows.append({"drawn by": OUTLIER_ROW.format(name), "images": OUTLIER_IMAGES} | rates)
-            print(rows[-1], flush=True)
-    if not args.without_training:
+
+    def add(
+        name: str, count: int, groups: Groups, calls: tuple[Encode, Draw], **words: Any
+    ) -> None:
+        rates = rate(judges, protocol, *calls, groups, **words)
+        rows.append({"drawn by": name, "images": count} | rates)
+        print(rows[-1], flush=True)
+        _common.write_result("references", args, rows, figures(rows))
+
+    def is_missing(name: str, count: int) -> bool:
+        return all((row["drawn by"], row["images"]) != (name, count) for row in rows)
+
+    for name, counts, make_calls in systems(args, protocol):
+        wanted = [count for count in counts if is_missing(name, count)]
+        outlier = OUTLIER_ROW.format(name)
+        needs_outlier = name != "one image" and is_missing(outlier, OUTLIER_IMAGES)
+        if not wanted and not needs_outlier:
+            continue
+        calls = make_calls()
+        for count in wanted:
+            add(name, count, [subject(k).images()[:count] for k in identities], calls)
+        if needs_outlier:
+            add(outlier, OUTLIER_IMAGES, [outlier_group(k) for k in identities], calls)
+    trained = "concept trained on the images"
+    if not args.without_training and is_missing(trained, OUTLIER_IMAGES):
         seconds: list[float] = []
         groups = [subject(k).images()[:OUTLIER_IMAGES] for k in identities]
         calls = trained_calls(args, seconds)
-        rates = rate(judges, protocol, *calls, groups, lambda concept: concept.trigger)
-        rates["training_seconds"] = mean(seconds)
-        rows.append({"drawn by": "concept trained on the images", "images": OUTLIER_IMAGES} | rates)
+        add(trained, OUTLIER_IMAGES, groups, calls, words=lambda concept: concept.trigger)
+        rows[-1]["training_seconds"] = median(seconds)
     return rows, figures(rows)
 
 
-def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def measured_rows(args: argparse.Namespace) -> list[Row]:
+    """The rows of an earlier run that `--resume` keeps."""
+    if not args.resume or args.json is None or not args.json.exists():
+        return []
+    earlier = json.loads(args.json.read_text())
+    if ("--quick" in earlier["command"]) != args.quick:
+        raise SystemExit(f"{args.json} was measured with another --quick")
+    rows: list[Row] = earlier["rows"]
+    return rows
+
+
+def systems(
+    args: argparse.Namespace, protocol: Protocol
+) -> Iterator[tuple[str, Sequence[int], Callable[[], tuple[Encode, Draw]]]]:
+    """Name of a row, its numbers of images, and what opens the system."""
+
+    def open_base() -> Any:
+        pipe = open_quietly(args.base)
+        pipe.unet.to(memory_format=torch.channels_last)
+        return pipe
+
+    def open_references() -> tuple[Encode, Draw]:
+        return product_calls(open_base(), customize.References.from_pretrained(args.references))
+
+    yield "references", protocol.counts, open_references
+    for name, pooling in RIVALS.items():
+        weights = args.rivals / pooling / "references.safetensors"
+        if weights.exists():
+            counts = (1,) if name == "one image" else (OUTLIER_IMAGES,)
+            yield name, counts, partial(rival_calls, open_base(), pooling, weights)
+
+
+def figures(rows: Sequence[Row]) -> dict[str, float]:
     """The figures of rows that are there."""
     by_key = {(row["drawn by"], row["images"]): row for row in rows}
-    ours = by_key["references", OUTLIER_IMAGES]
+    ours = by_key.get(("references", OUTLIER_IMAGES))
+    if ours is None:
+        return {}
     result = {f"{key}_8": ours[key] for key in ("identity", "leak")}
     result["prompt_rate_8"] = ours["prompt"]
     averaged = by_key.get(("averaged", OUTLIER_IMAGES))
     if averaged is not None and averaged["identity"]:
         result["identity_8_over_averaged"] = ours["identity"] / averaged["identity"]
-        lost = [
-            row["identity"] - by_key[OUTLIER_ROW.format(name), OUTLIER_IMAGES]["identity"]
-            for name, row in (("references", ours), ("averaged", averaged))
-        ]
-        if lost[1] > 0:
-            result["stranger_loss_ratio"] = lost[0] / lost[1]
+    lost = [
+        by_key[name, OUTLIER_IMAGES]["identity"] - with_outlier["identity"]
+        for name in ("references", "averaged")
+        if (with_outlier := by_key.get((OUTLIER_ROW.format(name), OUTLIER_IMAGES)))
+    ]
+    if len(lost) == 2 and lost[1] > 0:
+        result["stranger_loss_ratio"] = lost[0] / lost[1]
     trained = by_key.get(("concept trained on the images", OUTLIER_IMAGES))
     if trained is not None:
         result["identity_8_over_trained"] = ours["identity"] / trained["identity"]
@@ -266,6 +308,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-references"))
     parser.add_argument(
         "--without-training", action="store_true", help="leave out the concepts that are trained"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the rows that the file of --json has"
     )
     args = parser.parse_args()
     rows, result = measure(args)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from customize.base.offload import is_offloaded
-from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.pipeline.modular_blocks import has_block
@@ -26,7 +25,7 @@ from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, StageSetting
 from customize.references.easyref_file import load_easyref
 from customize.references.group import ReferenceGroup
-from customize.references.images import ARGUMENT, Reference, count_prompts, read_group
+from customize.references.images import ARGUMENT, Reference, read_group
 from customize.references.model import ReferenceModel
 from customize.references.native import (
     all_native_references,
@@ -38,14 +37,18 @@ from customize.references.request import ReferenceRequest, Source, parse_request
 from customize.references.scale import SCALE_ARGUMENT
 from customize.references.seams import SEAMS, seam_of
 from customize.safe_read import PICKLE_SUFFIXES, as_path
+from customize.stages.reference_prompts import (
+    by_concept_words,
+    check_words,
+    prompt_texts,
+    warn_about_prompts,
+)
 from customize.stages.reference_tokens import (
     PromptReferences,
     execution_device,
     images_per_prompt,
     read_references,
 )
-from customize.text import quote
-from customize.user_warnings import warn_user
 
 #: Number of encoded groups that a setting keeps, the latest used.
 _MAX_KEPT = 32
@@ -199,7 +202,7 @@ class References(StageSetting):
             }
             result.append(PromptReferences(groups))
         if self.model.config.includes_prompt:
-            _warn_about_prompts(request, prompts)
+            warn_about_prompts(request, prompts)
         latest = {id(group): group for each in result for group, _ in each.groups.values()}
         self._latest = tuple(latest.values())
         return result
@@ -254,15 +257,15 @@ def _run(
             yield {**call, ARGUMENT: reference_images}  # of a pipeline of another origin
             return
         raise _unsupported(context)
-    prompts = _prompt_texts(call)
+    prompts = prompt_texts(call)
     request = parse_request(
         reference_images,
         reference_scale,
         len(prompts),
         lambda scale: seam_of(context.family).expand_scale(context.family, scale),
     )
-    _check_words(request, prompts)
-    request = _by_concept_words(request, prompts, context)
+    check_words(request, prompts)
+    request = by_concept_words(request, prompts, context)
     model = setting.model
     if request.is_zero([*model.adapter.layers.attentions, *model.adapter.updates()]):
         setting.check_request(request)  # what nothing reads is not encoded
@@ -349,66 +352,3 @@ def _names_of_pipelines() -> list[str]:
         native.pipelines[0] if native.pipelines else f"{native.model} (modular)"
         for native in all_native_references()
     ]
-
-
-def _prompt_texts(call: CallArguments) -> list[str]:
-    """Return the prompts of a call; empty texts where they are given as embeddings."""
-    prompt = call.get("prompt")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if isinstance(prompts, list | tuple) and all(isinstance(text, str) for text in prompts):
-        return list(prompts)
-    return [""] * count_prompts(call)
-
-
-def _check_words(request: ReferenceRequest, prompts: Sequence[str]) -> None:
-    for sources, prompt in zip(request.sources, prompts, strict=True):
-        for key in sources:
-            if key is not None and not prompt:
-                raise ConfigError(
-                    "references for words of the prompt need the prompt as text",
-                    where="prompt",
-                    fix="give prompt= a text or a list of texts",
-                )
-
-
-def _warn_about_prompts(request: ReferenceRequest, prompts: Sequence[str]) -> None:
-    """Warn of groups that were encoded with another prompt than the one that they are used with."""
-    pairs = dict.fromkeys(
-        (source.prompt, prompt)
-        for sources, prompt in zip(request.sources, prompts, strict=True)
-        for source in sources.values()
-        if isinstance(source, ReferenceGroup) and source.prompt != prompt
-    )
-    if pairs:
-        encoded, used = next(iter(pairs))
-        more = f"; and {len(pairs) - 1} more" if len(pairs) > 1 else ""
-        warn_user(
-            f"the group of references was encoded with the prompt {quote(encoded)}, and is used "
-            f"with {quote(used)}{more}"
-        )
-
-
-def _by_concept_words(
-    request: ReferenceRequest, prompts: Sequence[str], context: CallContext
-) -> ReferenceRequest:
-    """Replace names of concepts by the words that ``regions=`` replaces them by."""
-    words = {name: a.concept.info.trigger_words for name, a in context.state.attached.items()}
-
-    def resolve(key: str | None, prompt: str) -> str | None:
-        trigger = words.get(key or "", "")
-        if key is None or (trigger and find_phrase(trigger, prompt)):
-            return trigger or key
-        if not find_phrase(key, prompt):
-            raise ConfigError(
-                f"the prompt does not contain {quote(key)}",
-                where=f"{ARGUMENT}[{quote(key)}]",
-                fix="give words of the prompt",
-            )
-        return key
-
-    renamed = [
-        tuple({resolve(key, prompt): value for key, value in each.items()} for each in pair)
-        for *pair, prompt in zip(request.sources, request.scales, prompts, strict=True)
-    ]
-    sources, scales = zip(*renamed, strict=True)
-    return ReferenceRequest(sources, scales, request.layer_scale)

@@ -20,6 +20,7 @@ from customize.pipeline.state import customized_components
 from tests.pipeline.making import assert_same, concept, everything, modular
 from tests.tiny import (
     drawn,
+    short_prompts,
     tiny_flux,
     tiny_flux3,
     tiny_qwen_image,
@@ -99,8 +100,8 @@ def guided(pipe: Any, case: Case, scale: float | None) -> Any:
 
 def draw(pipe: Any, prompt: str | None = PROMPT, **extra: Any) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
-    call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32, **extra}
-    return drawn(pipe, prompt, generator=noise, **call)[0]
+    call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
+    return drawn(pipe, prompt, generator=noise, **call, **short_prompts(pipe), **extra)[0]
 
 
 @pairs

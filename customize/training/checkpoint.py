@@ -239,46 +239,6 @@ def check_slices_match(checkpoint: Checkpoint, sketches: Mapping[str, Tensor], w
             )
 
 
-def capture_state(
-    step: int,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    settings: Mapping[str, Any],
-    history: list[list[float]],
-    sketches: Mapping[str, Tensor] | None = None,
-) -> Checkpoint:
-    """Capture the state of a run after a step; tensors share memory with the parameters.
-
-    Args:
-        step: Optimizer steps done.
-        parameters: Trained parameters by name.
-        optimizer: Optimizer of the parameters.
-        scaler: Loss scaler.
-        settings: Settings that the result depends on.
-        history: Pairs of step and mean loss.
-        sketches: Sketches of the frozen down-projections; see :func:`check_slices_match`.
-    """
-    tensors = {name: parameter.detach() for name, parameter in parameters.items()}
-    tensors |= sketches or {}
-    tensors |= optimizer_tensors(optimizer, parameters)
-    return Checkpoint(step, tensors, settings, history, {"scaler": scaler.state_dict()})
-
-
-@torch.no_grad()
-def restore_state(
-    checkpoint: Checkpoint,
-    parameters: Mapping[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    """Restore a state from :func:`capture_state` on each parameter's device."""
-    for name, parameter in parameters.items():
-        parameter.copy_(checkpoint.tensors[name])
-    restore_optimizer(optimizer, parameters, checkpoint.tensors)
-    scaler.load_state_dict(dict(checkpoint.extra["scaler"]))
-
-
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, Tensor]:

@@ -10,26 +10,22 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from customize.errors import TrainingError, TrainingStopped
 from customize.training.checkpoint import (
     Checkpoint,
-    capture_state,
     check_finite,
     latest_step,
-    restore_state,
     save_checkpoint,
 )
-from customize.training.distributed import average_gradients, stop_signals
+from customize.training.distributed import stop_signals
 from customize.training.loop_settings import LoopSettings
+from customize.training.optimization import Optimization
 from customize.training.progress import Progress
 from customize.training.training_task import TrainingTask
 
 #: Called after each step with its number, from 1, and its loss, a scalar on the device.
 OnStep = Callable[[int, Tensor], object]
-
-_FUSED = ("cuda", "cpu", "mps", "xpu")  # devices with a fused AdamW
 
 
 class StepImages(Protocol):
@@ -61,7 +57,7 @@ class LoopRun(Protocol):
 
 def run_training_loop(
     run: LoopRun,
-    task: TrainingTask,
+    optimization: Optimization,
     checkpoint: Checkpoint | None,
     folder: Path,
     settings: Mapping[str, Any],
@@ -72,7 +68,7 @@ def run_training_loop(
 
     Args:
         run: The run, with everything attached and encoded.
-        task: The parameters and their losses.
+        optimization: The task and the steps on its parameters.
         checkpoint: Checkpoint to resume from; None: start at the first step.
         folder: Folder of the run's checkpoints.
         settings: Settings to write into checkpoints.
@@ -88,15 +84,11 @@ def run_training_loop(
         TrainingStopped: A stop signal arrived, and a checkpoint is written.
     """
     config, accelerator = run.config, run.accelerator
-    parameters = task.named_parameters()
-    weights = list(parameters.values())
-    optimizer = torch.optim.AdamW(task.parameter_groups(), lr=0.0, fused=run.device.type in _FUSED)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=config.mixed_precision == "fp16")
+    task = optimization.task
     history: list[list[float]] = []
-    fixed = task.fixed_tensors()
     if checkpoint is not None:
         task.check_checkpoint(checkpoint, folder)
-        restore_state(checkpoint, parameters, optimizer, scaler)
+        optimization.restore(checkpoint)
         history = [list(pair) for pair in checkpoint.history]
 
     first = checkpoint.step if checkpoint else 0
@@ -113,30 +105,19 @@ def run_training_loop(
             factor = learning_rate_factor(
                 step, config.steps, config.warmup_steps, config.lr_schedule
             )
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
+            optimization.set_learning_rates(factor)
 
             total = torch.zeros((), device=run.device)
             for micro_batch in range(accumulation):
                 batch = micro_batch * accelerator.num_processes + accelerator.process_index
                 for loss in task.losses(step, batch, batches):
-                    scaler.scale(loss).backward()
+                    optimization.backward(loss)
                     total += loss.detach()
             step_loss = task.step_loss(step)
             if step_loss is not None:
-                scaler.scale(step_loss).backward()
+                optimization.backward(step_loss)
                 total += step_loss.detach()
-
-            if accelerator.num_processes > 1:
-                average_gradients(accelerator, weights)
-            scaler.unscale_(optimizer)
-            task.adjust_gradients()
-            if config.max_grad_norm:
-                clip_grad_norm_(weights, config.max_grad_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            task.constrain_parameters()
+            optimization.step()
 
             # Nothing above waits for the device. Reading the losses does, so it is done rarely.
             unread_losses.append(total)
@@ -154,11 +135,11 @@ def run_training_loop(
                 unread_losses.clear()
                 history.append([done, mean_loss])
                 bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-                rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+                rates = optimization.learning_rates()
                 accelerator.log({"loss": mean_loss} | rates, step=done)
             pause_started = time.perf_counter()
             if (saving or stopping) and accelerator.is_main_process:
-                state = capture_state(done, parameters, optimizer, scaler, settings, history, fixed)
+                state = optimization.capture(done, settings, history)
                 save_checkpoint(folder, state, config.keep_checkpoints)
             if stopping and not is_last:
                 raise TrainingStopped(
@@ -174,7 +155,7 @@ def run_training_loop(
     if first == config.steps:  # a resumed run that ended after the last step, before saving
         for images in step_images:
             images.draw_if_due(first)
-    check_finite(config.steps, parameters)
+    check_finite(config.steps, optimization.parameters)
     seconds = time.perf_counter() - started - paused
     return history, seconds / max(config.steps - first, 1)
 

@@ -37,6 +37,7 @@ from customize.training.distributed import (
 from customize.training.joint_configs import check_joint_configs
 from customize.training.layer_input_recording import record_concept_inputs
 from customize.training.loop import OnStep, run_training_loop
+from customize.training.optimization import Optimization
 from customize.training.prepare_base import check_quantization, load_base, move_to_device
 from customize.training.progress import Progress
 from customize.training.resume import ResumeState, find_resume_state, has_recorded_inputs
@@ -293,7 +294,7 @@ def train_and_save(
 
     history, seconds_per_step = run_training_loop(
         run,
-        ConceptTask(run, targets),
+        Optimization(ConceptTask(run, targets), run.config, accelerator, run.device),
         state.checkpoint,
         checkpoint_folder(run.config),
         settings[0],

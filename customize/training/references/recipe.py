@@ -33,6 +33,7 @@ from customize.training.distributed import (
     training_device,
 )
 from customize.training.loop import OnStep, run_training_loop
+from customize.training.optimization import Optimization
 from customize.training.prepare_base import move_to_device, offload
 from customize.training.progress import Progress
 from customize.training.references.config import ReferenceTrainConfig
@@ -236,7 +237,7 @@ def train_and_save(
         on_step: See :func:`train_references`.
     """
     accelerator, config = run.accelerator, run.config
-    task = ReferenceTask(run)
+    optimization = Optimization(ReferenceTask(run), config, accelerator, run.device)
     sheets = ValidationSheets(run, shown)
     accelerator.init_trackers("customize", config=tracker_config(settings))
     run.cleanup.callback(accelerator.end_training)
@@ -245,7 +246,7 @@ def train_and_save(
         delete_checkpoints(folder)
     accelerator.wait_for_everyone()
     history, seconds_per_step = run_training_loop(
-        run, task, checkpoint, folder, settings, [sheets], on_step
+        run, optimization, checkpoint, folder, settings, [sheets], on_step
     )
     for part in (run.model.encoder, run.model.adapter):
         part.requires_grad_(False)

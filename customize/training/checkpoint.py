@@ -27,6 +27,7 @@ from customize.training.data.changed_images import IMAGE_SETTINGS, describe_chan
 from customize.training.field_values import format_value
 from customize.training.loop_settings import LoopSettings
 from customize.training.settings_file import rename_settings
+from customize.training.sharded_tensors import full_tensor, gather_tensor, shard_like
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
 _HEADER, _DIGEST = "customize_checkpoint", "customize_checkpoint_sha256"
@@ -108,7 +109,7 @@ def check_finite(step: int, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         TrainingError: A value is not finite.
     """
-    is_finite = [torch.isfinite(tensor).all().cpu() for tensor in tensors.values()]
+    is_finite = [full_tensor(torch.isfinite(t).all()).cpu() for t in tensors.values()]
     if not all(map(bool, is_finite)):
         raise TrainingError(
             f"after step {step} the weights are no longer finite",
@@ -242,9 +243,12 @@ def check_slices_match(checkpoint: Checkpoint, sketches: Mapping[str, Tensor], w
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return the optimizer's state as tensors named ``optimizer/<parameter name>/<key>``."""
+    """Return the optimizer's state as tensors named ``optimizer/<parameter name>/<key>``.
+
+    Sharded ones are gathered by :func:`customize.training.sharded_tensors.gather_tensor`.
+    """
     return {
-        f"optimizer/{name}/{key}": torch.as_tensor(value)
+        f"optimizer/{name}/{key}": gather_tensor(torch.as_tensor(value))
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
     }
@@ -259,7 +263,7 @@ def restore_optimizer(
     for name, parameter in parameters.items():
         prefix = f"optimizer/{name}/"
         optimizer.state[parameter] = {
-            key.removeprefix(prefix): value.to(parameter.device, copy=True)
+            key.removeprefix(prefix): shard_like(value, parameter)
             for key, value in tensors.items()
             if key.startswith(prefix)
         }

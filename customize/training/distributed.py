@@ -16,7 +16,9 @@ from torch import Tensor
 from customize.base.device import choose_device
 from customize.core.precision import model_autocast
 from customize.errors import ConfigError, CustomizeError
+from customize.text import one_line
 from customize.training.loop_settings import LoopSettings
+from customize.training.sharded_tensors import is_sharded
 
 T = TypeVar("T")
 
@@ -35,21 +37,28 @@ def create_accelerator(config: LoopSettings) -> Any:
     from the settings, because the settings take precedence.
 
     Raises:
-        ConfigError: The tracker is not installed.
+        ConfigError: The tracker is not installed, or a package that accelerate is configured for.
     """
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
 
-    if config.tracker == "none":
-        accelerator = Accelerator()
-    elif config.tracker in map(str, get_available_trackers()):
-        accelerator = Accelerator(log_with=config.tracker, project_dir=str(config.output / "logs"))
-    else:
+    options: dict[str, Any] = {}
+    if config.tracker != "none":
+        if config.tracker not in map(str, get_available_trackers()):
+            raise ConfigError(
+                f"the tracker {config.tracker} is not installed",
+                where="tracker",
+                fix=f"pip install {config.tracker}, or set tracker to none (--tracker none)",
+            )
+        options = {"log_with": config.tracker, "project_dir": str(config.output / "logs")}
+    try:
+        accelerator = Accelerator(**options)
+    except ImportError as error:
         raise ConfigError(
-            f"the tracker {config.tracker} is not installed",
-            where="tracker",
-            fix=f"pip install {config.tracker}, or set tracker to none (--tracker none)",
-        )
+            one_line(f"accelerate's configuration needs a package: {error}"),
+            where="accelerate",
+            fix="install the package, or choose another configuration",
+        ) from error
     for field, configured, unset in (
         ("mixed_precision", accelerator.mixed_precision, "no"),
         ("gradient_accumulation", accelerator.gradient_accumulation_steps, 1),
@@ -125,8 +134,12 @@ def average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:
 
     Args:
         accelerator: The ``accelerate.Accelerator`` of this process.
-        weights: Trained parameters, float32, in the same order in all processes.
+        weights: Trained parameters, float32, in the same order in all processes. Sharded ones are
+            left alone, as their gradients are averaged in the backward pass.
     """
+    weights = [weight for weight in weights if not is_sharded(weight)]
+    if not weights:
+        return
     is_missing = [weight.grad is None for weight in weights]
     gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
     presence = gradients[0].new_tensor([0.0 if missing else 1.0 for missing in is_missing])
@@ -140,6 +153,12 @@ def average_gradients(accelerator: Any, weights: Sequence[Tensor]) -> None:
     shares = presence.tolist() if any(is_missing) else [1.0] * len(weights)
     for weight, mean, share in zip(weights, means, shares, strict=True):
         weight.grad = mean.view_as(weight) if share else None
+
+
+def max_over_processes(accelerator: Any, number: int) -> int:
+    """Return the largest of the numbers that all processes call this with."""
+    numbers = accelerator.gather(torch.tensor([number], device=accelerator.device))
+    return int(numbers.max())
 
 
 @contextmanager

@@ -138,9 +138,10 @@ def run_training_loop(
                 rates = optimization.learning_rates()
                 accelerator.log({"loss": mean_loss} | rates, step=done)
             pause_started = time.perf_counter()
-            if (saving or stopping) and accelerator.is_main_process:
+            if saving or stopping:
                 state = optimization.capture(done, settings, history)
-                save_checkpoint(folder, state, config.keep_checkpoints)
+                if accelerator.is_main_process:
+                    save_checkpoint(folder, state, config.keep_checkpoints)
             if stopping and not is_last:
                 raise TrainingStopped(
                     f"training was stopped after step {done} of {config.steps}",

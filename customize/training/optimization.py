@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grad_norm_
 from customize.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from customize.training.distributed import average_gradients
 from customize.training.loop_settings import LoopSettings
+from customize.training.sharded_tensors import gather_tensor, shard_like
 from customize.training.training_task import TrainingTask
 
 _FUSED = ("cuda", "cpu", "mps", "xpu")  # devices with a fused AdamW
@@ -73,20 +74,28 @@ class Optimization:
     ) -> Checkpoint:
         """Return the state after a step; tensors share memory with the parameters.
 
+        All processes have to call it. If the state is sharded, it is complete in the first one.
+
         Args:
             step: Optimizer steps done.
             settings: Settings that the result depends on.
             history: Pairs of step and mean loss.
         """
-        tensors = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        tensors = {name: gather_tensor(p.detach()) for name, p in self.parameters.items()}
         tensors |= self.task.fixed_tensors()
-        tensors |= optimizer_tensors(self._optimizer, self.parameters)
+        tensors |= self._optimizer_tensors()
         return Checkpoint(step, tensors, settings, history, {"scaler": self._scaler.state_dict()})
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
         """Restore a state from :meth:`capture`."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(checkpoint.tensors[name])
-        restore_optimizer(self._optimizer, self.parameters, checkpoint.tensors)
+            parameter.copy_(shard_like(checkpoint.tensors[name], parameter))
+        self._restore_optimizer(checkpoint.tensors)
         self._scaler.load_state_dict(dict(checkpoint.extra["scaler"]))
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return optimizer_tensors(self._optimizer, self.parameters)
+
+    def _restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        restore_optimizer(self._optimizer, self.parameters, tensors)

@@ -66,6 +66,9 @@ class ReferenceEncoder(nn.Module):
         mllm: A ``Qwen2VLModel``, ``Qwen2_5_VLModel`` or ``Qwen3VLModel`` with all its decoder
             layers. The last one is moved to :attr:`final_layer`.
 
+    Attributes:
+        vision_batch: Number of images that the vision tower reads at once.
+
     Raises:
         ConfigError: The MLLM is of another kind, or has too few decoder layers.
     """
@@ -73,6 +76,7 @@ class ReferenceEncoder(nn.Module):
     def __init__(self, config: ReferencesConfig, mllm: Any) -> None:
         super().__init__()
         self.config = config
+        self.vision_batch = VISION_BATCH
         _check_mllm(mllm)
         decoder = mllm.language_model
         hidden = decoder.config.hidden_size
@@ -146,8 +150,8 @@ class ReferenceEncoder(nn.Module):
         patches = inputs.image_grid_thw.prod(1).tolist()
         pixels = inputs.pixel_values.to(self.dtype).split(patches)
         outputs = []
-        for first in range(0, len(pixels), VISION_BATCH):
-            batch = slice(first, first + VISION_BATCH)
+        for first in range(0, len(pixels), self.vision_batch):
+            batch = slice(first, first + self.vision_batch)
             outputs.append(self.mllm.visual(torch.cat(pixels[batch]), inputs.image_grid_thw[batch]))
         features = torch.cat([output.pooler_output for output in outputs])
         levels = [getattr(output, "deepstack_features", None) or [] for output in outputs]

@@ -12,7 +12,6 @@ from torch import nn
 from customize.concepts.io.folder_lock import lock_folder
 from customize.concepts.io.output_folder import check_writable
 from customize.core.precision import full_precision
-from customize.errors import ConfigError
 from customize.families import family_of
 from customize.references.model import ReferenceModel
 from customize.references.seams import seam_of
@@ -58,11 +57,16 @@ from customize.training.references.reference_inputs import (
 )
 from customize.training.references.reference_run import ReferenceRun
 from customize.training.references.reference_task import ReferenceTask
+from customize.training.references.sharding import (
+    choose_sharding,
+    gather,
+    shard,
+    zero_options,
+)
+from customize.training.references.trained_parts import TrainedParts
 from customize.training.references.validation_sheets import ValidationSheets
+from customize.training.references.zero_optimization import ZeroOptimization
 from customize.training.run_metadata import tracker_config
-
-#: Kinds of distributed training of accelerate that expect a sharded model.
-_SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
 
 
 def train_references(
@@ -85,7 +89,8 @@ def train_references(
         components: Components of a pipeline in memory (``pipe.components``), restored bit for bit
             at the end. None: load ``config.base``.
         dataset: Samples instead of those of ``config.images``.
-        model: References in memory instead of those of ``config.init``; trained in place.
+        model: References in memory instead of those of ``config.init``; trained in place. A sharded
+            training that fails leaves them without weights.
         progress: Whether to show a progress bar with the loss and the remaining time.
         on_step: Called after each step with its number, from 1, and its loss, a scalar on the
             device. Reading the loss waits for the device.
@@ -163,19 +168,14 @@ def start_run(
     """Check and lock the output folder, and choose device and precision.
 
     Raises:
-        ConfigError: The device, precision or tracker is not available.
+        ConfigError: The device, precision or tracker is not available, or accelerate is configured
+            for something that does not work here.
         StorageError: The output folder contains something else, cannot be written, or is in use.
     """
     check_model_folder(config.output)
     check_writable(config.output)
     accelerator = create_accelerator(config)
-    kind = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
-    if kind in _SHARDED:
-        raise ConfigError(
-            f"accelerate is configured for {kind}, but each process trains all weights",
-            where="accelerate",
-            fix="choose multi-GPU training without sharding (accelerate launch --multi_gpu)",
-        )
+    sharding = choose_sharding(accelerator, config)
 
     def lock_output() -> None:
         cleanup.enter_context(lock_folder(config.output))
@@ -189,6 +189,7 @@ def start_run(
         create_autocast(config, device),
         progress,
         cleanup,
+        sharding,
         owns_base=components is None,
         weights=weight_digests(config.base, components, config.variant),
     )
@@ -197,18 +198,23 @@ def start_run(
 def attach_references(run: ReferenceRun) -> None:
     """Move the models to the device and attach the adapter to the denoiser."""
     move_to_device(run.family.denoisers, run.device)
-    move_to_device({"encoder": run.model.encoder, "adapter": run.model.adapter}, run.device)
+    run.parts = TrainedParts(run.model.encoder, run.model.adapter)
+    if run.is_sharded:
+        run.parts = shard(run.parts, run.sharding, run.accelerator)
+    else:
+        run.parts.to(run.device)
     denoiser = run.family.denoiser
     if run.config.gradient_checkpointing:
         if not denoiser.is_gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
             run.cleanup.callback(denoiser.disable_gradient_checkpointing)
-        run.model.encoder.mllm.gradient_checkpointing_enable()
-        _set_checkpointing_mode(run.model.encoder, True)
-        run.cleanup.callback(run.model.encoder.mllm.gradient_checkpointing_disable)
-        run.cleanup.callback(_set_checkpointing_mode, run.model.encoder, False)
+        encoder = run.parts.encoder
+        encoder.mllm.gradient_checkpointing_enable()
+        _set_checkpointing_mode(encoder, True)
+        run.cleanup.callback(encoder.mllm.gradient_checkpointing_disable)
+        run.cleanup.callback(_set_checkpointing_mode, encoder, False)
     seam = seam_of(run.family)
-    run.attachment = run.cleanup.enter_context(seam.attached(denoiser, run.model.adapter))
+    run.attachment = run.cleanup.enter_context(seam.attached(denoiser, run.parts.adapter))
 
 
 def _set_checkpointing_mode(encoder: nn.Module, training: bool) -> None:
@@ -218,6 +224,16 @@ def _set_checkpointing_mode(encoder: nn.Module, training: bool) -> None:
     for module in encoder.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = training
+
+
+def make_optimization(run: ReferenceRun) -> Optimization:
+    """Return the optimizer steps on the trained parameters, by DeepSpeed if it is configured."""
+    task = ReferenceTask(run)
+    if run.sharding != "zero2":
+        return Optimization(task, run.config, run.accelerator, run.device)
+    return ZeroOptimization(
+        task, run.config, run.accelerator, run.device, run.parts, zero_options(run.accelerator)
+    )
 
 
 def train_and_save(
@@ -237,7 +253,7 @@ def train_and_save(
         on_step: See :func:`train_references`.
     """
     accelerator, config = run.accelerator, run.config
-    optimization = Optimization(ReferenceTask(run), config, accelerator, run.device)
+    optimization = make_optimization(run)
     sheets = ValidationSheets(run, shown)
     accelerator.init_trackers("customize", config=tracker_config(settings))
     run.cleanup.callback(accelerator.end_training)
@@ -248,11 +264,11 @@ def train_and_save(
     history, seconds_per_step = run_training_loop(
         run, optimization, checkpoint, folder, settings, [sheets], on_step
     )
-    for part in (run.model.encoder, run.model.adapter):
-        part.requires_grad_(False)
-    move_to_device(
-        {"encoder": run.model.encoder, "adapter": run.model.adapter}, torch.device("cpu")
-    )
+    trained = TrainedParts(run.model.encoder, run.model.adapter)
+    if run.is_sharded:
+        gather(run.parts, trained)
+    trained.requires_grad_(False)
+    trained.to("cpu")
     if accelerator.is_main_process:
         with run.progress.phase("saving the references"):
             run.model.save_pretrained(config.output)

@@ -19,6 +19,8 @@ from customize.training.latents_and_embeddings import Encode
 from customize.training.progress import Progress
 from customize.training.references.config import ReferenceTrainConfig
 from customize.training.references.group_dataset import GroupDataset
+from customize.training.references.sharding import Sharding
+from customize.training.references.trained_parts import TrainedParts
 
 
 @dataclass(eq=False)
@@ -32,11 +34,14 @@ class ReferenceRun:
         autocast: Returns the context in which models are called.
         progress: Shows phases and bars.
         cleanup: Undoes the changes to the models, in reverse order, when the run ends.
+        sharding: What is sharded over the processes.
         owns_base: Whether the base was loaded for this run, so that its models may be freed.
         weights: Component -> digest of the base's weights. Empty until they can be read.
         family: The base model. Set when it is loaded.
         resolution: Side of the square targets, in pixels. Set with ``family``.
         model: Encoder, adapter and processor. Set when they are loaded.
+        parts: The encoder and the adapter that are trained: those of ``model``, or their shards.
+            Set when they are attached.
         attachment: The adapter's attachment to the denoiser. Set when it is attached.
         dataset: The samples. Set when images are encoded.
         encode: Returns the conditions of a batch of captions. Set when prompts are encoded.
@@ -48,17 +53,27 @@ class ReferenceRun:
     autocast: Autocast
     progress: Progress
     cleanup: ExitStack
+    sharding: Sharding
     owns_base: bool
     weights: dict[str, str]
     family: Family = field(init=False)
     resolution: int = field(init=False)
     model: ReferenceModel = field(init=False)
+    parts: TrainedParts = field(init=False)
     attachment: Attachment = field(init=False)
     dataset: GroupDataset = field(init=False)
     encode: Encode = field(init=False)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes exchange parts of the weights or gradients in each pass."""
+        return self.sharding != "none"
+
     def read_references(self, requests: Sequence[GroupRequest]) -> Tensor:
-        """Return the reference tokens (groups, num_tokens, width) of groups, within autocast."""
+        """Return the reference tokens (groups, num_tokens, width) of groups.
+
+        It is called within autocast, and by what ``parts`` computes.
+        """
         inputs = self.model.processor.make_inputs(requests, self.model.config)
-        tokens: Tensor = self.model.encoder(inputs.to(self.device))
+        tokens: Tensor = self.parts.encoder(inputs.to(self.device))
         return tokens

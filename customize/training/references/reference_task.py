@@ -11,12 +11,13 @@ from torch import Generator, Tensor, nn
 
 from customize.core.objectives import weighted_mse
 from customize.references.encoder_inputs import GroupRequest, unconditional_request
-from customize.references.model import ReferenceModel
 from customize.training.data.batches import draw_noise, pass_order, stream_seed
+from customize.training.distributed import max_over_processes
 from customize.training.finite_checks import suggest_base_fix
 from customize.training.references.config import ReferenceTrainConfig
 from customize.training.references.group_dataset import GroupSample
 from customize.training.references.reference_run import ReferenceRun
+from customize.training.references.trained_parts import TrainedParts
 from customize.training.training_task import TrainingTask
 
 #: What a sample loses, so that the model also learns to draw without it.
@@ -38,7 +39,7 @@ def choose_drop(config: ReferenceTrainConfig, rng: Random) -> Drop:
 
 
 def trained_parameters(
-    config: ReferenceTrainConfig, model: ReferenceModel
+    config: ReferenceTrainConfig, parts: TrainedParts
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
     """Return the trained parameters of the encoder and of the adapter, by name.
 
@@ -49,12 +50,12 @@ def trained_parameters(
     frozen = () if all_parts else ("mllm.",)
     encoder = {
         f"encoder.{name}": parameter
-        for name, parameter in model.encoder.named_parameters()
+        for name, parameter in parts.encoder.named_parameters()
         if not name.startswith(frozen)
     }
     adapter = {
         f"adapter.{name}": parameter
-        for name, parameter in model.adapter.named_parameters()
+        for name, parameter in parts.adapter.named_parameters()
         if all_parts or not name.endswith((".lora_A.weight", ".lora_B.weight"))
     }
     return encoder, adapter
@@ -69,11 +70,10 @@ class ReferenceTask(TrainingTask):
 
     def __init__(self, run: ReferenceRun) -> None:
         self.run = run
-        self._encoder, self._adapter = trained_parameters(run.config, run.model)
+        self._encoder, self._adapter = trained_parameters(run.config, run.parts)
         trained = {*self._encoder.values(), *self._adapter.values()}
-        for part in (run.model.encoder, run.model.adapter):
-            for parameter in part.parameters():
-                parameter.requires_grad_(parameter in trained)
+        for parameter in run.parts.parameters():
+            parameter.requires_grad_(parameter in trained)
         self._generator = Generator(run.device)
         black: Any = unconditional_request().images
         self._black = run.model.processor.cut_images(black)
@@ -110,9 +110,14 @@ class ReferenceTask(TrainingTask):
         by_shape: dict[torch.Size, list[GroupSample]] = {}
         for sample in samples:
             by_shape.setdefault(sample.latents[0].shape, []).append(sample)
+        missing = 0
+        if self.run.is_sharded:  # all processes must run as many passes
+            missing = max_over_processes(self.run.accelerator, len(by_shape)) - len(by_shape)
         for group, part in enumerate(by_shape.values()):
             stream = f"noise {group}" if group else "noise"
             yield self._loss(part, stream_seed(config.seed, number, stream))
+        for _ in range(missing):
+            yield 0.0 * self._loss(samples[:1], 0)
 
     def suggest_fix(self) -> str:
         """Return what to do about a base with values that are not finite."""
@@ -154,11 +159,15 @@ class ReferenceTask(TrainingTask):
         requests = [
             GroupRequest(sample.references, sample.attributes, sample.caption) for sample in samples
         ]
-        with run.autocast():
-            tokens = run.read_references(requests)
-            conditions = run.encode([sample.caption for sample in samples])
-            with run.attachment.condition(tokens):
-                prediction = family.predict(noisy, t, conditions)
+
+        def predict() -> Tensor:
+            with run.autocast():
+                tokens = run.read_references(requests)
+                conditions = run.encode([sample.caption for sample in samples])
+                with run.attachment.condition(tokens):
+                    return family.predict(noisy, t, conditions)
+
+        prediction = run.parts(predict)
         target = family.target(latents, draws.noise, t)
         weight = family.loss_weight(t, config.min_snr_gamma)
         weight = weight / (config.batch_size * config.gradient_accumulation)

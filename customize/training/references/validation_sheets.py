@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -51,7 +52,9 @@ class ValidationSheets:
         due = step == config.steps or (
             config.validation_every and not step % config.validation_every
         )
-        if due and self._samples and self.run.accelerator.is_main_process:
+        # Processes that have a part of the weights each draw together.
+        draws = self.run.sharding == "fsdp2" or self.run.accelerator.is_main_process
+        if due and self._samples and draws:
             self.draw(step)
 
     @torch.no_grad()
@@ -66,9 +69,12 @@ class ValidationSheets:
             for row, group in enumerate(self._samples):
                 for prompt in run.config.validation_prompts or (group.caption,):
                     prompts.append(f"{row} {prompt}")
-                    drawn.append(self._draw_image(group, prompt, row))
+                    draw_image = partial(self._draw_image, group, prompt, row)
+                    drawn.append(run.parts(draw_image))
         except PipelineError as error:  # only a training loss that is not finite stops the run
             warnings.warn(f"no validation sheet at step {step}: {error}", stacklevel=2)
+            return
+        if not run.accelerator.is_main_process:
             return
         each = len(drawn) // len(self._samples)
         for row, group in enumerate(self._samples):

@@ -16,6 +16,7 @@ __all__ = [
     "ConfigError",
     "CustomizeError",
     "DataError",
+    "EndpointError",
     "PipelineError",
     "SettingsError",
     "StorageError",
@@ -71,6 +72,10 @@ class ConceptError(CustomizeError):
 
 class PipelineError(CustomizeError):
     """A pipeline does not support the request: unknown family, missing component, or conflict."""
+
+
+class EndpointError(CustomizeError):
+    """An endpoint cannot be reached, refuses the request, or answers something else."""
 
 
 class TrainingError(CustomizeError):

@@ -26,8 +26,9 @@ def load_model(
     kind: str,
     types: Sequence[str],
     unused: tuple[str, ...] = (),
+    dtype: torch.dtype | str = torch.float32,
 ) -> Any:
-    """Load a model in evaluation mode and float32, and refuse missing weights.
+    """Load a model in evaluation mode, and refuse missing weights.
 
     transformers loads any folder as any class, and initialises missing weights at random with a
     warning.
@@ -38,6 +39,7 @@ def load_model(
         kind: Name of the model in errors.
         types: Accepted values of model_type in config.json.
         unused: Prefixes of weights that may be missing, as the scorer does not use them.
+        dtype: Dtype of the weights; "auto" for that of the file.
 
     Raises:
         PipelineError: The model cannot be loaded, has another type, or lacks weights.
@@ -50,10 +52,10 @@ def load_model(
         raise PipelineError(
             f"the model is of type {model_type}, not a {kind} model",
             where=model,
-            fix=f"give one of type {' or '.join(types)}",
+            fix=f"give one of type {' or '.join(types[:8])}",
         )
     loaded, notes = load_pretrained(
-        loader, model, title, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        loader, model, title, use_safetensors=True, dtype=dtype, output_loading_info=True
     )
     missing = sorted(key for key in notes["missing_keys"] if not key.startswith(unused))
     if missing:

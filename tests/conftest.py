@@ -6,9 +6,11 @@ threads; tiny models are not faster on more threads.
 
 import gc
 import os
+from collections.abc import Iterator
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -19,6 +21,16 @@ settings.register_profile("default", deadline=None, suppress_health_check=[Healt
 settings.load_profile("default")
 # For scripts/mutants.py: few examples, the same for every mutant.
 settings.register_profile("mutants", max_examples=8, derandomize=True, deadline=None, database=None)
+
+
+@pytest.fixture(scope="module")
+def quick_recordings() -> Iterator[None]:
+    """All tests of a module record layer inputs in one step."""
+    from tests.recording import record_in_one_step
+
+    with pytest.MonkeyPatch.context() as patch:
+        record_in_one_step(patch)
+        yield
 
 
 def pytest_collection_finish() -> None:

@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 
 from customize.concepts.io.write_concept import save_concept
 from tests.pipeline.making import concept, user_lora
+from tests.recording import record_in_one_step
 from tests.references.storybook_model import storybook_references
 from tests.tiny import tiny_sdxl
 
@@ -103,8 +104,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draw_few_steps(patch: pytest.MonkeyPatch) -> None:
-    """Limit all schedulers to two steps."""
+    """Limit all schedulers to two steps, and recordings of layer inputs to one."""
     import diffusers
+
+    record_in_one_step(patch)
 
     for name in ("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"):
         scheduler = getattr(diffusers, name)

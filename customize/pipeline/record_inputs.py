@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from customize.base.offload import check_not_offloaded
+from customize.concepts.adapter import LayerFactors
 from customize.concepts.formats.lora_file import LoraFile
 from customize.concepts.input_statistics import (
     PROMPTS,
@@ -96,6 +97,8 @@ def record_concepts(
     with torch.no_grad():
         shape = family.encode_images(torch.zeros(1, 3, side, side))[0].shape[1:]
     recorded: dict[str, LayerInputs] = {}
+    # Concepts of one class with updates of the same layers have the same inputs of the base.
+    of_base: dict[str, LayerFactors] = {}
     before, merge_plan = state.attached, state.merge_plan
     try:
         for concept in concepts:
@@ -103,16 +106,18 @@ def record_concepts(
             layers = updated_layers(family, updates)
             concept_words = words or info.trigger_words
             concept_prompts = fill_prompts(concept_words, prompts)
-            apply_attachments(family, state, {}, MergePlan())
-            generic = record_layer_inputs(
-                family, layers, base_prompts(info.class_word, prompts), shape
-            )
+            key = f"{info.class_word} {layers}"
+            if key not in of_base:
+                apply_attachments(family, state, {}, MergePlan())
+                of_base[key] = record_layer_inputs(
+                    family, layers, base_prompts(info.class_word, prompts), shape
+                )
             alone = {info.name: AttachedConcept(concept, 1.0, fused=False)}
             apply_attachments(family, state, alone, MergePlan())
             if concept.subjects:  # a part of the words of an ordinary LoRA suffices
                 _check_not_truncated(family, concept_words, concept_prompts)
             specific = record_layer_inputs(family, layers, concept_prompts, shape)
-            recorded[info.name] = LayerInputs(digest_updates(updates), specific, generic)
+            recorded[info.name] = LayerInputs(digest_updates(updates), specific, of_base[key])
     finally:
         apply_attachments(family, state, before, merge_plan)
     return recorded

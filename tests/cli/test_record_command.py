@@ -24,6 +24,8 @@ from tests.cli.making import Run, World, refused
 from tests.pipeline.making import draw, user_lora
 from tests.tiny import tiny_sd
 
+pytestmark = pytest.mark.usefixtures("quick_recordings")
+
 PROMPTS = ("--prompt", "a photo of {}", "--prompt", "a drawing of {} on a beach")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -23,20 +24,27 @@ from customize.pipeline import transaction
 from tests.pipeline.making import MAKERS, assert_same, concept, draw, everything, user_lora
 from tests.tiny import tiny_sd
 
+pytestmark = pytest.mark.usefixtures("quick_recordings")
+
 FEW = ("a photo of {}", "a drawing of {} on a beach")
 modes = pytest.mark.parametrize("fuse", [False, True], ids=["adapter", "fused"])
 
 
-@pytest.fixture
-def pair(tmp_path):
-    """A pipeline, and two concepts with their records, on disk and in memory."""
-    pipe = tiny_sd()
-    folders = []
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A folder of two concepts with their records."""
+    pipe, root = tiny_sd(), tmp_path_factory.mktemp("recorded")
     for index, name in enumerate(("rex", "tom")):
-        folder = save_concept(concept(pipe, name, index=index), tmp_path / name)
+        folder = save_concept(concept(pipe, name, index=index), root / name)
         customize.record_inputs(pipe, folder, FEW).save(layer_inputs_path(folder))
-        folders.append(folder)
-    return pipe, *folders
+    return root
+
+
+@pytest.fixture
+def pair(recorded, tmp_path):
+    """A pipeline, and the folders of two concepts with their records."""
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
+    return tiny_sd(), tmp_path / "rex", tmp_path / "tom"
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)

@@ -13,6 +13,8 @@ from tests.pipeline.making import assert_same, concept, everything
 from tests.tiny import drawn, tiny_sd
 from tests.training.runs import settings
 
+pytestmark = pytest.mark.usefixtures("quick_recordings")
+
 PROMPT = "a photo of <rex> and a red car on the beach"
 #: How concepts are merged, and whether into the weights.
 MERGES = {
@@ -118,14 +120,19 @@ def test_weights_changed_within_autocast_are_not_cached():
     assert not np.array_equal(before, inside)
 
 
+@pytest.fixture(scope="module")
+def recorded(folder):
+    """Layer inputs that are recorded outside of any context."""
+    return customize.record_inputs(tiny_sd(), folder / "rex")
+
+
 @pytest.mark.parametrize("context", ["autocast-bf16", "inference", "float64", "tf32"])
-def test_recorded_inputs_are_independent_of_precision_contexts(context, folder):
+def test_recorded_inputs_are_independent_of_precision_contexts(context, folder, recorded):
     pipe = tiny_sd()
-    one = customize.record_inputs(pipe, folder / "rex")
     with CONTEXTS[context]():
         two = customize.record_inputs(pipe, folder / "rex")
     for kind in ("concept", "generic"):
-        for component, layers in getattr(one, kind).items():
+        for component, layers in getattr(recorded, kind).items():
             for module, rows in layers.items():
                 again = getattr(two, kind)[component][module]
                 assert again.dtype == torch.float32 and not again.is_inference()

@@ -28,6 +28,8 @@ from customize.stages import library_routing
 from tests.pipeline.making import MAKERS, assert_same, concept, draw, everything, modular, user_lora
 from tests.tiny import tiny_qwen_image, tiny_sd, tiny_sdxl
 
+pytestmark = pytest.mark.usefixtures("quick_recordings")
+
 NAMES = ("rex", "tom", "kit")
 
 

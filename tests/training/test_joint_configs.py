@@ -1,7 +1,6 @@
 """Several concepts in one run: their sum, batches, preservation, checkpoints and settings."""
 
 import collections
-import inspect
 import itertools
 import json
 import shutil
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 import customize
 from customize.concepts.concept_info import BasisInfo
-from customize.concepts.input_statistics import LayerInputs, layer_inputs_path, record_layer_inputs
+from customize.concepts.input_statistics import LayerInputs, layer_inputs_path
 from customize.concepts.io.read_concept import load_concept
 from customize.concepts.slices.slice_reservations import read_reservations
 from customize.core.bases import hashed_block, shared_columns
@@ -27,6 +26,7 @@ from customize.training.data.batches import compose_batch
 from customize.training.joint_configs import PER_CONCEPT_SETTINGS, load_configs
 from customize.training.recipe import train, train_jointly
 from customize.training.trainable import attach_trainable
+from tests.recording import record_in_one_step
 from tests.tiny import tiny_sd, tiny_sdxl
 from tests.tiny_families import TINY_FAMILIES
 from tests.training.runs import (
@@ -527,8 +527,7 @@ def test_names_with_equal_hashed_slices_get_disjoint_slices(tmp_path):
 
 
 def test_concepts_have_their_own_validation_images_and_recordings(tmp_path, monkeypatch):
-    # For each image of the recording.
-    monkeypatch.setitem(inspect.unwrap(record_layer_inputs).__kwdefaults__, "steps", 1)
+    record_in_one_step(monkeypatch)
     pipe = tiny_sd()
     configs = two_configs(
         tmp_path,

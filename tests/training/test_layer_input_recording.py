@@ -12,6 +12,8 @@ from customize.training.recipe import train
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
 from tests.training.runs import same, settings, snapshot, tensors
 
+pytestmark = pytest.mark.usefixtures("quick_recordings")
+
 FAMILIES = {"sd": (tiny_sd, {"layerwise_tokens": True}), "sd3": (tiny_sd3, {"method": "lora"})}
 
 

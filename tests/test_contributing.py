@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.forked import run_forked
 from tests.test_guides import ROOT, Block, read_blocks
 
 RECIPES = (
@@ -83,16 +82,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_recipes_work(package: Path) -> None:
-    """All recipes share one copy and one process, because importing takes seconds."""
+    """All recipes share one copy and one process."""
     code = []
     for title, blocks in read_recipes().items():
         check = apply_recipe(blocks, package)
         function = re.sub(r"\W", "_", title.lower())
         body = "\n".join(f"    {line}" for line in check.splitlines())
         code.append(f"def {function}():\n{body}\n\n{function}()\n")
-    script = package / "check.py"
-    script.write_text("\n".join(code))
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=package, capture_output=True, text=True, timeout=300
-    )
+    done = run_forked("\n".join(code), folder=package)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from customize.cli.generation_plan import parse_size
 from customize.concepts.io.write_concept import save_concept
 from customize.errors import ConfigError
 from tests.cli.making import Run, World, refused
+from tests.forked import COMMAND, run_forked
 from tests.tiny import drawn, tiny_flux, tiny_qwen_image, tiny_sd, tiny_z_image
 from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 from tests.tiny_video import tiny_wan
@@ -151,9 +150,8 @@ def test_a_truncated_trigger_is_warned_of_once(world: World, tmp_path: Path) -> 
     prompt = f"a photo of a dog {'in the snow ' * 40}<rex>"
     call = ["generate", world.rex, "--base", world.base, "--prompt", prompt, "--device", "cpu"]
     call += ["--steps", "1", "--size", "32", "--count", "2", "--output", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "customize", *call], capture_output=True, text=True, check=True
-    )
+    done = run_forked(COMMAND, *call)
+    assert done.returncode == 0, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if "cut off" in line)
     assert line.startswith("note: ") and "<rex> is cut off" in line and " tokens" in line
     assert "Warning" not in done.stderr

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from customize.core.merges import MERGES
 from customize.errors import ConceptError, StorageError
 from tests.cli.making import Run, World, refused
 from tests.concepts.making import small
+from tests.forked import run_forked
 from tests.pipeline.making import concept, draw
 from tests.tiny import tiny_sd, tiny_sd3
 from tests.tiny_video import tiny_wan
@@ -102,13 +101,7 @@ def test_stock_diffusers_reproduces_load_custom(run: Run, world: World, tmp_path
     write_merged(two, [1.0, 0.8], tmp_path / "wan")
     assert "load_into_transformer_2=True" in (tmp_path / "wan" / "README.md").read_text()
 
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path), PROMPT],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_forked(STOCK, tmp_path, PROMPT)
     assert done.returncode == 0, done.stderr
     assert "No LoRA keys" not in done.stderr
     expected = {

@@ -7,8 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,11 @@ from customize.cli.train_command import describe_run
 from customize.concepts.io.read_concept import load_concept
 from customize.training.config import TrainConfig, load_config
 from tests.cli.making import Run, World, photos, refused
+from tests.forked import COMMAND, Forked
 
 ROOT = Path(__file__).parents[2]
+#: Steps of a run that is stopped; so many that the signal arrives before the end.
+STEPS = 30
 
 
 def arguments(world: World, folder: Path, **settings: object) -> list[str]:
@@ -93,6 +94,9 @@ def test_flags_override_the_file(run: Run, world: World, tmp_path: Path) -> None
         "validation_prompts": ["a photo of <max>"],
         "train_tokens": True,
         "device": "cpu",
+        # Images for these would take longer than the run itself.
+        "num_shared_directions": 0,
+        "record_inputs": False,
     }
     file.write_text(yaml.safe_dump(settings))
     flags = ("--rank", "2", "--alpha", "none", "--no-train-tokens", "--validation-steps", "1")
@@ -222,32 +226,27 @@ def test_long_captions_are_reported_once(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
 def test_stopping_and_resuming(run: Run, world: World, tmp_path: Path, number: int) -> None:
     photos(tmp_path / "photos")
-    command = arguments(world, tmp_path, steps=60, checkpoint_every=2)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "customize", "train", *command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = arguments(world, tmp_path, steps=STEPS, checkpoint_every=2)
+    process = Forked(COMMAND, "train", *command)
     end = time.monotonic() + 240
-    while not list((tmp_path / "max").glob(".checkpoints/step-*")) and process.poll() is None:
+    while not list((tmp_path / "max").glob(".checkpoints/step-*")):
         assert time.monotonic() < end
         time.sleep(0.01)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=240)
+    os.kill(process.pid, number)
+    done = process.wait()
+    err = done.stderr
     if number == signal.SIGINT:
-        assert process.returncode == 130, err
+        assert done.returncode == 130, err
         last = err.splitlines()[-1]
         assert "training was stopped after step" in last and "run the same again" in last
     else:
-        assert process.returncode == -signal.SIGKILL, err
+        assert done.returncode == -signal.SIGKILL, err
     assert not (tmp_path / "max" / "concept.json").exists()
     step = max(int(path.stem[5:]) for path in (tmp_path / "max").glob(".checkpoints/step-*"))
     result = run("train", *command)
     assert result.code == 0, result.err
-    assert f" {step}/60 [" in result.err and " 0/60 [" not in result.err  # the start of the bar
+    # The start of the bar.
+    assert f" {step}/{STEPS} [" in result.err and f" 0/{STEPS} [" not in result.err
     assert load_concept(tmp_path / "max").info.name == "max"
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ import torch
 from customize.concepts.io.write_concept import save_concept, write_single_file
 from customize.concepts.types import Concept
 from tests.concepts.making import learn
+from tests.forked import run_forked
 from tests.tiny import (
     drawn,
     tiny_flux,
@@ -163,13 +161,7 @@ def pictures(tmp_path_factory) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         if name == "wan-14b":
             write_single_file(concept, root / "wan-14b.safetensors")
             ours["wan-14b-single"] = ours[name]
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(root), PROMPT],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_forked(STOCK, root, PROMPT)
     assert done.returncode == 0, done.stderr
     assert "No LoRA keys" not in done.stderr
     return {name: (picture, np.load(root / f"{name}.npy")) for name, picture in ours.items()}

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,9 +22,9 @@ from diffusers.modular_pipelines.stable_diffusion_3.modular_blocks_stable_diffus
 from customize.errors import PipelineError
 from customize.families import family_of
 from customize.stages import CALL_ARGUMENTS, load_stages
+from tests.forked import run_forked
 from tests.pipeline.making import MAKERS, PROMPT, assert_same, concept, draw, everything, user_lora
 
-ROOT = Path(__file__).parents[2]
 IMG2IMG = {
     "sd": StableDiffusionImg2ImgPipeline,
     "sdxl": StableDiffusionXLImg2ImgPipeline,
@@ -175,11 +171,7 @@ def test_pipelines_saved_with_fused_concepts_load_in_stock_diffusers(make, tmp_p
     if make is MAKERS["sd3"]:  # which expands nothing by itself
         prompt = PROMPT.replace("<rex>", "<rex> <rex>_1")
     result = tmp_path / "picture.npy"
-    command = [sys.executable, "-c", STOCK, str(tmp_path / "saved"), prompt, str(result)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = run_forked(STOCK, tmp_path / "saved", prompt, result)
     assert done.returncode == 0, done.stderr
     np.testing.assert_allclose(np.load(result), draw(pipe), atol=1e-5)
 

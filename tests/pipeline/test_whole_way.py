@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from customize.concepts.io.read_concept import load_concept
 from customize.training.recipe import train
+from tests.forked import run_forked
 from tests.pipeline.making import PROMPT, assert_same, draw, everything
 from tests.tiny import tiny_sdxl
 from tests.training.runs import assert_unchanged, settings, snapshot
@@ -79,13 +77,7 @@ def test_train_load_and_generate_with_sdxl(tmp_path: Path) -> None:
     ours = draw(pipe)
     assert np.abs(ours - base).max() > 1e-2
     result = tmp_path / "stock.npy"
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(config.output), PROMPT, str(result)],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_forked(STOCK, config.output, PROMPT, result)
     assert done.returncode == 0, done.stderr
     assert "No LoRA keys" not in done.stderr
     assert np.abs(np.load(result) - ours).max() <= 1e-5

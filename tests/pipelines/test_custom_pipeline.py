@@ -1,21 +1,16 @@
-"""The files for ``custom_pipeline=``, in fresh processes that import nothing of the pack."""
+"""The files for ``custom_pipeline=``, in processes that import nothing of the pack."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 
 from customize.concepts.io.write_concept import save_concept
+from tests.forked import ROOT, run_forked
 from tests.pipeline.making import PROMPT, concept, draw
 from tests.tiny import tiny_sd, tiny_sdxl
 
-ROOT = Path(__file__).parents[2]
 CODE = """
 import sys
 import numpy as np, torch
@@ -24,6 +19,7 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 
 torch.set_num_threads(1)
 folder, file, concept, prompt, stock = sys.argv[1:]
+diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE = folder + "/modules"
 try:
     DiffusionPipeline.from_pretrained(folder + "/base", custom_pipeline=file)
 except ValueError as error:
@@ -62,16 +58,8 @@ def test_custom_pipeline_adds_load_custom_to_the_stock_class(make, file, tmp_pat
     pipe.save_pretrained(tmp_path / "base")
     save_concept(concept(pipe), tmp_path / "rex")
     stock = type(pipe).__name__
-    arguments = [tmp_path, ROOT / "pipelines" / file, tmp_path / "rex", PROMPT, stock]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    file = ROOT / "pipelines" / file
+    done = run_forked(CODE, tmp_path, file, tmp_path / "rex", PROMPT, stock)
     assert done.returncode == 0, done.stderr
     pipe.load_custom(tmp_path / "rex")
     np.testing.assert_allclose(np.load(tmp_path / "attached.npy"), draw(pipe), atol=1e-5)

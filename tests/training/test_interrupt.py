@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from customize.concepts.io.read_concept import load_concept
 from customize.training.checkpoint import load_latest_checkpoint
 from customize.training.recipe import train
+from tests.forked import Forked
 from tests.tiny import tiny_sd
 from tests.training.runs import make_various, same, settings, tensors
 
@@ -50,19 +52,14 @@ except TrainingStopped as stopped:
 
 def run_until(folder, step, number):
     """Start the program, send a signal when it prints the step, and return its output."""
-    lines = []
-    with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-        cwd=ROOT,
-    ) as process:
-        for line in process.stdout:
-            lines.append(line.strip())
-            if lines[-1] == str(step):
-                process.send_signal(number)
-        return process.wait(timeout=300), lines
+    process = Forked(PROGRAM, folder)
+    end = time.monotonic() + 300
+    while str(step) not in process.output.read_text().splitlines():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    done = process.wait()
+    return done.returncode, done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])

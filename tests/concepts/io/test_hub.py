@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +16,7 @@ from customize.concepts.io.hub import is_collection_slug, is_hub_id
 from customize.concepts.io.write_concept import save_concept
 from tests.concepts.library.test_library import lora
 from tests.concepts.making import small
+from tests.forked import TORCH, run_forked
 
 SLUG = "user/our-dogs-64f9a55bb3115b4f513ec026"
 
@@ -115,12 +113,10 @@ def collection(*names: str) -> list[dict[str, str]]:
 
 def ask(script: str, address: str, home: Path) -> list[str]:
     """Run lines in another process, which reads the hub's address at its start; their output."""
-    surroundings = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home)}
-    surroundings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
+    changes = {"HF_ENDPOINT": address, "HF_HOME": str(home)}
+    changes |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "2"}
     code = "from customize.concepts.library.library import Library\n" + script
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=surroundings, capture_output=True, text=True, check=False
-    )
+    done = run_forked(code, preload=TORCH, **changes)
     assert done.returncode == 0, done.stderr
     return [*done.stdout.splitlines(), *done.stderr.splitlines()]
 

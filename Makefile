@@ -8,6 +8,8 @@ USE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 # Processes that share the tests, each on one thread.
 WORKERS ?= 2
+# The programs that tests start need not compile the package each.
+unexport PYTHONDONTWRITEBYTECODE
 # Waiting OpenMP threads sleep early, as customize/openmp.py explains.
 export GOMP_SPINCOUNT ?= 10000
 

@@ -196,10 +196,13 @@ def _t5_config(vocabulary: int) -> T5Config:
     )
 
 
-def tiny_sd(prediction: Prediction = "epsilon") -> StableDiffusionPipeline:
+def tiny_sd(
+    prediction: Prediction = "epsilon", few_layers: bool = False
+) -> StableDiffusionPipeline:
     """Stable Diffusion with attention of widths 16 and 32 and a CLIP of width 32.
 
-    With v_prediction the schedule ends at zero SNR, as in newer v models.
+    With v_prediction the schedule ends at zero SNR, as in newer v models. With `few_layers` only
+    the middle block has attention, so that the UNet compiles in a third of the time.
     """
     tokenizer = clip_tokenizer()
     with seeded():
@@ -207,9 +210,9 @@ def tiny_sd(prediction: Prediction = "epsilon") -> StableDiffusionPipeline:
         vae = _vae(scaling_factor=0.5, shift_factor=None)
         unet = UNet2DConditionModel(
             sample_size=16,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=(16, 32),
+            down_block_types=(("DownBlock2D",) if few_layers else ("CrossAttnDownBlock2D",) * 2),
+            up_block_types=(("UpBlock2D",) if few_layers else ("CrossAttnUpBlock2D",) * 2),
+            block_out_channels=(32,) if few_layers else (16, 32),
             layers_per_block=1,
             cross_attention_dim=32,
             attention_head_dim=2,
@@ -229,11 +232,13 @@ def tiny_sd(prediction: Prediction = "epsilon") -> StableDiffusionPipeline:
     return pipe
 
 
-def tiny_sdxl(prediction: Prediction = "epsilon") -> StableDiffusionXLPipeline:
+def tiny_sdxl(
+    prediction: Prediction = "epsilon", few_layers: bool = False
+) -> StableDiffusionXLPipeline:
     """Stable Diffusion XL with attention of width 32 and CLIPs of 16 and 24.
 
     As in the published model, the outermost blocks have no attention, and the others have different
-    numbers of layers. The scheduler is that of tiny_sd.
+    numbers of layers. The scheduler and `few_layers` are those of tiny_sd.
     """
     tokenizer, tokenizer_2 = clip_tokenizer(), clip_tokenizer(pad_token="!")
     with seeded():
@@ -242,13 +247,13 @@ def tiny_sdxl(prediction: Prediction = "epsilon") -> StableDiffusionXLPipeline:
         vae = _vae(scaling_factor=0.5, shift_factor=None)
         unet = UNet2DConditionModel(
             sample_size=16,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")[: 1 if few_layers else 2],
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")[1 if few_layers else 0 :],
+            block_out_channels=(32,) if few_layers else (16, 32),
             layers_per_block=1,
-            transformer_layers_per_block=(1, 2),
+            transformer_layers_per_block=(1,) if few_layers else (1, 2),
             cross_attention_dim=40,
-            attention_head_dim=(2, 4),
+            attention_head_dim=(4,) if few_layers else (2, 4),
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,

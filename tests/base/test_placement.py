@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from accelerate.hooks import AlignDevicesHook, CpuOffload
 from customize.errors import PipelineError
 from customize.families import family_of
 from tests.pipeline.making import MAKERS, assert_same, concept, draw, everything
+from tests.tiny import tiny_sd, tiny_sd3, tiny_sdxl
 
 both = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 modes = pytest.mark.parametrize("fuse", [False, True], ids=["adapter", "fused"])
@@ -110,7 +112,11 @@ def test_adapters_move_with_the_pipeline(fuse):
     assert all(weight.is_meta for weight in pipe.unet.parameters())
 
 
-@both
+@pytest.mark.parametrize(
+    "make",
+    [partial(tiny_sd, few_layers=True), partial(tiny_sdxl, few_layers=True), tiny_sd3],
+    ids=MAKERS,
+)
 def test_concepts_load_into_a_compiled_denoiser(make):
     pipe, plain = make(), make()
     rex = concept(plain)

@@ -64,26 +64,27 @@ def processors(pipe):
 
 
 @every
-@pytest.mark.parametrize("backend", ["auto", "native", "sdpa"])
-def test_images_are_unchanged_and_processors_are_restored(name, backend):
+def test_images_are_unchanged_and_processors_are_restored(name):
     pipe = MAKERS[name]()
     bare = draw(pipe)
     before, processors_before = everything(pipe), processors(pipe)
-    assert pipe.load_custom(attention=backend) is pipe
-    np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
     family = family_of(pipe.components)
-    reports = {report.component: report for report in pipe.custom.attention}
-    for denoiser in family.denoisers:
-        assert (reports[denoiser].backend, reports[denoiser].modules) == ("native", COUNTS[name])
-        assert 0 < reports[denoiser].error < 1e-5 and not reports[denoiser].custom_processors
-        assert f"{denoiser} native ({COUNTS[name]} modules, error" in repr(pipe.custom)
-    assert reports.keys() >= family.all_text_encoders.keys()
-    assert all(report.backend in ("native", "sdpa") for report in reports.values())
-    pipe.unload_custom()
-    assert_same(before, everything(pipe))
-    assert processors(pipe) == processors_before
-    assert not pipe.custom.attention and "attention" not in repr(pipe.custom)
-    assert np.array_equal(draw(pipe), bare)
+    for backend in ("auto", "native", "sdpa"):
+        assert pipe.load_custom(attention=backend) is pipe
+        np.testing.assert_allclose(draw(pipe), bare, atol=1e-5)
+        reports = {report.component: report for report in pipe.custom.attention}
+        for denoiser in family.denoisers:
+            report = reports[denoiser]
+            assert (report.backend, report.modules) == ("native", COUNTS[name])
+            assert 0 < report.error < 1e-5 and not report.custom_processors
+            assert f"{denoiser} native ({COUNTS[name]} modules, error" in repr(pipe.custom)
+        assert reports.keys() >= family.all_text_encoders.keys()
+        assert all(report.backend in ("native", "sdpa") for report in reports.values())
+        pipe.unload_custom()
+        assert_same(before, everything(pipe))
+        assert processors(pipe) == processors_before
+        assert not pipe.custom.attention and "attention" not in repr(pipe.custom)
+        assert np.array_equal(draw(pipe), bare)
 
 
 @dispatched
@@ -116,15 +117,16 @@ def test_dispatcher_backends_are_refused_for_models_without_the_dispatcher(name)
 
 
 @every
-@pytest.mark.parametrize("backend", ["xformers", "flash", "sage", "_flash_3", "_native_cudnn"])
-def test_cuda_backends_are_refused_on_a_cpu(name, backend):
+def test_cuda_backends_are_refused_on_a_cpu(name):
     pipe = MAKERS[name]()
     rex = concept(pipe)
     before = everything(pipe)
-    with pytest.raises(PipelineError, match=rf"{backend} needs a CUDA device.*on cpu") as caught:
-        pipe.load_custom(rex, attention=backend)
-    assert "available are auto, native" in str(caught.value)
-    assert_same(before, everything(pipe))
+    for backend in ("xformers", "flash", "sage", "_flash_3", "_native_cudnn"):
+        message = rf"{backend} needs a CUDA device.*on cpu"
+        with pytest.raises(PipelineError, match=message) as caught:
+            pipe.load_custom(rex, attention=backend)
+        assert "available are auto, native" in str(caught.value)
+        assert_same(before, everything(pipe))
 
 
 def test_the_error_names_a_missing_package(monkeypatch):

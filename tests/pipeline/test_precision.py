@@ -79,15 +79,21 @@ def customized(call, folder):
 
 
 @pytest.fixture(scope="module")
-def pictures(folder):
-    return {name: draw(customized(name, folder), call) for name, call in CALLS.items()}
+def pipes(folder):
+    """A customized pipeline for each kind of call."""
+    return {name: customized(name, folder) for name in CALLS}
+
+
+@pytest.fixture(scope="module")
+def pictures(pipes):
+    return {name: draw(pipes[name], call) for name, call in CALLS.items()}
 
 
 #: Nothing is drawn by plain diffusers on the meta device.
 @pytest.mark.parametrize("context", [name for name in CONTEXTS if name != "meta-device"])
 @pytest.mark.parametrize("call", CALLS)
-def test_calls_draw_the_same_in_precision_contexts(call, context, folder, pictures):
-    pipe = customized(call, folder)
+def test_calls_draw_the_same_in_precision_contexts(call, context, pipes, pictures):
+    pipe = pipes[call]
     with CONTEXTS[context]():
         drawn = draw(pipe, CALLS[call])
     # Of an interval of 1: what rounding to 8 and to 11 bits makes of it in two steps.

@@ -15,13 +15,16 @@ export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-hostile mutants lint venv storybook bench bench-gpu clean
+.PHONY: help demo llm test test-slow test-hostile mutants lint venv storybook bench bench-gpu clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(USE)  ## learn, merge and draw concepts in the bundled miniature world
 	$(PY) -m customize demo
+
+llm: $(DEV)  ## download a small language model that rewrites prompts (93 MB, 515 MB converted)
+	$(PY) scripts/download_llm.py
 
 test: lint  ## lint, then the tests that take seconds
 	$(PY) -m pytest -n $(WORKERS) --dist worksteal

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from customize.concepts.types import Concept
     from customize.stages.avoid import Decor
     from customize.stages.references import References
+    from customize.stages.rewrite import Rewriter
     from customize.training.config import TrainConfig
 
 #: What is imported when it is first used -> from where.
@@ -47,6 +48,7 @@ _LATER = {
     "Decor": "customize.stages.avoid",
     "Library": "customize.concepts.library.library",
     "References": "customize.stages.references",
+    "Rewriter": "customize.stages.rewrite",
     "TrainConfig": "customize.training.config",
     "inspect": "customize.api.inspect_files",
     "load_concept": "customize.concepts.io.read_concept",
@@ -61,6 +63,7 @@ __all__ = [
     "Decor",
     "Library",
     "References",
+    "Rewriter",
     "TrainConfig",
     "__version__",
     "inspect",

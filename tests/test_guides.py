@@ -36,6 +36,7 @@ from tests.pipeline.making import concept, user_lora
 from tests.recording import record_in_one_step
 from tests.references.storybook_model import storybook_references
 from tests.tiny import tiny_sdxl
+from tests.tiny_rewriter import save_tiny_llama
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted(
@@ -147,6 +148,8 @@ def workplace(
     shutil.copytree(ROOT / "assets/concepts/rex", tmp_path / "photos/rex")
     (tmp_path / "stable-diffusion-v1-5").mkdir()
     (tmp_path / "stable-diffusion-v1-5/stable-diffusion-v1-5").symlink_to(ROOT / "assets/storybook")
+    monkeypatch.setenv("CUSTOMIZE_CACHE", str(tmp_path / "cache"))
+    save_tiny_llama(tmp_path / "cache/smollm2-135m-instruct")
     sdxl = tiny_sdxl()
     sdxl.save_pretrained(tmp_path / "stabilityai/stable-diffusion-xl-base-1.0")
     for index, name in enumerate(("dog-sdxl", "cat-sdxl")):

@@ -152,6 +152,7 @@ LOADERS = {
     "load_custom": lambda value: tiny_sd().load_custom(value),
     "merge": lambda value: customize.merge(concept(tiny_sd()), output=value),
     "References": customize.References.from_pretrained,
+    "Rewriter": customize.Rewriter.from_pretrained,
     "ReferenceModel": ReferenceModel.from_pretrained,
     "ReferenceModel.save": lambda value: ReferenceModel.from_pretrained(
         "assets/references"

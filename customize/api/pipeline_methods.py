@@ -23,13 +23,14 @@ if TYPE_CHECKING:
     from customize.pipeline.report import Customization
     from customize.stages.avoid import Decor
     from customize.stages.references import References
+    from customize.stages.rewrite import Rewriter
 
 Pipeline = TypeVar("Pipeline")
 
 
 def load_custom(
     pipe: Pipeline,
-    *concepts: str | Path | Concept | Lora | LoraFile | Decor | References,
+    *concepts: str | Path | Concept | Lora | LoraFile | Decor | References | Rewriter,
     weights: Sequence[float | Mapping[str, Any]]
     | Mapping[str, float | Mapping[str, Any]]
     | None = None,

@@ -14,6 +14,7 @@ from customize.cli.shared_options import (
     BaseModel,
     Device,
     Dtype,
+    EndpointModel,
     Ignore,
     MergeMethod,
     Mllm,
@@ -92,6 +93,16 @@ def generate(
             metavar="X", help="Effect of the references, 0 to 2 (default: 1)", show_default=False
         ),
     ] = None,
+    rewrite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Language model that rewrites the prompts: a folder, hub id, .gguf file,"
+            " smollm2-135m-instruct (of make llm), or the address of an endpoint",
+            show_default=False,
+        ),
+    ] = None,
+    endpoint_model: EndpointModel = None,
     negative: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="Negative prompt", show_default=False),
@@ -177,6 +188,7 @@ def generate(
     from customize.cli.generation_plan import GenerationPlan, LoadArguments, parse_size
     from customize.cli.reference_flags import ReferenceFlags
     from customize.cli.region_arguments import parse_regions
+    from customize.cli.rewriter_source import check_rewriter_flags
 
     plan = GenerationPlan(
         prompts=tuple(prompt),
@@ -206,7 +218,10 @@ def generate(
         tuple(references or ()), reference_model, mllm, reference_scale
     )
     parsed = parse_regions(regions or [])
-    generate_images(loading, plan, parsed, reference_flags, output, device, dtype)
+    check_rewriter_flags(rewrite, endpoint_model, "--rewrite")
+    generate_images(
+        loading, plan, parsed, reference_flags, (rewrite, endpoint_model), output, device, dtype
+    )
 
 
 def generate_images(
@@ -214,6 +229,7 @@ def generate_images(
     plan: GenerationPlan,
     regions: Mapping[str, Any],
     reference_flags: ReferenceFlags,
+    rewriter: tuple[str | None, str | None],
     output: Path,
     device: str | None,
     dtype: str | None,
@@ -225,6 +241,7 @@ def generate_images(
         plan: Prompts, seeds and sampling settings.
         regions: As :func:`customize.cli.region_arguments.parse_regions` returns them.
         reference_flags: Reference images and their model.
+        rewriter: Language model that rewrites the prompts, and its name behind an endpoint.
         output: Output folder.
         device: Name of the device; None: the fastest available.
         dtype: Name of the dtype; None: float32 on a CPU, else float16.
@@ -239,6 +256,7 @@ def generate_images(
     from customize.cli.output_files import storage_errors
     from customize.cli.reference_flags import check_base, read_references
     from customize.cli.region_arguments import check_regions
+    from customize.cli.rewriter_source import load_rewriter
     from customize.cli.terminal import console, print_line
     from customize.concepts.formats.open_adaptation import open_adaptations
     from customize.concepts.io.output_folder import check_writable
@@ -286,6 +304,10 @@ def generate_images(
         check_base(references, pipe, family)
         arguments |= references.call
         stage_settings += [] if references.setting is None else [references.setting]
+    language_model, endpoint_model = rewriter
+    if language_model is not None:
+        stage_settings.append(load_rewriter(language_model, endpoint_model))
+        arguments["rewrite"] = True
     _load_concepts(pipe, concepts, weights, stage_settings, loading)
     if loading.library is None:  # a library refuses unknown triggers itself
         generation_checks.warn_of_triggers(pipe, plan.prompts, concepts)
@@ -300,6 +322,7 @@ def generate_images(
         "memory": loading.memory,
         "regions": {words: _describe_region(region) for words, region in regions.items()},
         "references": None if references is None else references.describe(),
+        "rewriter": language_model,
         "versions": result_file.versions(),
     }
     sources = {c.info.name: s for c, s in zip(concepts, loading.sources, strict=True)}

@@ -65,6 +65,7 @@ def generate_image(
     steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
     settings = {
         "prompt": prompt,
+        "rewritten": next(iter(getattr(result, "prompts", [])), None),
         "negative": plan.negative,
         "avoid": plan.avoid,
         "steps": call.get("num_inference_steps", steps),

@@ -129,6 +129,15 @@ Mllm = Annotated[
         show_default=False,
     ),
 ]
+EndpointModel = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint-model",
+        metavar="NAME",
+        help="Model behind an OpenAI-compatible endpoint; the key is read from OPENAI_API_KEY",
+        show_default=False,
+    ),
+]
 Json = Annotated[
     Path | None,
     typer.Option(

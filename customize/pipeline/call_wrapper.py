@@ -119,7 +119,7 @@ def _run_through(
     from customize.pipeline.finite_outputs import check_finite_output
     from customize.pipeline.stage import CallContext
 
-    context = CallContext(pipe, state, _parameters(pipe, call))
+    context = CallContext(pipe, state, _parameters(pipe, call), requested=requested)
     try:
         _ = context.family
     except PipelineError:

@@ -34,12 +34,14 @@ class CallContext:
             that it passes its keyword arguments on to.
         results: Attribute name -> value, which the output object of the call gets. Stages add to
             it; outputs that are tuples or plain lists stay as they are.
+        requested: Argument name -> value of all stages' arguments in the call.
     """
 
     pipe: Any
     state: AttachedState
     parameters: Mapping[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
+    requested: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def family(self) -> Family:

@@ -16,10 +16,12 @@ from customize.pipeline.stage import Stage
 #: the stages, and with them torch.
 #:
 #: Library routing is first, since the others need the prompt's concepts attached. Prompts are
-#: checked as the caller wrote them. References and regions encode prompts of their own, which
-#: ``avoid=`` cleans too, and references of regions need to be attached outside of these.
+#: rewritten with the concepts known, and checked as they are drawn. References and regions encode
+#: prompts of their own, which ``avoid=`` cleans too, and references of regions need to be attached
+#: outside of these.
 ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("library_routing", ()),
+    ("rewrite", ("rewrite", "keep")),
     ("check_prompts", ()),
     ("avoid", ("avoid",)),
     ("references", ("reference_images", "reference_scale")),

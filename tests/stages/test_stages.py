@@ -19,6 +19,7 @@ from tests.tiny import tiny_sd
 def test_the_table_has_the_order_of_the_stages_and_their_arguments():
     assert [stage.name for stage in load_stages()] == [
         "library",
+        "rewrite",
         "prompts",
         "avoid",
         "references",
@@ -27,7 +28,8 @@ def test_the_table_has_the_order_of_the_stages_and_their_arguments():
     for (module, arguments), stage in zip(ORDER, load_stages(), strict=True):
         assert stage.run.__module__ == f"customize.stages.{module}"
         assert stage.arguments == arguments
-    assert CALL_ARGUMENTS == ("avoid", "reference_images", "reference_scale", "regions")
+    arguments = ["avoid", "keep", "reference_images", "reference_scale", "regions", "rewrite"]
+    assert list(CALL_ARGUMENTS) == arguments
 
 
 @pytest.mark.parametrize("stage", load_stages(), ids=lambda stage: stage.name)

@@ -1,0 +1,86 @@
+"""``customize rewrite``: better prompts from a language model, without drawing."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from customize.cli.interrupts import on_interrupt
+from customize.cli.shared_options import Device, EndpointModel, Json
+
+
+@on_interrupt("interrupted")
+def rewrite(
+    prompts: Annotated[
+        list[str],
+        typer.Argument(metavar="PROMPT", help="Prompts to rewrite", show_default=False),
+    ],
+    rewriter: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Language model: a folder, hub id, .gguf file, smollm2-135m-instruct (of make"
+            " llm), or the address of an OpenAI-compatible endpoint",
+            show_default=False,
+        ),
+    ],
+    endpoint_model: EndpointModel = None,
+    n: Annotated[int, typer.Option("--n", min=1, max=64, help="Candidates for each prompt")] = 1,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="0 for the most likely candidate, up to 2 (default: 0, and 1 for several)",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Seed of the first candidate of each prompt")
+    ] = 0,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Words to keep, besides triggers, numbers, quoted text and what is excluded."
+            " Repeatable",
+            show_default=False,
+        ),
+    ] = None,
+    json_file: Json = None,
+    device: Device = None,
+) -> None:
+    """Rewrite prompts with a language model, without drawing.
+
+    Each candidate is printed on one line. Candidates that lose what the
+    prompt asks for are repaired, or replaced by the prompt; a note on the
+    error output says so.
+
+    customize rewrite "a puppy" --rewriter smollm2-135m-instruct --n 4
+    """
+    from customize.base.device import choose_device
+    from customize.cli.base_pipeline import hide_loading_bars
+    from customize.cli.output_files import check_output_file, write_json
+    from customize.cli.rewriter_source import check_rewriter_flags, load_rewriter
+    from customize.cli.terminal import print_line
+
+    if json_file is not None:
+        check_output_file(json_file)
+    check_rewriter_flags(rewriter, endpoint_model, "--rewriter")
+    torch_device = choose_device(device, "--device")
+    hide_loading_bars()
+    loaded = load_rewriter(rewriter, endpoint_model)
+    loaded.model.move(torch_device)
+    rewritings = loaded.rewrite(prompts, seed=seed, keep=keep or (), n=n, temperature=temperature)
+    for number, each in enumerate(rewritings):
+        if len(prompts) > 1 and number % n == 0:
+            print_line(f"{each.prompt}:", stderr=True)
+        print_line(each.text)
+        if each.note:
+            print_line(f"  ({each.note})", stderr=True)
+    if json_file is not None:
+        rows = [
+            {"prompt": r.prompt, "text": r.text, "added": list(r.added), "note": r.note}
+            for r in rewritings
+        ]
+        write_json(json_file, {"model": rewriter, "seed": seed, "rewritings": rows})

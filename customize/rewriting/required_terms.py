@@ -1,0 +1,187 @@
+"""The parts of a prompt that every rewriting of it must keep, and the checks of a rewriting.
+
+Kept are triggers, chosen phrases, quoted text, numbers, and negations: what a prompt excludes must
+not come back as a wish. The language stays too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from customize.concepts.library.library import TRIGGER_PATTERN
+from customize.concepts.tokens.prompt_phrases import FUNCTION_WORDS, content_words, find_phrase
+from customize.rewriting.language import same_language
+
+_QUOTED = re.compile(
+    r"\"([^\"\n]+)\"|“([^”\n]+)”|«([^»\n]+)»|「([^」\n]+)」|(?<!\w)'([^'\n]+)'(?!\w)"
+)
+_TRIGGER = re.compile(TRIGGER_PATTERN, re.IGNORECASE)
+_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,:/]\d+)*(?![\w]|[.,]\d)")
+
+_NUMBER_WORDS = {
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+    "eleven": "11",
+    "twelve": "12",
+}
+
+#: Words that negate what follows.
+_NEGATION = re.compile(
+    r"\b(?:no|not|never|without|neither|nor|none|lacking|excluding|except|free of|devoid of)\b"
+    r"|\b(?:isn|aren|wasn|weren|doesn|don|didn|hasn|haven|won|can|couldn|shouldn|wouldn)['’]?t\b",
+    re.IGNORECASE,
+)
+#: Where a negation ends.
+_CLAUSE_END = re.compile(
+    r"[,.;:!?()]|\b(?:wearing|holding|having|that|which|who|but|in|on|at|and|with|while|near|under|over|behind|by|from|to)\b",
+    re.IGNORECASE,
+)
+_WEAK = FUNCTION_WORDS | {
+    *("any", "some", "much", "many", "other", "else", "be", "been", "has", "have", "does", "do"),
+    *("wear", "have", "show", "it", "there", "only", "very", "too", "more", "all", "such"),
+}
+
+
+@dataclass(frozen=True)
+class RequiredTerms:
+    """What a rewriting of one prompt must keep.
+
+    Attributes:
+        prompt: The user's prompt.
+        triggers: Trigger words of concepts, as they are written.
+        phrases: Phrases that the user wants kept, such as keys of ``regions=``.
+        quotations: Texts in quotation marks, verbatim.
+        numbers: Numbers, as digits, with repetitions.
+        excluded: What the prompt excludes: content words of each negation.
+    """
+
+    prompt: str
+    triggers: tuple[str, ...] = ()
+    phrases: tuple[str, ...] = ()
+    quotations: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
+    excluded: tuple[tuple[str, ...], ...] = ()
+
+
+def required_terms(
+    prompt: str,
+    triggers: Iterable[str] = (),
+    keep: Iterable[str] = (),
+    avoid: Iterable[str] = (),
+) -> RequiredTerms:
+    """Find what a rewriting of a prompt must keep.
+
+    Args:
+        prompt: The user's prompt.
+        triggers: Trigger words of attached concepts; those that the prompt contains are kept, and
+            so is everything in the form of a trigger, such as ``<rex>``.
+        keep: Phrases to keep; those that the prompt lacks are ignored.
+        avoid: Phrases that the call avoids; they count as excluded.
+    """
+    present = [word for word in triggers if find_phrase(word, prompt)]
+    quotations = [next(filter(None, match)) for match in _QUOTED.findall(prompt)]
+    return RequiredTerms(
+        prompt,
+        triggers=tuple(dict.fromkeys([*present, *_TRIGGER.findall(prompt)])),
+        phrases=tuple(phrase for phrase in keep if find_phrase(phrase, prompt)),
+        quotations=tuple(dict.fromkeys(quotations)),
+        numbers=tuple(_numbers(_without_quotations(prompt))),
+        excluded=(
+            *_excluded(prompt),
+            *(tuple(content_words(phrase)) for phrase in avoid if content_words(phrase)),
+        ),
+    )
+
+
+def find_problems(required: RequiredTerms, text: str) -> list[str]:
+    """Return what a rewriting breaks, as sentences without full stop; none: it may be drawn."""
+    problems = []
+    missing = missing_terms(required, text)
+    if missing:
+        problems.append(f"it lacks {', '.join(missing)}")
+    own = {trigger.lower() for trigger in _TRIGGER.findall(required.prompt)}
+    others = [name for name in _TRIGGER.findall(text) if name.lower() not in own]
+    if others:
+        problems.append(f"it contains {', '.join(dict.fromkeys(others))}")
+    wanted = [" ".join(words) for words in required.excluded if _wants(words, text)]
+    if wanted:
+        problems.append(f"it asks for {', '.join(wanted)}, which the prompt excludes")
+    if not same_language(required.prompt, text):
+        problems.append("it is in another language")
+    return problems
+
+
+def missing_terms(required: RequiredTerms, text: str) -> list[str]:
+    """Return the terms of a prompt that a text lacks, as the prompt writes them."""
+    named = (*required.triggers, *required.phrases)
+    missing = [term for term in named if not find_phrase(term, text)]
+    missing += [quoted for quoted in required.quotations if quoted not in text]
+    lacking = Counter(required.numbers) - Counter(_numbers(_without_quotations(text)))
+    return [*dict.fromkeys(missing), *lacking]
+
+
+def added_words(prompt: str, text: str) -> list[str]:
+    """Return the content words of a rewriting that the prompt does not have."""
+    known = {stem(word) for word in content_words(prompt)}
+    return [word for word in content_words(text) if stem(word) not in known]
+
+
+def stem(word: str) -> str:
+    """Return an English word without the ending of its plural."""
+    for ending, length in (("ies", 3), ("es", 2), ("s", 1)):
+        if word.endswith(ending) and len(word) > length + 2 and not word.endswith("ss"):
+            return word[:-length] + ("y" if ending == "ies" else "")
+    return word
+
+
+def _without_quotations(text: str) -> str:
+    return _QUOTED.sub(" ", text)
+
+
+def _numbers(text: str) -> list[str]:
+    """Return the numbers of a text as digits; "one" is mostly an article and left out."""
+    words = [_NUMBER_WORDS[w] for w in re.findall(r"[a-z]+", text.lower()) if w in _NUMBER_WORDS]
+    return [*_NUMBER.findall(_TRIGGER.sub(" ", text)), *words]
+
+
+def _negated(text: str) -> list[tuple[int, int]]:
+    """Return (start, end) of what each negation of a text reaches."""
+    spans = []
+    for match in _NEGATION.finditer(text):
+        end = _CLAUSE_END.search(text, match.end())
+        spans.append((match.start(), end.start() if end else len(text)))
+    return spans
+
+
+def _excluded(prompt: str) -> list[tuple[str, ...]]:
+    text = _without_quotations(prompt)
+    found = []
+    for start, end in _negated(text):
+        clause = _NEGATION.sub(" ", text[start:end])
+        for part in re.split(r"\bor\b|/", clause):
+            words = tuple(word for word in content_words(part) if word not in _WEAK)
+            if words:
+                found.append(words)
+    return found
+
+
+def _wants(words: Sequence[str], text: str) -> bool:
+    """Return whether a text asks for excluded words: all of them, one after another, unnegated."""
+    body = r"\W+(?:\w+\W+)?".join(map(_with_endings, words))
+    negated = _negated(text)
+    matches = re.finditer(rf"(?<![\w<]){body}(?![\w>])", text, re.IGNORECASE)
+    return any(not any(a <= m.start() < b for a, b in negated) for m in matches)
+
+
+def _with_endings(word: str) -> str:
+    return rf"{re.escape(stem(word))}(?:s|es)?"

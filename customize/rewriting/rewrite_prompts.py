@@ -1,0 +1,176 @@
+"""Rewriting of prompts: generate, clean, check, ask once more, repair.
+
+The text that is drawn keeps what the user asked for (:mod:`customize.rewriting.required_terms`), or
+it is the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from customize.concepts.tokens.prompt_phrases import find_phrase
+from customize.rewriting.clean_answer import (
+    clean_answer,
+    is_refusal,
+    is_repetitive,
+    shares_run,
+)
+from customize.rewriting.instructions import Instructions
+from customize.rewriting.language_model import Chat, Completion, LanguageModel, Sampling
+from customize.rewriting.required_terms import RequiredTerms, added_words, find_problems
+
+#: Largest number of characters of a rewriting.
+_MAX_LENGTH = 2000
+_SEEDS = 2**31
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """The rewriting of one prompt.
+
+    Attributes:
+        prompt: The user's prompt.
+        text: The prompt to draw.
+        added: Content words of the text that the prompt does not have.
+        note: Why the text is repaired, or the prompt itself; empty if the model's answer is drawn.
+    """
+
+    prompt: str
+    text: str
+    added: tuple[str, ...] = ()
+    note: str = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def rewrite_prompts(
+    model: LanguageModel,
+    requests: Sequence[RequiredTerms],
+    seeds: Sequence[int],
+    *,
+    instructions: Instructions,
+    sampling: Sampling,
+    class_words: Mapping[str, str] | None = None,
+) -> list[Rewriting]:
+    """Rewrite prompts.
+
+    Args:
+        model: The language model.
+        requests: Each prompt with what its rewriting must keep.
+        seeds: Seed of each rewriting.
+        instructions: The text around the prompt.
+        sampling: How answers are generated.
+        class_words: Trigger words of concepts -> their class word, for repairs.
+
+    Raises:
+        EndpointError: The model runs elsewhere and cannot be reached.
+    """
+    result: dict[int, Rewriting] = {
+        index: Rewriting(required.prompt, required.prompt)
+        for index, required in enumerate(requests)
+        if not required.prompt.strip()
+    }
+    asked = [index for index in range(len(requests)) if index not in result]
+    chats = [Chat(instructions.messages(requests[k].prompt), seeds[k] % _SEEDS) for k in asked]
+    answers = dict(zip(asked, model.complete(chats, sampling) if chats else (), strict=True))
+    wording = " ".join((instructions.system, instructions.user))
+    problems = {k: _problems(requests[k], answers[k], wording) for k in asked}
+
+    again = [k for k in asked if problems[k]]
+    chats = [
+        Chat(
+            instructions.retry(
+                requests[k].prompt, clean_answer(answers[k].text) or "...", problems[k]
+            ),
+            (seeds[k] + 1) % _SEEDS,
+        )
+        for k in again
+    ]
+    for k, answer in zip(again, model.complete(chats, sampling) if chats else (), strict=True):
+        remaining = _problems(requests[k], answer, wording)
+        if not remaining or not clean_answer(answers[k].text):
+            answers[k], problems[k] = answer, remaining
+    for k in asked:
+        result[k] = _accept(requests[k], answers[k], problems[k], wording, class_words or {})
+    return [result[index] for index in range(len(requests))]
+
+
+def _problems(required: RequiredTerms, answer: Completion, wording: str) -> list[str]:
+    """Return why an answer may not be drawn, as sentences without full stop."""
+    unusable = _unusable(required.prompt, answer, wording)
+    return [unusable] if unusable else find_problems(required, clean_answer(answer.text))
+
+
+def _unusable(prompt: str, answer: Completion, wording: str) -> str:
+    """Return why an answer contains no prompt; empty if it does.
+
+    Args:
+        prompt: The user's prompt.
+        answer: The answer.
+        wording: The text of the instructions.
+    """
+    text = clean_answer(answer.text)
+    if is_refusal(answer.text):
+        return "it declines"
+    if not any(char.isalnum() for char in text):
+        return "it is empty"
+    if is_repetitive(text):
+        return "it repeats itself"
+    if not answer.is_complete or len(text) > _MAX_LENGTH:
+        return "it does not end"
+    if shares_run(text, wording) and not shares_run(text, prompt):
+        return "it repeats the instructions"
+    return ""
+
+
+def _accept(
+    required: RequiredTerms,
+    answer: Completion,
+    problems: list[str],
+    wording: str,
+    class_words: Mapping[str, str],
+) -> Rewriting:
+    """Return an answer without problems, a repaired one, or the prompt."""
+    text, note = clean_answer(answer.text), ""
+    if problems and not _unusable(required.prompt, answer, wording):
+        text, note = repair(required, text, class_words), f"repaired, as {problems[0]}"
+        problems = problems if find_problems(required, text) else []
+    if problems:
+        return Rewriting(required.prompt, required.prompt, note=f"not rewritten, as {problems[0]}")
+    return Rewriting(required.prompt, text, tuple(added_words(required.prompt, text)), note)
+
+
+def repair(required: RequiredTerms, text: str, class_words: Mapping[str, str]) -> str:
+    """Put what a rewriting lost back into it, by a fixed rule.
+
+    A trigger replaces the first mention of its concept's class word, with that word's article; a
+    rewriting that does not mention the class stays without it. Phrases and quotations follow at the
+    end, after a comma.
+
+    Args:
+        required: What the rewriting must keep.
+        text: The rewriting.
+        class_words: Trigger words of concepts -> their class word.
+    """
+    for trigger in required.triggers:
+        if find_phrase(trigger, text):
+            continue
+        for start, end in find_phrase(class_words.get(trigger, ""), text)[:1]:
+            text = _without_article(text[:start]) + trigger + text[end:]
+    for phrase in required.phrases:
+        if not find_phrase(phrase, text):
+            text = f"{text.rstrip(' .,')}, {phrase}"
+    for quotation in required.quotations:
+        if quotation not in text:
+            text = f'{text.rstrip(" .,")}, "{quotation}"'
+    return text
+
+
+def _without_article(text: str) -> str:
+    """Return a text without the article that ends it."""
+    head, _, last = text.rstrip().rpartition(" ")
+    if last.lower() not in ("a", "an", "the"):
+        return text
+    return f"{head} " if head else ""

@@ -1,0 +1,460 @@
+"""The stage that draws from better prompts: ``rewrite=True`` (Prompt-A-Video, arXiv 2412.15156).
+
+A language model that was given to ``load_custom`` rewrites the prompt of a call. The picture is
+never lost for it: an endpoint that does not answer, and answers that lose what the user asked for,
+leave the user's prompt, with a warning.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from customize.concepts.tokens.prompt_phrases import find_phrase
+from customize.errors import ConfigError, EndpointError
+from customize.near_names import did_you_mean
+from customize.pipeline.stage import CallArguments, CallContext, Stage
+from customize.pipeline.state import AttachedState, StageSetting
+from customize.rewriting.instructions import Instructions
+from customize.rewriting.language_model import LanguageModel, Sampling
+from customize.rewriting.load_model import load_model
+from customize.rewriting.required_terms import RequiredTerms, required_terms
+from customize.rewriting.rewrite_prompts import Rewriting, rewrite_prompts
+from customize.text import quote
+from customize.user_warnings import warn_user
+
+#: What becomes of a local model's weights after each rewriting.
+AfterCall = Literal["keep", "offload"]
+
+#: Number of rewritings that a setting keeps, the latest used.
+_MAX_KEPT = 4096
+#: The longest prompt that is rewritten, in characters.
+MAX_PROMPT_LENGTH = 4000
+
+
+class Rewriter(StageSetting):
+    """Rewrites prompts with a language model: ``pipe.load_custom(Rewriter(...))``.
+
+    Calls with ``rewrite=True`` then draw from a better prompt.
+
+    Args:
+        model: The language model.
+        instructions: The text around the prompt. None: instructions for untrained models.
+        temperature: 0 for the most likely rewriting, up to 2.
+        max_new_tokens: Largest number of tokens of a rewriting, from 1 to 4,096.
+        keep: Phrases that stay in every prompt that contains them, besides triggers, numbers,
+            quoted text and what is excluded.
+        after_call: "keep" leaves the weights on the pipeline's device; "offload" moves them to the
+            CPU before the picture is drawn.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        instructions: Instructions | None = None,
+        *,
+        temperature: float = 0.0,
+        max_new_tokens: int = 160,
+        keep: str | Sequence[str] = (),
+        after_call: AfterCall = "keep",
+    ) -> None:
+        if after_call not in get_args(AfterCall):
+            raise ConfigError(
+                f"{quote(after_call)} is none of {', '.join(get_args(AfterCall))}",
+                where="after_call",
+                fix=did_you_mean(after_call, get_args(AfterCall)) or 'give "keep" or "offload"',
+            )
+        self.model = model
+        self.instructions = Instructions() if instructions is None else instructions
+        self.sampling = Sampling(temperature, max_new_tokens)
+        self.keep = parse_keep(keep)
+        self.after_call = after_call
+        self._lock = threading.RLock()
+        self._kept: OrderedDict[tuple[Any, ...], Rewriting] = OrderedDict()
+        self._latest: tuple[Rewriting, ...] = ()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        base: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        load_in_4bit: bool | None = None,
+        instructions: Instructions | None = None,
+        max_new_tokens: int | None = None,
+        **settings: Any,
+    ) -> Rewriter:
+        """Load a language model of this machine; see :func:`customize.rewriting.load_model`.
+
+        Args:
+            source: Folder, hub id, GGUF file or name of a model, or the folder of a LoRA.
+            base: The model that a LoRA was trained on. None: the one that it names.
+            dtype: dtype of the weights. None: float32 without a CUDA device, else the files'.
+            load_in_4bit: Whether bitsandbytes quantizes the weights. None: large ones on GPUs.
+            instructions: The text around the prompt. None: what the model was trained with.
+            max_new_tokens: Largest number of tokens. None: what the model was trained with.
+            settings: Other arguments of the class.
+
+        Raises:
+            ConceptError: A file is missing, damaged, a pickle, or of an unknown architecture.
+            ConfigError: An argument is wrong, or does not belong to the source.
+            PipelineError: The model has no chat template, or lacks a package.
+        """
+        model, trained = load_model(source, base, dtype=dtype, load_in_4bit=load_in_4bit)
+        return cls(
+            model,
+            instructions or trained.instructions,
+            max_new_tokens=max_new_tokens or trained.max_new_tokens,
+            **settings,
+        )
+
+    @classmethod
+    def from_endpoint(
+        cls, base_url: str, model: str, *, timeout: float = 30.0, **settings: Any
+    ) -> Rewriter:
+        """Use a model behind an OpenAI-compatible endpoint, such as vLLM's or Ollama's.
+
+        Args:
+            base_url: Address up to ``/v1``.
+            model: Name of the model there.
+            timeout: Seconds that a rewriting may take.
+            settings: Arguments of the class. The key is read from OPENAI_API_KEY.
+
+        Raises:
+            ConfigError: An argument is wrong.
+        """
+        from customize.rewriting.endpoint import Endpoint
+
+        return cls(Endpoint(base_url, model, timeout=timeout), **settings)
+
+    def rewrite(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        keep: str | Sequence[str] = (),
+        n: int = 1,
+        temperature: float | None = None,
+    ) -> list[Rewriting]:
+        """Rewrite prompts without drawing.
+
+        Args:
+            prompts: A prompt, or a list of them.
+            seed: Seed of the first rewriting of each prompt.
+            keep: Phrases to keep besides those of the setting.
+            n: Rewritings of each prompt; they have the seeds ``seed``, ``seed + 1`` and so on.
+            temperature: None: that of the setting, or 1 for several rewritings.
+
+        Returns:
+            The rewritings, those of one prompt one after another.
+
+        Raises:
+            ConfigError: A prompt is not text, or a value is out of its range.
+            EndpointError: The endpoint cannot be reached, or answers something else.
+        """
+        texts = check_prompts([prompts] if isinstance(prompts, str) else prompts)
+        kept = (*self.keep, *parse_keep(keep))
+        requests = [required_terms(text, keep=kept) for text in texts for _ in range(n)]
+        if temperature is None:
+            temperature = self.sampling.temperature or float(n > 1)
+        sampling = Sampling(temperature, self.sampling.max_new_tokens)
+        seeds = [seed + k for _ in texts for k in range(n)]
+        return self._rewrite(requests, seeds, sampling, {}, self.instructions)
+
+    def report(self, state: AttachedState) -> str:
+        """Return the model, and the rewritings of the latest call."""
+        latest = [f"{quote(each.prompt, 60)} -> {quote(each.text, 120)}" for each in self._latest]
+        return "; ".join([f"rewriting: {self.model.name}", *latest])
+
+    def __repr__(self) -> str:
+        return f"Rewriter({self.model!r}, temperature={self.sampling.temperature})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle model and settings; the lock and the kept rewritings are made anew."""
+        return _rebuild, (
+            self.model,
+            self.instructions,
+            self.sampling,
+            self.keep,
+            self.after_call,
+        )
+
+    def rewrite_call(
+        self,
+        requests: Sequence[RequiredTerms],
+        seeds: Sequence[int],
+        class_words: Mapping[str, str],
+        device: torch.device | str,
+        instructions: Instructions | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[Rewriting]:
+        """Rewrite the prompts of a call, and keep them for the report."""
+        with self._lock:
+            self.model.move(device)
+            try:
+                result = self._rewrite(
+                    requests,
+                    seeds,
+                    sampling or self.sampling,
+                    class_words,
+                    instructions or self.instructions,
+                )
+            finally:
+                if self.after_call == "offload":
+                    self.model.move("cpu")
+            self._latest = tuple(result)
+        return result
+
+    def _rewrite(
+        self,
+        requests: Sequence[RequiredTerms],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        class_words: Mapping[str, str],
+        instructions: Instructions,
+    ) -> list[Rewriting]:
+        if sampling.temperature == 0:
+            seeds = [0] * len(seeds)
+        words = tuple(sorted(class_words.items()))
+        keys = [
+            (request, seed, sampling, words, instructions)
+            for request, seed in zip(requests, seeds, strict=True)
+        ]
+        with self._lock:
+            new = dict.fromkeys(key for key in keys if key not in self._kept)
+            found = rewrite_prompts(
+                self.model,
+                [request for request, *_ in new],
+                [seed for _, seed, *_ in new],
+                instructions=instructions,
+                sampling=sampling,
+                class_words=class_words,
+            )
+            self._kept.update(zip(new, found, strict=True))
+            result = [self._kept[key] for key in keys]
+            for key in keys:
+                self._kept.move_to_end(key)
+            while len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+        return result
+
+
+def parse_keep(keep: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the phrases of ``keep=``.
+
+    Raises:
+        ConfigError: It is no text and no list of texts.
+    """
+    phrases = [keep] if isinstance(keep, str) else keep
+    if not isinstance(phrases, Sequence) or not all(
+        isinstance(phrase, str) and phrase.strip() for phrase in phrases
+    ):
+        raise ConfigError(
+            f"keep={quote(keep)} is not text",
+            where="keep",
+            fix='give words of the prompt, such as keep=["golden hour"]',
+        )
+    return tuple(dict.fromkeys(" ".join(phrase.split()) for phrase in phrases))
+
+
+@contextmanager
+def _run(
+    context: CallContext, call: CallArguments, rewrite: Any = None, keep: Any = None
+) -> Iterator[CallArguments]:
+    if rewrite is not None and not isinstance(rewrite, bool):
+        raise ConfigError(
+            f"rewrite={quote(rewrite)} is neither True nor False",
+            where="rewrite",
+            fix="give rewrite=True; the model is loaded by "
+            "pipe.load_custom(customize.Rewriter.from_pretrained(...))",
+        )
+    if not rewrite:
+        if keep is not None:
+            raise ConfigError(
+                "keep= was given without rewrite=True",
+                where="keep",
+                fix="give rewrite=True too, or leave it out",
+            )
+        yield call
+        return
+    setting = context.state.get_setting(Rewriter)
+    if setting is None:
+        raise ConfigError(
+            "rewrite=True needs a language model, and none is loaded",
+            where="rewrite",
+            fix="load one: pipe.load_custom(customize.Rewriter.from_pretrained(...))",
+        )
+    prompts = _prompts_of(call)
+    requests = call_requests(context, prompts, (*setting.keep, *parse_keep(keep or ())))
+    for phrase in parse_keep(keep or ()):
+        if not any(find_phrase(phrase, prompt) for prompt in prompts):
+            raise ConfigError(
+                f"no prompt contains {quote(phrase)}",
+                where="keep",
+                fix="give words of the prompt",
+            )
+    seeds = call_seeds(call, len(prompts)) if setting.sampling.temperature else [0] * len(prompts)
+    rewritings = rewrite_for_call(context, setting, requests, seeds)
+    texts = [each.text for each in rewritings]
+    context.results.update(prompts=texts, rewritings=rewritings)
+    yield {**call, "prompt": texts[0] if isinstance(call["prompt"], str) else texts}
+
+
+#: Adds ``rewrite=`` and ``keep=`` to the arguments of pipelines.
+STAGE = Stage(
+    "rewrite",
+    _run,
+    arguments=("rewrite", "keep"),
+    setting=Rewriter,
+    exclusive=False,
+    any_family=True,
+    repeats=False,
+)
+
+
+def call_seeds(call: CallArguments, count: int) -> list[int]:
+    """Return a seed for each prompt: what the call's generator would give, without advancing it.
+
+    Args:
+        call: Arguments of the call. Without ``generator``, torch's global state is read.
+        count: Number of prompts.
+    """
+    generator = call.get("generator")
+    if isinstance(generator, list | tuple) and generator:
+        return [_draw(generator[k * len(generator) // count], 1)[0] for k in range(count)]
+    return _draw(generator, count)
+
+
+def _draw(generator: Any, count: int) -> list[int]:
+    if isinstance(generator, torch.Generator):
+        copy = torch.Generator(device=generator.device)
+        copy.set_state(generator.get_state())
+        return list(
+            torch.randint(2**31, (count,), generator=copy, device=copy.device).cpu().tolist()
+        )
+    with torch.random.fork_rng(devices=[]):
+        return list(torch.randint(2**31, (count,)).tolist())
+
+
+def rewrite_for_call(
+    context: CallContext,
+    setting: Rewriter,
+    requests: Sequence[RequiredTerms],
+    seeds: Sequence[int],
+    instructions: Instructions | None = None,
+    sampling: Sampling | None = None,
+) -> list[Rewriting]:
+    """Rewrite the prompts of a call, with a warning for each that is repaired or stays.
+
+    Args:
+        context: The pipeline that is called.
+        setting: The language model.
+        requests: Each prompt with what its rewriting must keep.
+        seeds: Seed of each rewriting.
+        instructions: The text around the prompt. None: that of the setting.
+        sampling: How answers are generated. None: as in the setting.
+    """
+    infos = [attached.concept.info for attached in context.state.attached.values()]
+    class_words = {info.trigger_words: info.class_word for info in infos}
+    device = getattr(context.pipe, "_execution_device", None) or "cpu"
+    try:
+        rewritings = setting.rewrite_call(
+            requests, seeds, class_words, device, instructions, sampling
+        )
+    except EndpointError as error:
+        warn_user(f"the prompt is drawn as it is, because it could not be rewritten: {error}")
+        return [Rewriting(each.prompt, each.prompt, note="no answer") for each in requests]
+    for each in rewritings:
+        if each.note:
+            warn_user(f"the prompt {quote(each.prompt, 80)} is {each.note}")
+    return rewritings
+
+
+def call_requests(
+    context: CallContext, prompts: Sequence[str], keep: Sequence[str]
+) -> list[RequiredTerms]:
+    """Return what each prompt's rewriting must keep: also what other stages find in it.
+
+    Args:
+        context: The pipeline that is called.
+        prompts: The prompts.
+        keep: Phrases to keep.
+    """
+    named = [
+        key
+        for argument in ("regions", "reference_images")
+        for value in _as_list(context.requested.get(argument))
+        if isinstance(value, Mapping)
+        for key in value
+        if isinstance(key, str)
+    ]
+    avoid = context.requested.get("avoid") or ()
+    avoid = avoid.split(",") if isinstance(avoid, str) else avoid
+    infos = [attached.concept.info for attached in context.state.attached.values()]
+    triggers = [word for info in infos for word in (info.trigger_words, *info.triggers) if word]
+    avoided = [phrase for phrase in avoid if isinstance(phrase, str) and phrase != "auto"]
+    return [required_terms(prompt, triggers, (*keep, *named), avoided) for prompt in prompts]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _prompts_of(call: CallArguments) -> list[str]:
+    prompt = call.get("prompt")
+    if prompt is None:
+        raise ConfigError(
+            "rewrite=True needs the prompt as text",
+            where="prompt",
+            fix="give prompt= a text or a list of texts, and no prompt_embeds",
+        )
+    return check_prompts([prompt] if isinstance(prompt, str) else prompt)
+
+
+def check_prompts(prompts: Any) -> list[str]:
+    """Return prompts as a list of texts.
+
+    Raises:
+        ConfigError: They are no texts, or one is longer than :data:`MAX_PROMPT_LENGTH`.
+    """
+    if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
+        raise ConfigError(
+            f"the prompt {quote(prompts)} is neither a text nor a list of texts",
+            where="prompt",
+            fix="give a text for each picture",
+        )
+    for text in prompts:
+        if len(text) > MAX_PROMPT_LENGTH:
+            raise ConfigError(
+                f"a prompt of {len(text):,} characters is too long to be rewritten",
+                where="prompt",
+                fix=f"give at most {MAX_PROMPT_LENGTH:,} characters, or leave rewrite= out",
+            )
+    return list(prompts)
+
+
+def _rebuild(
+    model: LanguageModel,
+    instructions: Instructions,
+    sampling: Sampling,
+    keep: tuple[str, ...],
+    after_call: AfterCall,
+) -> Rewriter:
+    return Rewriter(
+        model,
+        instructions,
+        temperature=sampling.temperature,
+        max_new_tokens=sampling.max_new_tokens,
+        keep=keep,
+        after_call=after_call,
+    )

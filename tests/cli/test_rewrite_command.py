@@ -1,0 +1,74 @@
+"""``customize rewrite`` and ``generate --rewrite``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from customize import Rewriter
+from tests.cli.making import Run, World, refused
+from tests.rewriting.local_server import completion, send, serve
+from tests.tiny_rewriter import save_tiny_llama
+
+BETTER = "a photo of a dog on the beach"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_llama(tmp_path_factory.mktemp("llama")))
+
+
+def test_candidates_are_printed_one_a_line(run: Run, tmp_path: Path) -> None:
+    with serve(send(completion(f"**New prompt:** {BETTER}"))) as server:
+        flags = ("--rewriter", server.url, "--endpoint-model", "llama")
+        result = run("rewrite", "puppy at the seaside", *flags, "--n", 2, "--json", tmp_path / "r")
+        assert (result.code, result.out) == (0, f"{BETTER}\n{BETTER}\n")
+        bodies = [body for _, _, body in server.requests]
+        assert {body["seed"] for body in bodies} == {0, 1}
+        assert {body["temperature"] for body in bodies} == {1.0}
+    values = json.loads((tmp_path / "r").read_text())
+    assert [row["text"] for row in values["rewritings"]] == [BETTER, BETTER]
+    assert values["rewritings"][0]["added"] == ["dog", "beach"]
+
+
+def test_what_is_not_drawn_is_said_on_the_error_output(run: Run) -> None:
+    with serve(send(completion("I'm sorry, I cannot."))) as server:
+        flags = ("--rewriter", server.url, "--endpoint-model", "llama")
+        result = run("rewrite", "2 dogs", *flags)
+    assert (result.code, result.out) == (0, "2 dogs\n")
+    assert "not rewritten, as it declines" in result.err
+
+
+def test_a_local_model(run: Run, model: str) -> None:
+    expected = Rewriter.from_pretrained(model).rewrite("a dog", n=2, seed=5)
+    result = run("rewrite", "a dog", "--rewriter", model, "--n", 2, "--seed", 5)
+    assert result.out.splitlines() == [each.text for each in expected]
+
+
+def test_generate_draws_the_better_prompt(run: Run, world: World, tmp_path: Path) -> None:
+    arguments = ("generate", "--base", world.base, "--steps", 2, "--device", "cpu")
+    with serve(send(completion(BETTER))) as server:
+        flags = ("--rewrite", server.url, "--endpoint-model", "llama")
+        result = run(*arguments, "--prompt", "puppy", *flags, "--output", tmp_path / "a")
+        assert result.code == 0
+    assert run(*arguments, "--prompt", BETTER, "--output", tmp_path / "b").code == 0
+    first, second = (tmp_path / name / "0001.png" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    settings = json.loads((tmp_path / "a" / "0001.json").read_text())
+    assert (settings["prompt"], settings["rewritten"]) == ("puppy", BETTER)
+    assert settings["rewriter"] == server.url
+
+
+def test_bad_flags_are_refused(run: Run, model: str, tmp_path: Path) -> None:
+    for flags, problem in (
+        (("--rewriter", "http://localhost:1/v1"), "none is named"),
+        (("--rewriter", model, "--endpoint-model", "x"), "without the address"),
+        (("--rewriter", tmp_path / "none"), "does not exist"),
+        (("--rewriter", model, "--temperature", 9), "invalid temperature"),
+    ):
+        refused(run("rewrite", "a dog", *flags), problem)
+    with serve(send(b"{", 401)) as server:
+        flags = ("--rewriter", server.url, "--endpoint-model", "x")
+        refused(run("rewrite", "a dog", *flags), "OPENAI_API_KEY")

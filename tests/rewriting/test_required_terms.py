@@ -1,0 +1,86 @@
+"""What a rewriting must keep of a prompt, and what is found to be wrong with one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from customize.rewriting.required_terms import (
+    added_words,
+    find_problems,
+    missing_terms,
+    required_terms,
+)
+
+
+def problems(prompt, text, **known):
+    return find_problems(required_terms(prompt, **known), text)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("puppy at the seaside", "a photo of a dog on a beach"),
+        ("a photo of <rex> at the shore", "a photo of <rex> on a beach"),
+        ("2 dogs", "two dogs on a lawn"),
+        ("three cats", "a group of 3 cats"),
+        ('a sign that says "OPEN 24 h"', 'a wooden sign, on it "OPEN 24 h"'),
+        ("a bunny that isn't spotted", "a plain rabbit"),
+        ("a bunny that isn't spotted", "a rabbit that is not spotted"),
+        ("a dog without a hat", "a dog with no hat"),
+        ("a dog, no hats or scarves", "a dog on a lawn"),
+        ("not a red car", "a blue car"),
+        ("a 1920x1080 screen at 5:30", "a screen of 1920x1080 pixels, at 5:30"),
+        ("one dog", "a dog"),
+        ("ein roter Hund mit Hut im Schnee", "ein roter Hund mit einem Hut im tiefen Schnee"),
+    ],
+)
+def test_faithful_rewritings_have_no_problems(prompt, text):
+    assert problems(prompt, text) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "problem"),
+    [
+        ("a photo of <rex> at the shore", "a photo of a dog on a beach", "it lacks <rex>"),
+        ("a dog", "a photo of <tom> and a dog", "it contains <tom>"),
+        ("2 dogs", "dogs", "it lacks 2"),
+        ("two dogs and two cats", "two dogs and cats", "it lacks 2"),
+        ("two dogs", "three dogs", "it lacks 2"),
+        ('a sign that says "OPEN"', 'a sign that says "Open"', "it lacks OPEN"),
+        ("a bunny that isn't spotted", "a spotted bunny", "it asks for spotted"),
+        ("a dog without a hat", "a dog wearing a hat", "it asks for hat"),
+        ("a dog without a hat", "a dog with hats", "it asks for hat"),
+        ("a dog with no hat or scarf", "a dog wearing a scarf", "it asks for scarf"),
+        ("a dog, no red car, please", "a dog beside a red car", "it asks for red car"),
+        ("ein roter Hund im Schnee mit Hut", "a red dog with a hat in the snow", "language"),
+        ("собака на пляже", "a dog on a beach", "it is in another language"),
+        ("a dog on a beach", "海滩上的一只狗", "it is in another language"),
+    ],
+)
+def test_what_a_rewriting_loses_or_turns_round_is_found(prompt, text, problem):
+    (found,) = problems(prompt, text)
+    assert problem in found
+
+
+def test_trigger_words_phrases_and_avoided_words_of_the_call():
+    known = {"triggers": ["sks dog", "<tom>"], "keep": ["golden hour", "absent"], "avoid": ["hat"]}
+    required = required_terms("a photo of sks dog at golden hour", **known)
+    assert required.triggers == ("sks dog",)
+    assert required.phrases == ("golden hour",)
+    assert missing_terms(required, "a dog at dusk") == ["sks dog", "golden hour"]
+    assert find_problems(required, "a photo of sks dog in a hat at golden hour") == [
+        "it asks for hat, which the prompt excludes"
+    ]
+
+
+def test_words_that_were_added_are_reported_without_forms_of_the_users_own():
+    assert added_words("dogs on the beach", "a photo of a dog on beaches, with umbrellas") == [
+        "umbrellas"
+    ]
+
+
+@given(st.text(max_size=120))
+def test_every_prompt_is_a_faithful_rewriting_of_itself(prompt):
+    assert [p for p in problems(prompt, prompt) if "excludes" not in p] == []

@@ -1,0 +1,255 @@
+"""The stage of ``rewrite=True``: what is drawn, what is kept, and that no picture is lost."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import customize
+from customize.errors import ConfigError, EndpointError
+from customize.rewriting.instructions import Instructions
+from customize.stages.rewrite import Rewriter, call_seeds
+from tests.pipeline.making import concept, modular
+from tests.rewriting.local_server import completion, send, serve
+from tests.tiny import tiny_flux, tiny_sd, tiny_sdxl
+from tests.tiny_rewriter import ScriptedModel, save_tiny_llama
+
+USERS, BETTER = "puppy at the seaside", "a photo of a dog on the beach"
+
+
+def script(**answers):
+    return ScriptedModel({USERS: [BETTER], **answers})
+
+
+def draw(pipe, prompt=USERS, **call):
+    settings = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
+    settings["generator"] = torch.Generator().manual_seed(1)
+    return pipe(prompt=prompt, **settings | call)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_sd()
+
+
+@pytest.fixture(autouse=True)
+def _unload(pipe):
+    yield
+    pipe.unload_custom()
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_flux])
+def test_the_better_prompt_is_drawn_and_told(make):
+    pipe = make()
+    expected, plain = draw(pipe, BETTER).images, draw(pipe).images
+    pipe.load_custom(Rewriter(script()))
+    output = draw(pipe, rewrite=True)
+    assert np.array_equal(output.images, expected)
+    assert output.prompts == [BETTER]
+    assert output.rewritings[0].prompt == USERS
+    assert np.array_equal(draw(pipe).images, plain)  # off unless asked
+    assert np.array_equal(draw(pipe, rewrite=False).images, plain)
+    assert BETTER in str(pipe.custom)
+    pipe.unload_custom()
+    assert np.array_equal(draw(pipe).images, plain)
+    with pytest.raises(ConfigError, match="none is loaded"):
+        draw(pipe, rewrite=True)
+
+
+def test_a_modular_pipeline_takes_the_same_argument():
+    pipe = modular(tiny_sdxl())
+    call = {"output": "images", "output_type": "np", "num_inference_steps": 2}
+    call |= {"height": 32, "width": 32}
+    expected = pipe(prompt=BETTER, generator=torch.Generator().manual_seed(1), **call)
+    pipe.load_custom(Rewriter(script()))
+    noise = torch.Generator().manual_seed(1)
+    assert np.array_equal(pipe(prompt=USERS, generator=noise, rewrite=True, **call), expected)
+
+
+def test_lists_of_prompts_and_negative_prompts(pipe):
+    model = script(**{"a cat": ["a photo of a cat"]})
+    call = {"negative_prompt": USERS, "num_images_per_prompt": 2}
+    expected = draw(pipe, [BETTER, "", "a photo of a cat"], negative_prompt=[USERS] * 3)
+    pipe.load_custom(Rewriter(model))
+    output = draw(pipe, [USERS, "", "a cat"], rewrite=True, negative_prompt=[USERS] * 3)
+    assert np.array_equal(output.images, expected.images)
+    assert output.prompts == [BETTER, "", "a photo of a cat"]
+    assert [m.content for chat in model.chats for m in chat.messages if m.role == "user"] == [
+        Instructions().messages(text)[1].content for text in (USERS, "a cat")
+    ]
+    assert len(draw(pipe, rewrite=True, **call).images) == 2
+
+
+def test_a_prompt_is_rewritten_once(pipe):
+    model = script()
+    pipe.load_custom(Rewriter(model))
+    for _ in range(3):
+        draw(pipe, rewrite=True)
+    assert len(model.chats) == 1
+    draw(pipe, rewrite=True, keep="seaside")  # another task
+    assert len(model.chats) == 3  # the answer lost it, so it was asked twice
+
+
+def test_the_noise_of_the_picture_is_the_same_with_sampled_rewritings(pipe):
+    expected = draw(pipe, BETTER).images
+    model = script()
+    pipe.load_custom(Rewriter(model, temperature=1.0))
+    assert np.array_equal(draw(pipe, rewrite=True).images, expected)
+    first = model.chats[0].seed
+    noise = torch.Generator().manual_seed(1)
+    assert first == int(torch.randint(2**31, (1,), generator=noise))
+    torch.manual_seed(3)
+    without = draw(pipe, BETTER, generator=None).images
+    torch.manual_seed(3)
+    assert np.array_equal(draw(pipe, rewrite=True, generator=None).images, without)
+    assert model.samplings[0].temperature == 1.0
+
+
+def test_each_prompt_has_the_seed_of_its_own_generator():
+    generators = [torch.Generator().manual_seed(k) for k in range(4)]
+    seeds = call_seeds({"generator": generators}, 2)
+    assert seeds == [call_seeds({"generator": generators[k]}, 1)[0] for k in (0, 2)]
+    assert len(set(call_seeds({"generator": generators[0]}, 3))) == 3
+
+
+def test_triggers_of_concepts_are_kept_and_repaired_by_the_class_word():
+    pipe = tiny_sd()
+    prompt = "<rex> at the shore"
+    pipe.load_custom(concept(pipe))
+    expected = draw(pipe, "a photo of <rex> on the beach").images
+    pipe.load_custom(Rewriter(ScriptedModel({"<rex>": ["a photo of a dog on the beach"]})))
+    with pytest.warns(UserWarning, match=r"repaired, as it lacks <rex>"):
+        output = draw(pipe, prompt, rewrite=True)
+    assert output.prompts == ["a photo of <rex> on the beach"]
+    assert np.array_equal(output.images, expected)
+
+
+def test_words_that_other_arguments_name_are_kept(pipe):
+    model = ScriptedModel({"dog": ["a photo of a wolf", "a photo of a dog on the beach"]})
+    pipe.load_custom(Rewriter(model))
+    output = draw(pipe, "dog, shore", rewrite=True, regions={"dog": (0.0, 0.0, 0.5, 1.0)})
+    assert output.prompts == ["a photo of a dog on the beach"]
+    assert "it lacks dog" in model.chats[1].messages[-1].content
+
+
+def test_what_the_call_avoids_does_not_come_back(pipe):
+    model = ScriptedModel({"dog": ["a dog with a hat", "a dog on the beach"]})
+    pipe.load_custom(Rewriter(model))
+    output = draw(pipe, "a dog", rewrite=True, avoid="hat, cat")
+    assert output.prompts == ["a dog on the beach"]
+    assert "it asks for hat" in model.chats[1].messages[-1].content
+
+
+def test_an_answer_that_fails_twice_leaves_the_prompt_with_a_warning(pipe):
+    expected = draw(pipe).images
+    pipe.load_custom(Rewriter(ScriptedModel({USERS: ["I'm sorry, I can't."]})))
+    with pytest.warns(UserWarning, match="is not rewritten, as it declines"):
+        output = draw(pipe, rewrite=True)
+    assert np.array_equal(output.images, expected)
+    assert output.prompts == [USERS]
+
+
+def test_an_endpoint_that_is_gone_stops_no_picture(pipe):
+    expected = draw(pipe).images
+    rewriter = Rewriter.from_endpoint("http://127.0.0.1:9/v1", "llama", timeout=0.5)
+    pipe.load_custom(rewriter)
+    with pytest.warns(UserWarning, match="drawn as it is, because it could not be rewritten"):
+        output = draw(pipe, rewrite=True)
+    assert np.array_equal(output.images, expected)
+    with pytest.raises(EndpointError):
+        rewriter.rewrite(USERS)
+
+
+def test_an_endpoint_rewrites(pipe):
+    with serve(send(completion(BETTER))) as server:
+        pipe.load_custom(Rewriter.from_endpoint(server.url, "llama"))
+        assert draw(pipe, rewrite=True).prompts == [BETTER]
+
+
+def test_a_local_model_rewrites(pipe, tmp_path):
+    rewriter = customize.Rewriter.from_pretrained(save_tiny_llama(tmp_path), max_new_tokens=8)
+    pipe.load_custom(rewriter)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its random weights
+        output = draw(pipe, rewrite=True)
+    assert output.prompts == [each.text for each in rewriter.rewrite(USERS)]
+    assert [e.text for e in rewriter.rewrite(USERS, n=3, seed=2)] == [
+        rewriter.rewrite(USERS, seed=k, temperature=1.0)[0].text for k in (2, 3, 4)
+    ]
+
+
+def test_weights_are_moved_to_the_pipeline_and_back(pipe):
+    for after_call, expected in (("keep", ["cpu"]), ("offload", ["cpu", "cpu"])):
+        model = script()
+        pipe.load_custom(Rewriter(model, after_call=after_call))
+        draw(pipe, rewrite=True)
+        assert model.devices == expected
+
+
+def test_copies_and_pickles_have_the_settings():
+    rewriter = Rewriter(script(), temperature=0.5, keep="golden hour", after_call="offload")
+    for made in (copy.deepcopy(rewriter), pickle.loads(pickle.dumps(rewriter))):
+        assert (made.sampling, made.keep) == (rewriter.sampling, ("golden hour",))
+        assert made.after_call == "offload"
+        assert made.rewrite(USERS)[0].text == BETTER
+
+
+def test_threads_share_a_rewriter():
+    rewriter = Rewriter(ScriptedModel({f"puppy {k}": [f"a dog {k}"] for k in range(8)}))
+    found = {}
+
+    def work(k):
+        found[k] = rewriter.rewrite([f"puppy {k}"] * 3)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {k: each[0].text for k, each in found.items()} == {k: f"a dog {k}" for k in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        ({"rewrite": "yes"}, "neither True nor False"),
+        ({"rewrite": 1}, "neither True nor False"),
+        ({"keep": "dog"}, "without rewrite=True"),
+        ({"rewrite": True, "keep": 3}, "is not text"),
+        ({"rewrite": True, "keep": [""]}, "is not text"),
+        ({"rewrite": True, "keep": "umbrella"}, "no prompt contains 'umbrella'"),
+        ({"rewrite": True, "prompt": [USERS, None]}, "neither a text nor a list of texts"),
+        ({"rewrite": True, "prompt": "dog " * 2000}, "8,000 characters is too long"),
+        ({"rewrite": True, "prompt": None, "prompt_embeds": torch.zeros(1, 4, 8)}, "as text"),
+    ],
+)
+def test_bad_arguments_change_nothing(pipe, call, problem):
+    plain = draw(pipe).images
+    model = script()
+    pipe.load_custom(Rewriter(model))
+    with pytest.raises(ConfigError, match=problem):
+        draw(pipe, **{"prompt": USERS, **call})
+    assert model.chats == []
+    assert np.array_equal(draw(pipe).images, plain)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 3},
+        {"temperature": float("nan")},
+        {"temperature": True},
+        {"max_new_tokens": 0},
+        {"after_call": "unlaod"},
+        {"keep": 5},
+    ],
+)
+def test_bad_settings_are_refused(settings):
+    with pytest.raises(ConfigError):
+        Rewriter(script(), **settings)

@@ -1,0 +1,1 @@
+"""Parts of scripts/train_storybook_rewriter.py, in the order in which they run."""

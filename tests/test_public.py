@@ -19,6 +19,7 @@ from customize.families import family_of
 from customize.references.group import ReferenceGroup
 from customize.references.model import ReferenceModel
 from customize.training.references.config import load_reference_config
+from customize.training.rewriting.config import load_rewriter_config
 from tests.cli.making import record_of
 from tests.contexts import CONTEXTS
 from tests.pipeline.making import concept, draw
@@ -160,6 +161,7 @@ LOADERS = {
     "ReferenceGroup": ReferenceGroup.load,
     "LayerInputs": LayerInputs.load,
     "load_reference_config": load_reference_config,
+    "load_rewriter_config": load_rewriter_config,
     "train": lambda value: customize.train(config=value),
 }
 

@@ -72,3 +72,21 @@ def test_bad_flags_are_refused(run: Run, model: str, tmp_path: Path) -> None:
     with serve(send(b"{", 401)) as server:
         flags = ("--rewriter", server.url, "--endpoint-model", "x")
         refused(run("rewrite", "a dog", *flags), "OPENAI_API_KEY")
+
+
+def test_a_rewriter_is_trained_and_rewrites(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    model = save_tiny_llama(tmp_path / "model", width=48)
+    settings = {"system": "", "user": "{prompt}:", "max_new_tokens": 8}
+    (model / "rewriter.json").write_text(json.dumps(settings))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "puppy", "text": "a photo of a dog"}) + "\n")
+    result = run(
+        *("rewriter", "train", "--model", model, "--method", "sft", "--data", rows),
+        *("--output", tmp_path / "lora", "--epochs", 30, "--learning-rate", 1e-2),
+        *("--device", "cpu"),
+    )
+    assert result.code == 0, result.err
+    assert f"The LoRA is in {tmp_path / 'lora'}" in result.out
+    assert run("rewrite", "puppy", "--rewriter", tmp_path / "lora").out == "a photo of a dog\n"
+    refused(run("rewriter", "train", "--model", model, "--method", "ppo"), "data", "output")

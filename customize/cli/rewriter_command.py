@@ -1,0 +1,70 @@
+"""``customize rewriter``: train language models that rewrite prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from customize.cli.config_flags import CONFIG_OPTION, setting_flags, with_flags
+from customize.cli.interrupts import on_interrupt
+from customize.cli.plain_help import PlainCommand
+from customize.training.rewriting.config import RewriterTrainConfig
+
+app = typer.Typer(help="Train language models that rewrite prompts.")
+
+#: The first field of each group -> the group's title, in the order of RewriterTrainConfig.
+GROUPS = {
+    "model": "Model and data",
+    "rank": "LoRA",
+    "epochs": "Optimization",
+    "mixed_precision": "Precision and device",
+    "checkpoint_every": "Checkpoints",
+}
+
+
+@app.callback(invoke_without_command=True)
+def show_help(context: typer.Context) -> None:
+    """Print the help if no subcommand is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _add_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give ``command(config, settings)`` a flag for each field of RewriterTrainConfig."""
+
+    def run(config: Path | None = None, **values: Any) -> None:
+        command(config, {name: v for name, v in values.items() if v not in (None, [], ())})
+
+    annotations: dict[str, Any] = {"config": Annotated[Path | None, CONFIG_OPTION]}
+    annotations |= setting_flags(RewriterTrainConfig.model_fields, GROUPS)
+    return with_flags(run, command, annotations)
+
+
+@app.command("train", cls=PlainCommand)
+@on_interrupt("interrupted: run the same command again to resume from the last checkpoint")
+@_add_flags
+def train(config: Path | None, settings: dict[str, Any]) -> None:
+    r"""Train a LoRA of a language model to rewrite prompts.
+
+    First on prompts with good rewritings, then, from there, on pairs of a
+    better and a worse one:
+
+    customize rewriter train --model MODEL --method sft \
+        --data good.jsonl --output rewriter/sft
+    customize rewriter train --model rewriter/sft --method dpo \
+        --data pairs.jsonl --output rewriter/dpo
+
+    To resume an interrupted run, run the same command again.
+    """
+    from customize.cli.base_pipeline import hide_loading_bars
+    from customize.cli.terminal import print_line
+    from customize.training.rewriting.config import load_rewriter_config
+    from customize.training.rewriting.recipe import train_rewriter
+
+    loaded = load_rewriter_config(config, **settings)
+    hide_loading_bars()
+    folder = train_rewriter(loaded)
+    print_line(f"The LoRA is in {folder}")

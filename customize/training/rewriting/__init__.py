@@ -1,0 +1,1 @@
+"""Training of language models that rewrite prompts, by trl: supervised, and from preferences."""

@@ -1,0 +1,160 @@
+"""The recipe: a LoRA of a language model, trained by trl on rows of prompts and rewritings.
+
+Supervised training maximizes the likelihood of the rewriting. Preference optimization (DPO, arXiv
+2305.18290) raises it above that of the rejected one, relative to the model at the start: a LoRA
+that is trained on goes on with its own copy as the reference, so a second round needs no merge.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from customize.atomic import write_atomic
+from customize.errors import ConfigError, PipelineError, SettingsError, TrainingError
+from customize.rewriting.load_model import SETTINGS_FILE, load_trainable, write_settings
+from customize.training.rewriting.config import RewriterTrainConfig
+from customize.training.rewriting.rows import as_texts, read_rows
+
+#: The settings and losses of a training, beside its LoRA.
+FACTS_FILE = "training.json"
+#: Settings that may differ between a run and its resumption.
+_FREE_SETTINGS = {"output", "resume", "device", "checkpoint_every", "keep_checkpoints"}
+
+
+def train_rewriter(config: RewriterTrainConfig) -> Path:
+    """Train a rewriter, or resume, and return the folder of its LoRA.
+
+    Raises:
+        ConfigError: A setting is wrong, or a row is longer than ``max_length``.
+        CustomizeError: The model or the data cannot be read, or the loss is not finite.
+        SettingsError: The output folder has checkpoints of other settings.
+        PipelineError: trl is not installed.
+    """
+    trainers = _import_trl()
+    rows = read_rows(config.data, config.method)
+    model, whole, settings, is_lora = load_trainable(config.model)
+    tokenizer = whole.tokenizer
+    texts = as_texts(rows, config.method, settings.instructions, whole)
+    _check_lengths(texts, tokenizer, config)
+    output = config.output
+    resumed = _check_output(output, config)
+
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    trainer = trainers[config.method](
+        model=model,
+        args=_arguments(trainers, config),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=tokenizer,
+        peft_config=None if is_lora else lora,
+    )
+    result = trainer.train(resume_from_checkpoint=resumed)
+    if not torch.isfinite(torch.tensor(result.training_loss)):
+        raise TrainingError(
+            f"the loss is {result.training_loss}", where=output, fix="lower learning_rate"
+        )
+    trainer.model.save_pretrained(str(output), selected_adapters=["default"])
+    tokenizer.save_pretrained(str(output))
+    write_atomic(output / SETTINGS_FILE, write_settings(settings).encode())
+    facts = {"settings": _json(config), "rows": len(rows), "log": trainer.state.log_history}
+    write_atomic(output / FACTS_FILE, (json.dumps(facts, indent=1) + "\n").encode())
+    return output
+
+
+def _import_trl() -> dict[str, Any]:
+    """Return trl's classes: method -> trainer, and method with "_config" -> its arguments."""
+    try:
+        from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    except ImportError as error:
+        raise PipelineError(
+            f"training a rewriter needs trl, which cannot be imported: {error}",
+            where="customize rewriter train",
+            fix="pip install 'diffusers-customize[rewrite]'",
+        ) from error
+    return {
+        "sft": SFTTrainer,
+        "dpo": DPOTrainer,
+        "sft_config": SFTConfig,
+        "dpo_config": DPOConfig,
+    }
+
+
+def _arguments(trainers: dict[str, Any], config: RewriterTrainConfig) -> Any:
+    is_cpu = (config.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
+    options: dict[str, Any] = {"beta": config.beta} if config.method == "dpo" else {}
+    return trainers[f"{config.method}_config"](
+        output_dir=str(config.output),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.rate,
+        lr_scheduler_type="linear",
+        warmup_steps=config.warmup,
+        bf16=config.mixed_precision == "bf16",
+        gradient_checkpointing=config.gradient_checkpointing,
+        max_length=config.max_length,
+        seed=config.seed,
+        use_cpu=is_cpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=config.checkpoint_every,
+        save_total_limit=config.keep_checkpoints,
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def _check_lengths(
+    texts: list[dict[str, str]], tokenizer: Any, config: RewriterTrainConfig
+) -> None:
+    """Refuse rows that trl would cut off, or drop without a word."""
+    for number, text in enumerate(texts, start=1):
+        longest = max((value for name, value in text.items() if name != "prompt"), key=len)
+        length = len(tokenizer(text["prompt"] + longest).input_ids)
+        if length > config.max_length:
+            raise ConfigError(
+                f"row {number} has {length:,} tokens with its instructions",
+                where=config.data,
+                fix=f"shorten it, or set max_length to at least {length}",
+            )
+
+
+def _check_output(output: Path, config: RewriterTrainConfig) -> bool:
+    """Prepare the output folder, and return whether a checkpoint in it is resumed."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    output.mkdir(parents=True, exist_ok=True)
+    record = output / "settings.json"
+    checkpoint = get_last_checkpoint(str(output))
+    if checkpoint is not None and config.resume:
+        before = json.loads(record.read_text()) if record.is_file() else {}
+        after = _json(config)
+        differing = sorted(
+            name for name in after.keys() - _FREE_SETTINGS if before.get(name) != after[name]
+        )
+        if differing:
+            raise SettingsError(
+                f"the checkpoints were made with another {', '.join(differing)}",
+                where=output,
+                fix="choose another output, or resume=false",
+            )
+        return True
+    write_atomic(record, (json.dumps(_json(config), indent=1) + "\n").encode())
+    return False
+
+
+def _json(config: RewriterTrainConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")

@@ -164,6 +164,13 @@ def uncompiled(component: Any) -> Any:
     return getattr(component, "_orig_mod", component)
 
 
+def is_compiled(component: Any) -> bool:
+    """Return whether torch.compile wraps a module, or compiles it or one inside it in place."""
+    return uncompiled(component) is not component or any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in component.modules()
+    )
+
+
 def class_name(component: Any) -> str:
     """Return the name of a component's class; "None" for a missing component."""
     return "None" if component is None else type(uncompiled(component)).__name__

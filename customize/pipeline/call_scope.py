@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,17 @@ def capture_call_scope() -> Callable[[], bool]:
     return lambda: _SCOPE.get() is scope
 
 
+@contextmanager
+def separate_call_scope() -> Iterator[None]:
+    """Compute something inside the context that is not part of the present call."""
+    running, scope = RUNNING.set(None), _SCOPE.set(object())
+    try:
+        yield
+    finally:
+        RUNNING.reset(running)
+        _SCOPE.reset(scope)
+
+
 def isolate_callback(callback: Any) -> Any:
     """Wrap a callback so that its own calls of pipelines are not part of the present call."""
     if not callable(callback):
@@ -55,11 +67,7 @@ def isolate_callback(callback: Any) -> Any:
 
     @functools.wraps(callback)
     def run_isolated(*args: Any, **kwargs: Any) -> Any:
-        running, scope = RUNNING.set(None), _SCOPE.set(object())
-        try:
+        with separate_call_scope():
             return callback(*args, **kwargs)
-        finally:
-            RUNNING.reset(running)
-            _SCOPE.reset(scope)
 
     return run_isolated

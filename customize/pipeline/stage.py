@@ -35,6 +35,7 @@ class CallContext:
         results: Attribute name -> value, which the output object of the call gets. Stages add to
             it; outputs that are tuples or plain lists stay as they are.
         requested: Argument name -> value of all stages' arguments in the call.
+        shared: Type -> what a stage leaves for the stages after it.
     """
 
     pipe: Any
@@ -42,6 +43,7 @@ class CallContext:
     parameters: Mapping[str, Any]
     results: dict[str, Any] = field(default_factory=dict)
     requested: Mapping[str, Any] = field(default_factory=dict)
+    shared: dict[type, Any] = field(default_factory=dict)
 
     @cached_property
     def family(self) -> Family:

@@ -42,7 +42,7 @@ from customize.families import Family
 from customize.pipeline.call_scope import capture_call_scope
 from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.state import AttachedState
-from customize.stages.decor.text_encoder import phrase_too_long
+from customize.stages.decor.phrase_rows import mean_phrase_rows
 from customize.stages.multidiffusion import MATCH_TOLERANCE
 
 #: Concepts keep the directions in which the values of these words differ.
@@ -112,34 +112,20 @@ class UpdateCleaner:
             for layer in adapted_kv_layers(family, state)
             if unadapted or self.relative_strength[layer.projection]
         ]
-        # The embedding of a word depends on the words before it, so a phrase is encoded alone and
-        # behind each class word, and its rows are averaged.
+        # A phrase is encoded alone and behind each class word.
         classes = dict.fromkeys(a.concept.info.class_word for a in state.attached.values())
         prefixes = ["", *(f"a photo of a {name} " for name in classes if name)]
-        variants = {phrase: [prefix + phrase for prefix in prefixes] for phrase in phrases}
-        texts = [text for texts in variants.values() for text in texts]
+        texts = [prefix + phrase for phrase in phrases for prefix in prefixes]
         encoded = self._encode(list(dict.fromkeys([*texts, "", *protected, *COLOURS])))
         self.protected = [encoded[text] for text in dict.fromkeys(protected)]
         self.unadapted = [encoded[text] for text in dict.fromkeys(unadapted)]
 
         tokenizer = family.token_dictionaries()[0].tokenizer
-        limit = tokenizer.model_max_length - 2  # without begin and end of text
-        count = {
-            text: len(tokenizer(text, add_special_tokens=False).input_ids)
-            for text in (*texts, *COLOURS)
+        self.phrase_rows = {
+            phrase: mean_phrase_rows(phrase, prefixes, encoded, tokenizer) for phrase in phrases
         }
-        self.phrase_rows = {}
-        for phrase, texts in variants.items():
-            if count[phrase] > limit:
-                raise phrase_too_long(phrase, limit)
-            rows = [
-                encoded[text][1 + count[text] - count[phrase] : 1 + count[text]]
-                for text in texts
-                if count[text] <= limit
-            ]
-            self.phrase_rows[phrase] = torch.stack(rows).mean(0)
-        colours = [encoded[colour][1 : 1 + count[colour]].mean(0) for colour in COLOURS]
-        self.colour_rows = torch.stack(colours)
+        colours = [mean_phrase_rows(colour, [""], encoded, tokenizer) for colour in COLOURS]
+        self.colour_rows = torch.stack([rows.mean(0) for rows in colours])
 
     @contextmanager
     def attach(self, unwanted: Mapping[str, tuple[str, ...]], strength: float) -> Iterator[None]:

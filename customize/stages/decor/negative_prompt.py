@@ -33,7 +33,7 @@ def add_to_negative_prompt(
     Returns:
         The arguments of the call, and its negative prompts that contain such phrases.
     """
-    prompts = list(_values_by_argument(call, "prompt").values())
+    prompts = _values_by_argument(call, "prompt").values()
     negatives = {_NEGATIVE: [""]} | _values_by_argument(call, _NEGATIVE)
     count = max(map(len, prompts))
     fits = all(len(values) in (1, count) for values in (*prompts, *negatives.values()))
@@ -43,15 +43,30 @@ def add_to_negative_prompt(
     changed, extended = dict(call), []
     for argument, values in negatives.items():
         texts = []
-        for row in range(count):
-            first, *others = [unwanted[variant[row % len(variant)]] for variant in prompts]
-            phrases = [phrase for phrase in first if all(phrase in other for other in others)]
+        for row, phrases in enumerate(phrases_by_row(call, unwanted)):
             text = values[row % len(values)] or ""
             missing = [phrase for phrase in phrases if not find_phrase(phrase, text)]
             texts.append(", ".join(filter(None, [text, *missing])))
             extended += texts[-1:] if phrases else []
         changed[argument] = texts if isinstance(call.get("prompt"), list) else texts[0]
     return changed, extended
+
+
+def phrases_by_row(
+    call: CallArguments, unwanted: Mapping[str, tuple[str, ...]]
+) -> list[tuple[str, ...]]:
+    """Return the unwanted phrases of each prompt of a call, in all its variants.
+
+    Args:
+        call: The arguments by name, with prompts as text.
+        unwanted: prompt -> phrases.
+    """
+    prompts = _values_by_argument(call, "prompt").values()
+    rows = []
+    for row in range(max(map(len, prompts))):
+        first, *others = [unwanted.get(variant[row % len(variant)], ()) for variant in prompts]
+        rows.append(tuple(p for p in first if all(p in other for other in others)))
+    return rows
 
 
 def _values_by_argument(call: CallArguments, name: str) -> dict[str, list[Any]]:

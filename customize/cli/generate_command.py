@@ -111,7 +111,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="TEXT,TEXT,...",
-            help="Content of the training images that leaks into generated ones, such as"
+            help="Content of training or reference images that leaks into generated ones, such as"
             " beach,hat; auto: what all captions of the concepts' images share",
             show_default=False,
         ),

@@ -4,7 +4,8 @@ The formula, ``X' = X - strength * X V V^T``, is the paper's. The paper applies 
 of the text encoders (:mod:`customize.stages.decor.text_encoder`). Where concepts are attached, it
 is applied to what their updates add to keys and values instead
 (:mod:`customize.stages.decor.kv_updates`), which costs less identity; and the unwanted phrases are
-added to the negative prompts (:mod:`customize.stages.decor.negative_prompt`).
+added to the negative prompts (:mod:`customize.stages.decor.negative_prompt`). What reference images
+share is removed by their stage (:mod:`customize.stages.reference_avoid`), which gets the phrases.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from customize.concepts.tokens.prompt_phrases import find_phrase, mentions_phras
 from customize.core.projection import check_strength
 from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
-from customize.families.pipeline_components import uncompiled
+from customize.families.pipeline_components import is_compiled
 from customize.near_names import did_you_mean
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, StageSetting
 from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.decor.kv_updates import UpdateCleaner, adapted_kv_layers
-from customize.stages.decor.negative_prompt import add_to_negative_prompt, argument_texts
+from customize.stages.decor.negative_prompt import (
+    add_to_negative_prompt,
+    argument_texts,
+    phrases_by_row,
+)
+from customize.stages.decor.reference_values import AvoidedContent
 from customize.stages.decor.text_encoder import EncoderCleaning, clean_text_encoders
 from customize.text import quote
 from customize.user_warnings import warn_user
@@ -52,12 +58,13 @@ class Decor(StageSetting):
             all captions of a concept's training images share. None: nothing, unless a call gives
             ``avoid=``. Words that a prompt itself contains are not avoided in that prompt.
         strength: From 0 (no change) over 1 (removed) to 2 (reversed). "auto": 1.25 for updates of
-            concepts; for the prompt's embeddings the largest strength up to 1 at which every
-            word of the prompt keeps 90 % of its embedding's length.
+            concepts and for reference images; for the prompt's embeddings the largest strength up
+            to 1 at which every word of the prompt keeps 90 % of its embedding's length.
         target: The object of cleaning. "prompt": the embeddings of the prompt's words, as in the
             paper. "concepts": the updates of keys and values of cross-attention by attached
             concepts, on families ``sd`` and ``sdxl``. "both". None: "concepts" where such concepts
-            are attached and not compiled or fused, otherwise "prompt".
+            are attached and not compiled or fused, otherwise "prompt". With every value but
+            "prompt" the reference images of a call are cleaned too, on the same families.
         negative: How negative prompts are treated. "extend": unwanted phrases are added to them
             where concepts are the target, and concepts add nothing to those that name no concept;
             otherwise as "keep". "keep": they are left unchanged. "clean": as prompts.
@@ -169,6 +176,9 @@ def _run(context: CallContext, call: CallArguments, avoid: Any = None) -> Iterat
     check_text_encoders_loaded(family, "avoid= encodes texts of its own", "avoid")
     target = _choose_target(context, settings)
     strength = None if settings.strength == AUTO else float(settings.strength)
+    if settings.target != "prompt":
+        content = AvoidedContent(tuple(phrases_by_row(call, unwanted)), strength)
+        context.shared[AvoidedContent] = content
 
     extended: list[str] = []
     if target != "prompt" and settings.negative == "extend":
@@ -252,9 +262,7 @@ def _choose_target(context: CallContext, settings: Decor) -> Target:
     reason = ""
     if not family.reads_prompts_as_encoded:
         reason = f"family {family.name} has no cross-attention to the encoded prompt"
-    elif uncompiled(denoiser) is not denoiser or any(
-        getattr(module, "_compiled_call_impl", None) is not None for module in denoiser.modules()
-    ):
+    elif is_compiled(denoiser):
         reason = "the denoiser is compiled, so its layers cannot be hooked"
     elif not adapted_kv_layers(family, context.state):
         reason = "no unfused concept is attached that adapts keys or values of cross-attention"

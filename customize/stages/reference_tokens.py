@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.pipeline.stage import CallArguments, CallContext
+from customize.references.avoided_values import AvoidedText
 from customize.references.group import ReferenceGroup
 from customize.references.model import ReferenceModel
 from customize.references.seams import seam_of
@@ -39,9 +41,20 @@ class PromptReferences:
 
     Attributes:
         groups: Words of the prompt, or None for the whole prompt -> (group, scale).
+        avoided: What is removed from the values of all groups, with words of (k, width); None:
+            nothing.
     """
 
     groups: Mapping[str | None, tuple[ReferenceGroup, float]]
+    avoided: AvoidedText | None = None
+
+
+class _Entry(NamedTuple):
+    """What a row of the denoiser's call reads: tokens (num_tokens, width) and their scale."""
+
+    tokens: Tensor
+    scale: float
+    avoided: AvoidedText | None = None
 
 
 @contextmanager
@@ -146,12 +159,12 @@ class _RowSelector:
             self.has_matched = True
         else:
             entries = self._entries(self._prompts_of(text, rows))
-        key = (text.dtype, text.device, *((id(tokens), scale) for tokens, scale in entries))
+        ids = ((id(entry.tokens), entry.scale, id(entry.avoided)) for entry in entries)
+        key = (text.dtype, text.device, *ids)
         if key not in self._tokens:
             if len(self._tokens) >= _MAX_REMEMBERED:
                 self._tokens.clear()
-            tokens = torch.stack([tokens for tokens, _ in entries])
-            self._tokens[key] = _row_tokens(tokens, [scale for _, scale in entries], text)
+            self._tokens[key] = _row_tokens(entries, text)
         return self._tokens[key]
 
     def _take(self, embeds: Tensor, text: Tensor) -> RowTokens:
@@ -161,33 +174,44 @@ class _RowSelector:
             if len(self._given) >= _MAX_REMEMBERED:
                 self._given.clear()
             repeats = len(embeds) // len(self._references)
-            scales = [prompt.groups[None][1] for prompt in self._references for _ in range(repeats)]
-            self._given[id(embeds)] = (embeds, _row_tokens(embeds[:, 0], scales, text))
+            prompts = [prompt for prompt in self._references for _ in range(repeats)]
+            entries = [
+                _Entry(tokens, prompt.groups[None][1], self._avoided_in(tokens, prompt))
+                for tokens, prompt in zip(embeds[:, 0], prompts, strict=True)
+            ]
+            self._given[id(embeds)] = (embeds, _row_tokens(entries, text))
         return self._given[id(embeds)][1]
 
-    def _region_entry(self, row: tuple[int, str | None] | None) -> tuple[Tensor, float]:
-        """Return tokens and scale of a row that is drawn by regions; None: a negative prompt."""
+    def _avoided_in(self, tokens: Tensor, prompt: PromptReferences) -> AvoidedText | None:
+        """Return what is removed from tokens that blocks give: nothing from those of no image."""
+        if prompt.avoided is None or torch.equal(tokens, self._unconditional.to(tokens)):
+            return None
+        return prompt.avoided
+
+    def _region_entry(self, row: tuple[int, str | None] | None) -> _Entry:
+        """Return the entry of a row that is drawn by regions; None: of a negative prompt."""
         if row is None:
             every = [scale for prompt in self._references for _, scale in prompt.groups.values()]
-            return self._unconditional, max(every)
+            return _Entry(self._unconditional, max(every))
         prompt, phrase = row
         groups = self._references[prompt].groups
         found = groups.get(phrase, groups.get(None))
         if found is None:  # no reference term
-            return self._unconditional, 0.0
-        return found[0].tokens, found[1]
+            return _Entry(self._unconditional, 0.0)
+        return _Entry(found[0].tokens, found[1], self._references[prompt].avoided)
 
-    def _entries(self, prompts: Sequence[int | None]) -> list[tuple[Tensor, float]]:
-        """Return tokens and scale of each row, from the number of its prompt or None."""
+    def _entries(self, prompts: Sequence[int | None]) -> list[_Entry]:
+        """Return the entry of each row, from the number of its prompt or None."""
         entries = []
         negatives, count = 0, sum(prompt is None for prompt in prompts)
         for prompt in prompts:
             if prompt is None:
                 # Rows of negative prompts have the order of the prompts.
-                group = self._references[negatives * len(self._references) // count].groups
+                references = self._references[negatives * len(self._references) // count]
                 negatives += 1
             else:
-                group = self._references[prompt].groups
+                references = self._references[prompt]
+            group = references.groups
             if prompt is None and None not in group:  # in a call of negative prompts alone
                 entries.append(self._region_entry(None))
                 continue
@@ -198,7 +222,10 @@ class _RowSelector:
                     fix="give regions= with the same words, or one list of images",
                 )
             tokens, scale = group[None]
-            entries.append((self._unconditional if prompt is None else tokens.tokens, scale))
+            if prompt is None:
+                entries.append(_Entry(self._unconditional, scale))
+            else:
+                entries.append(_Entry(tokens.tokens, scale, references.avoided))
         return entries
 
     def _prompts_of(self, text: Tensor, rows: int) -> list[int | None]:
@@ -242,10 +269,23 @@ class _RowSelector:
         return prompts
 
 
-def _row_tokens(tokens: Tensor, scales: Sequence[float], text: Tensor) -> RowTokens:
+def _row_tokens(entries: Sequence[_Entry], text: Tensor) -> RowTokens:
     """Return the tokens and scales of rows, on the device and in the dtype of the text."""
+    tokens = torch.stack([entry.tokens for entry in entries]).to(text)
+    scales = [entry.scale for entry in entries]
     is_scaled = any(scale != 1.0 for scale in scales)
-    return RowTokens(tokens.to(text), torch.tensor(scales).to(text) if is_scaled else None)
+    scale = torch.tensor(scales).to(text) if is_scaled else None
+    return RowTokens(tokens, scale, _stack_avoided([entry.avoided for entry in entries], text))
+
+
+def _stack_avoided(avoided: Sequence[AvoidedText | None], text: Tensor) -> AvoidedText | None:
+    """Return what each row avoids, padded with zeros; None if no row avoids anything."""
+    present = [each for each in avoided if each is not None]
+    if not present:
+        return None
+    nothing = present[0].words[:0]
+    words = [nothing if each is None else each.words for each in avoided]
+    return AvoidedText(pad_sequence(words, batch_first=True).to(text), present[0].strength)
 
 
 def _encode_prompts(family: Family, call: CallArguments) -> list[Tensor] | None:

@@ -37,6 +37,7 @@ from customize.references.request import ReferenceRequest, Source, parse_request
 from customize.references.scale import SCALE_ARGUMENT
 from customize.references.seams import SEAMS, seam_of
 from customize.safe_read import PICKLE_SUFFIXES, as_path
+from customize.stages.reference_avoid import avoid_in_references, warn_about_avoided
 from customize.stages.reference_prompts import (
     by_concept_words,
     check_words,
@@ -251,6 +252,7 @@ def _run(
     if setting is None:
         native = find_native_references(context.pipe, context.parameters)
         if native is not None:
+            warn_about_avoided(context, f"{native.model} reads the references by itself")
             yield call | native_arguments(native, call, reference_images, reference_scale)
             return
         if ARGUMENT in context.parameters and reference_scale is None:
@@ -280,6 +282,7 @@ def _run(
     finally:
         if offloads:
             model.move_encoder("cpu")
+    references = avoid_in_references(context, references)
     groups = [{key: group for key, (group, _) in each.groups.items()} for each in references]
     context.results["references"] = [each.get(None, each) for each in groups]
     given = _given_to_blocks(context, call, groups)

@@ -71,6 +71,13 @@ def pipe() -> Any:
     return pipe
 
 
+def test_avoided_words_leave_the_tokens_that_blocks_give(pipe: Any, plain: Any) -> None:
+    prompts = ["a dog", "a cat"]
+    drawn = draw(pipe, prompts, reference_images=[A, B], avoid="red")
+    assert close(drawn, draw(plain, prompts, reference_images=[A, B], avoid="red"))
+    assert not close(drawn, draw(pipe, prompts, reference_images=[A, B]))
+
+
 @pytest.mark.parametrize(
     ("prompts", "call"),
     [

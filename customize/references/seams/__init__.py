@@ -36,17 +36,20 @@ class Seam:
             a function of a module's name.
         expand_scale: ``expand_scale(family, scale)`` converts a dict of scales by block to such a
             function.
+        has_text_values: Whether values of a text depend on its encoding alone, so that the
+            attachment removes what is avoided from the values of tokens.
     """
 
     attention_layers: Callable[[Family], AttentionLayers]
     attached: Callable[..., AbstractContextManager[Attachment]]
     expand_scale: Callable[[Family, Any], Scale]
+    has_text_values: bool = False
 
 
 #: Name of a family -> its seam.
 SEAMS: dict[str, Seam] = {
-    "sd": Seam(unet.attention_layers, unet.attached, unet.expand_scale),
-    "sdxl": Seam(unet.attention_layers, unet.attached, unet.expand_scale),
+    "sd": Seam(unet.attention_layers, unet.attached, unet.expand_scale, has_text_values=True),
+    "sdxl": Seam(unet.attention_layers, unet.attached, unet.expand_scale, has_text_values=True),
     "sd3": Seam(sd3.attention_layers, sd3.attached, expand_block_scale),
     "flux": Seam(flux.attention_layers, flux.attached, expand_block_scale),
 }

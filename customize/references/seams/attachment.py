@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from customize.families import Family
-from customize.families.pipeline_components import uncompiled
+from customize.families.pipeline_components import is_compiled, uncompiled
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
+from customize.references.avoided_values import AvoidedText, TextValues
 
 #: Number of different sets of tokens whose keys and values are kept.
 MAX_KEPT = 128
@@ -33,10 +34,13 @@ class RowTokens:
     Attributes:
         tokens: (rows, num_tokens, width), a row for each row of the latents.
         scale: (rows,), factor of each row's scale, on the tokens' device; None: 1 for all.
+        avoided: What is removed from the rows' values, on the tokens' device; None: nothing.
+            Seams without values of text (:class:`~customize.references.seams.Seam`) ignore it.
     """
 
     tokens: Tensor
     scale: Tensor | None = None
+    avoided: AvoidedText | None = None
 
 
 #: Arguments of a call of the denoiser, by name -> the tokens of its rows. It should return one
@@ -53,12 +57,14 @@ class Attachment:
 
     Attributes:
         current: The tokens of the denoiser's latest call.
+        value_projections: The projections of tokens to values that avoided content is removed from.
     """
 
     def __init__(
         self, denoiser: Any, insert: Callable[[dict[str, Any], Tensor], dict[str, Any]]
     ) -> None:
         self.current: RowTokens | None = None
+        self.value_projections: list[ReferenceProjection] = []
         self._kept: dict[RowTokens, dict[nn.Module, Tensor]] = {}
         self._denoiser, self._insert = denoiser, insert
         forward = inspect.signature(type(uncompiled(denoiser)).forward)
@@ -78,12 +84,15 @@ class Attachment:
         source = RowTokens(tokens) if isinstance(tokens, Tensor) else tokens
         # `forward` rather than a hook: passes of other code that call it directly are included.
         denoiser, before = self._denoiser, vars(self._denoiser).get("forward")
-        call = denoiser.forward
+        call, is_traced = denoiser.forward, is_compiled(denoiser)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(zip(self._names, args, strict=False)) | kwargs
             current = source if isinstance(source, RowTokens) else source(arguments)
             self.current = current
+            if is_traced:
+                for projection in self.value_projections:
+                    projection.compute_before_tracing(current)
             return call(**self._insert(arguments, current.tokens))
 
         denoiser.forward = forward
@@ -126,38 +135,67 @@ class ReferenceProjection(nn.Module):
         scale: Factor of the result, for values.
         is_value: Whether rows are scaled. Attention is linear in its values, so scaling them
             scales its output.
+        text_values: For values, the base's values of text, whose directions avoided words have.
+            None: avoided words change nothing.
     """
 
     def __init__(
-        self, linear: nn.Module, attachment: Attachment, scale: float = 1.0, *, is_value: bool
+        self,
+        linear: nn.Module,
+        attachment: Attachment,
+        scale: float = 1.0,
+        *,
+        is_value: bool,
+        text_values: TextValues | None = None,
     ) -> None:
         super().__init__()
-        self._unregistered = (linear, attachment)
+        self._unregistered = (linear, attachment, text_values)
         self._scale, self._is_value = scale, is_value
+        self._computed: Tensor | None = None
+        if text_values is not None:
+            attachment.value_projections.append(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Project (rows, ..., width) to (rows, ..., out)."""
         attachment = self._unregistered[1]
         current = attachment.current
+        if torch.compiler.is_compiling() and self._computed is not None:
+            return repeat_rows(self._computed, tokens).reshape(*tokens.shape[:-1], -1)
         if current is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._project(tokens, None if current is None else current.scale)
+            return self._project(tokens, current)
         # Motion models repeat the tokens for each frame in every call, so what is kept is found by
         # the tokens that the denoiser was given.
         projected = attachment.keep(
-            current, self, lambda: self._project(current.tokens.to(tokens), current.scale)
+            current, self, lambda: self._project(current.tokens.to(tokens), current)
         )
-        repeats = len(tokens) // len(projected)
-        projected = projected if repeats == 1 else projected.repeat_interleave(repeats, dim=0)
-        return projected.reshape(*tokens.shape[:-1], -1)
+        return repeat_rows(projected, tokens).reshape(*tokens.shape[:-1], -1)
 
-    def _project(self, tokens: Tensor, row_scale: Tensor | None) -> Tensor:
+    def compute_before_tracing(self, current: RowTokens) -> None:
+        """Compute the values of tokens with avoided words; a compiled denoiser then reads them."""
+        if current.avoided is None:
+            self._computed = None
+            return
+        attachment = self._unregistered[1]
+        self._computed = attachment.keep(
+            current, self, lambda: self._project(current.tokens, current)
+        )
+
+    def _project(self, tokens: Tensor, current: RowTokens | None) -> Tensor:
         linear: Any = self._unregistered[0]
         projected = linear(tokens.to(linear.weight.device, linear.weight.dtype)).to(tokens)
         if not self._is_value:
             return projected
+        text_values = self._unregistered[2]
+        if current is not None and current.avoided is not None and text_values is not None:
+            directions = text_values.directions(current.avoided.words.to(tokens))
+            projected = text_values.remove(
+                projected, repeat_rows(directions, projected), current.avoided.strength
+            )
         if self._scale != 1.0:
             projected = self._scale * projected
-        return projected if row_scale is None else projected * per_row(row_scale, projected)
+        if current is None or current.scale is None:
+            return projected
+        return projected * per_row(current.scale, projected)
 
 
 class AdaptedProjection(nn.Module):
@@ -308,6 +346,10 @@ def scale_of(scale: Scale, name: str) -> float:
 
 def per_row(factors: Tensor, output: Tensor) -> Tensor:
     """Return factors (rows,) for an output with one or several entries for each row."""
-    repeats = len(output) // len(factors)
-    factors = factors if repeats == 1 else factors.repeat_interleave(repeats)
-    return factors.to(output).reshape(-1, *[1] * (output.ndim - 1))
+    return repeat_rows(factors, output).to(output).reshape(-1, *[1] * (output.ndim - 1))
+
+
+def repeat_rows(values: Tensor, output: Tensor) -> Tensor:
+    """Repeat (rows, ...) for an output with one or several entries for each row."""
+    repeats = len(output) // len(values)
+    return values if repeats == 1 else values.repeat_interleave(repeats, dim=0)

@@ -15,6 +15,7 @@ from customize.errors import ConfigError, PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
+from customize.references.avoided_values import TextValues
 from customize.references.scale import check_scales
 from customize.references.seams.attachment import (
     Attachment,
@@ -159,6 +160,12 @@ def _make_processor(
     processor.scale = [float(scale != 0.0)]
     processor.to_k_ip.append(ReferenceProjection(adapter.key(name), attachment, is_value=False))
     processor.to_v_ip.append(
-        ReferenceProjection(adapter.value(name), attachment, scale, is_value=True)
+        ReferenceProjection(
+            adapter.value(name),
+            attachment,
+            scale,
+            is_value=True,
+            text_values=TextValues(module.to_v, module.heads),
+        )
     )
     return processor

@@ -48,6 +48,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reference_denoiser": references.reference_denoiser_table,
     "reference_keys": references.reference_keys_table,
     "reference_attributes": references.reference_attributes_table,
+    "reference_avoid": references.reference_avoid_table,
     "class_preservation": training.class_preservation_table,
     "composition": training.composition_table,
     "library": loading.library_table,

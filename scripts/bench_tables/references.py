@@ -87,6 +87,25 @@ def reference_attributes_table() -> str:
     return _if_measured("reference_attributes", table)
 
 
+def reference_avoid_table() -> str:
+    """Rates with standard errors, by what is avoided."""
+
+    def table(rows: Sequence[Row]) -> str:
+        rates = ("left", "kept", "identity", "prompt")
+        cells = [
+            [
+                row["avoided"],
+                row["drawn by"],
+                *(f"{percent(row[rate])} ± {percent(row[f'{rate}_se'])}" for rate in rates),
+            ]
+            for row in rows
+        ]
+        titles = [rate.capitalize() for rate in rates]
+        return format_table(["Avoided", "Drawn by", *titles], cells, 2)
+
+    return _if_measured("reference_avoid", table)
+
+
 def _rate_cell(value: Any) -> str:
     return percent(value) if isinstance(value, float) else _cell(value)
 

@@ -62,6 +62,15 @@ def test_each_part_of_the_cost_has_a_table(folder: Path) -> None:
     assert keys[2:] == ["| once | 70 | 0.50 | 29 |"]
 
 
+def test_avoided_content_has_rates_with_errors(folder: Path) -> None:
+    rates = {"left": 0.02, "kept": 0.65, "identity": 0.021, "prompt": 1.0}
+    errors = {f"{name}_se": 0.025 for name in rates}
+    row = {"avoided": "colour", "drawn by": "`avoid=`"} | rates | errors
+    write(folder, "reference_avoid", row)
+    line = references.reference_avoid_table().splitlines()[2]
+    assert line == "| colour | `avoid=` | 2 % ± 3 % | 65 % ± 3 % | 2 % ± 3 % | 100 % ± 3 % |"
+
+
 def test_attributes_have_all_columns(folder: Path) -> None:
     write(
         folder,

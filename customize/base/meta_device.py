@@ -21,6 +21,7 @@ from customize.base.memory_plan import (
 from customize.base.quantization import nf4_config
 from customize.errors import PipelineError
 from customize.families import Family, family_of
+from customize.families.meta_models import on_meta_device
 from customize.near_names import suggest_paths
 from customize.safe_read import MAX_TABLE_BYTES, check_regular_files, read_json
 
@@ -110,7 +111,7 @@ def quantization_arguments(plan: MemoryPlan, family: Family, dtype: torch.dtype)
 
 def _load_model(library: str, name: str, folder: Path) -> Any:
     cls = getattr(import_module(library), name)
-    with torch.device("meta"):
+    with on_meta_device():
         if library == "diffusers":
             return cls.from_config(cls.load_config(folder))
         return cls(cls.config_class.from_pretrained(folder))

@@ -6,8 +6,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from customize.errors import PipelineError
 from customize.families.cogvideox import CogVideoX
 from customize.families.family import Family
@@ -16,6 +14,7 @@ from customize.families.flux2 import Flux2
 from customize.families.flux3 import Flux3
 from customize.families.krea2 import Krea2
 from customize.families.ltx2 import LTX2
+from customize.families.meta_models import on_meta_device
 from customize.families.pipeline_components import NO_CONFIG, TokenDictionary, class_name
 from customize.families.qwen_image import QwenImage
 from customize.families.qwen_image_21 import QwenImage21
@@ -95,7 +94,7 @@ def published_families() -> tuple[Family, ...]:
 
     A file without a pipeline is compared with them to detect its family.
     """
-    with torch.device("meta"):
+    with on_meta_device():
         return tuple(
             family(components)
             for family in FAMILIES.values()

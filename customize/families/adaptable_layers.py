@@ -94,8 +94,8 @@ class AdaptableLayers(Components, ABC):
     def published_models(cls) -> list[dict[str, nn.Module]]:
         """Return new denoisers and CLIP text encoders of each published size.
 
-        They serve for the names and shapes of their layers; within ``torch.device("meta")`` they
-        have no weights.
+        They serve for the names and shapes of their layers; within
+        :func:`~customize.families.meta_models.on_meta_device` they have no weights.
         """
 
     def kohya_metadata(self) -> dict[str, str]:

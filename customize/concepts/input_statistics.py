@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -305,6 +306,8 @@ def record_layer_inputs(
                 seeds=range(first, first + len(chunks[number])),
                 autocast=autocast,
             )
+            if not recorder.is_finite():  # the other pictures cannot change that
+                break
     return recorder.factors(DIRECTIONS)
 
 
@@ -336,6 +339,10 @@ class InputRecorder:
         self._last = (layer, inputs)
         recorded = inputs[inputs.shape[0] // 2 :] if self.skip_first_half else inputs
         self._moments[layer].add(_rows(recorded, module))
+
+    def is_finite(self) -> bool:
+        """Whether all inputs so far were finite."""
+        return all(math.isfinite(moment.energy) for moment in self._moments.values())
 
     def factors(self, directions: int) -> dict[str, dict[str, Tensor]]:
         """The result of :func:`record_layer_inputs`.

@@ -11,6 +11,7 @@ import typer
 from customize.cli.config_flags import CONFIG_OPTION, setting_flags, with_flags
 from customize.cli.interrupts import on_interrupt
 from customize.cli.plain_help import PlainCommand
+from customize.cli.rewriter_evolution import evolve
 from customize.training.rewriting.config import RewriterTrainConfig
 
 app = typer.Typer(help="Train language models that rewrite prompts.")
@@ -30,6 +31,9 @@ def show_help(context: typer.Context) -> None:
     """Print the help if no subcommand is given."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+app.command("evolve", cls=PlainCommand)(evolve)
 
 
 def _add_flags(command: Callable[..., None]) -> Callable[..., None]:

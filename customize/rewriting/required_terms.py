@@ -88,11 +88,12 @@ def required_terms(
         keep: Phrases to keep; those that the prompt lacks are ignored.
         avoid: Phrases that the call avoids; they count as excluded.
     """
-    present = [word for word in triggers if find_phrase(word, prompt)]
+    named = [*triggers, *_TRIGGER.findall(prompt)]
+    present = [word for word in named if find_phrase(word, prompt)]
     quotations = [next(filter(None, match)) for match in _QUOTED.findall(prompt)]
     return RequiredTerms(
         prompt,
-        triggers=tuple(dict.fromkeys([*present, *_TRIGGER.findall(prompt)])),
+        triggers=tuple(dict.fromkeys(present)),
         phrases=tuple(phrase for phrase in keep if find_phrase(phrase, prompt)),
         quotations=tuple(dict.fromkeys(quotations)),
         numbers=tuple(_numbers(_without_quotations(prompt))),

@@ -76,7 +76,7 @@ def rewrite_prompts(
     chats = [Chat(instructions.messages(requests[k].prompt), seeds[k] % _SEEDS) for k in asked]
     answers = dict(zip(asked, model.complete(chats, sampling) if chats else (), strict=True))
     wording = " ".join((instructions.system, instructions.user))
-    problems = {k: _problems(requests[k], answers[k], wording) for k in asked}
+    problems = {k: find_answer_problems(requests[k], answers[k], wording) for k in asked}
 
     again = [k for k in asked if problems[k]]
     chats = [
@@ -89,7 +89,7 @@ def rewrite_prompts(
         for k in again
     ]
     for k, answer in zip(again, model.complete(chats, sampling) if chats else (), strict=True):
-        remaining = _problems(requests[k], answer, wording)
+        remaining = find_answer_problems(requests[k], answer, wording)
         if not remaining or not clean_answer(answers[k].text):
             answers[k], problems[k] = answer, remaining
     for k in asked:
@@ -97,8 +97,14 @@ def rewrite_prompts(
     return [result[index] for index in range(len(requests))]
 
 
-def _problems(required: RequiredTerms, answer: Completion, wording: str) -> list[str]:
-    """Return why an answer may not be drawn, as sentences without full stop."""
+def find_answer_problems(required: RequiredTerms, answer: Completion, wording: str) -> list[str]:
+    """Return why an answer may not be drawn, as sentences without full stop.
+
+    Args:
+        required: The prompt with what its rewriting must keep.
+        answer: The answer.
+        wording: The text of the instructions, which an answer must not repeat.
+    """
     unusable = _unusable(required.prompt, answer, wording)
     return [unusable] if unusable else find_problems(required, clean_answer(answer.text))
 

@@ -81,6 +81,9 @@ def test_words_that_were_added_are_reported_without_forms_of_the_users_own():
     ]
 
 
-@given(st.text(max_size=120))
+PARTS = st.sampled_from(["<rex>", "<tom>s", "2", "two", "no", "hat", '"', "'", "-", ",", "a", " "])
+
+
+@given(st.text(max_size=120) | st.lists(PARTS, max_size=12).map("".join))
 def test_every_prompt_is_a_faithful_rewriting_of_itself(prompt):
     assert [p for p in problems(prompt, prompt) if "excludes" not in p] == []

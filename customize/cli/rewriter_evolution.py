@@ -1,0 +1,269 @@
+"""``customize rewriter evolve``: find better prompts by drawing them and scoring the pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from customize.cli.interrupts import on_interrupt
+from customize.cli.shared_options import BaseModel, Device, Dtype, EndpointModel
+from customize.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from customize.evaluation.rewards.weighted_sum import WeightedSum
+    from customize.training.rewriting.evolution import Population
+
+
+@on_interrupt("interrupted: run the same command again to go on")
+def evolve(
+    base: BaseModel,
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="Text file with a user's prompt in each line", show_default=False
+        ),
+    ],
+    rewriter: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="Language model: a folder, hub id, .gguf file, name or address of an endpoint",
+            show_default=False,
+        ),
+    ],
+    rewards: Annotated[
+        list[str],
+        typer.Option(
+            "--reward",
+            metavar="NAME=WEIGHT",
+            help="Reward and its weight, such as clip=1 or aesthetic=0.8. Repeatable",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the evolution")
+    ],
+    reward_models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward-model",
+            metavar="NAME=MODEL",
+            help="Folder or hub id of a reward's model (default: the usual one). Repeatable",
+            show_default=False,
+        ),
+    ] = None,
+    floors: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--floor",
+            metavar="NAME=X",
+            help="Least reward of a prompt that is learned from. Repeatable",
+            show_default=False,
+        ),
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(metavar="X", help="Least difference of a pair's weighted sums")
+    ] = 0.0,
+    endpoint_model: EndpointModel = None,
+    rounds: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds of new prompts")] = 4,
+    children: Annotated[
+        int, typer.Option(min=1, metavar="N", help="New prompts in each round")
+    ] = 3,
+    parents: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Best prompts that new ones are made from")
+    ] = 3,
+    operator: Annotated[
+        str,
+        typer.Option(
+            metavar="scored|rewrite",
+            help="scored: the model sees the best prompts with their scores; rewrite: it rewrites"
+            " one of them, for models that know no other task",
+        ),
+    ] = "scored",
+    pictures: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pictures of each prompt, with seeds from 0")
+    ] = 2,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Sampling steps (default: the pipeline's)", show_default=False
+        ),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0, metavar="X", help="Guidance scale (default: the pipeline's)", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    r"""Find better prompts for a base by drawing them and scoring the pictures.
+
+    Writes pictures, a page (index.html), and the data for customize
+    rewriter train: good.jsonl and pairs.jsonl.
+
+    customize rewriter evolve --base BASE --prompts prompts.txt \
+        --rewriter MODEL --reward clip=1 --output evolution
+    """
+    from customize.base.device import choose_device
+    from customize.cli.base_pipeline import check_steps, hide_loading_bars, load_base_pipeline
+    from customize.cli.rewriter_source import check_rewriter_flags, load_rewriter
+    from customize.cli.terminal import print_line
+    from customize.concepts.io.output_folder import check_writable
+    from customize.training.rewriting import evolution
+    from customize.training.rewriting.evolution_sheet import write_sheet
+    from customize.training.rewriting.picture_renderer import PictureRenderer
+
+    check_rewriter_flags(rewriter, endpoint_model, "--rewriter")
+    texts = read_prompts(prompts)
+    weights = parse_numbers(rewards, "--reward")
+    least = parse_numbers(floors or [], "--floor")
+    models = dict(split_pair(text, "--reward-model") for text in reward_models or [])
+    if operator not in ("scored", "rewrite"):
+        raise ConfigError(
+            f"unknown operator {operator}", where="--operator", fix="give scored or rewrite"
+        )
+    settings = evolution.EvolutionSettings(rounds, children, parents, operator, seed=seed)  # type: ignore[arg-type]
+    check_writable(output)
+    torch_device = choose_device(device, "--device")
+    hide_loading_bars()
+    weighted = load_rewards(weights, least, models, torch_device)
+    loaded = load_rewriter(rewriter, endpoint_model)
+    loaded.model.move(torch_device)
+    pipe = load_base_pipeline(base, torch_device, dtype)
+    check_steps(pipe, steps)
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    call = {name: value for name, value in call.items() if value is not None}
+    renderer = PictureRenderer(
+        pipe, weighted, output / "pictures", range(pictures), call, f"{base} {pipe.dtype}"
+    )
+    populations = evolution.evolve(
+        texts,
+        loaded.model,
+        renderer,
+        output / "prompts",
+        settings,
+        loaded.instructions,
+        loaded.sampling.max_new_tokens,
+        on_round=lambda number, batch: print_line(
+            f"round {number} of {rounds}: {len(batch)} prompts", stderr=True
+        ),
+    )
+    write_sheet(output / "index.html", populations)
+    good, pairs = write_training_data(output, populations, least, margin)
+    print_line(
+        f"Wrote index.html, good.jsonl ({good} prompts) and pairs.jsonl ({pairs} pairs) to {output}"
+    )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty.
+
+    Raises:
+        DataError: It cannot be read, or has no prompts.
+    """
+    from customize.safe_read import MAX_TEXT_BYTES, read_bytes
+
+    try:
+        text = read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError("it is not UTF-8 text", where=path, fix="save it as UTF-8") from error
+    except OSError as error:
+        raise DataError(
+            f"it cannot be read: {error.strerror or error}", where=path, fix="check the path"
+        ) from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError("it has no prompts", where=path, fix="write a prompt in each line")
+    return lines
+
+
+def split_pair(text: str, flag: str) -> tuple[str, str]:
+    """Split ``"name=value"``.
+
+    Raises:
+        ConfigError: It has another form.
+    """
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not equals or not name or not value:
+        raise ConfigError(f"invalid value {text!r}", where=flag, fix="write for example clip=1")
+    return name, value
+
+
+def parse_numbers(texts: Sequence[str], flag: str) -> dict[str, float]:
+    """Parse ``["name=number"]``.
+
+    Raises:
+        ConfigError: One has another form.
+    """
+    result = {}
+    for text in texts:
+        name, value = split_pair(text, flag)
+        try:
+            result[name] = float(value)
+        except ValueError:
+            raise ConfigError(
+                f"{value!r} is no number", where=f"{flag} {text}", fix="write for example clip=1"
+            ) from None
+    return result
+
+
+def load_rewards(
+    weights: dict[str, float], floors: dict[str, float], models: dict[str, str], device: Any
+) -> WeightedSum:
+    """Load the rewards of a weighted sum.
+
+    Raises:
+        ConfigError: A name is unknown, or a model or floor belongs to no weight.
+        PipelineError: A model cannot be loaded.
+    """
+    from customize.evaluation.rewards.registry import load_reward
+    from customize.evaluation.rewards.weighted_sum import WeightedSum
+
+    for name in models:
+        if name not in weights:
+            raise ConfigError(
+                f"the model {models[name]} belongs to no --reward",
+                where=f"--reward-model {name}",
+                fix=f"add --reward {name}=1",
+            )
+    loaded = {name: load_reward(name, models.get(name), device) for name in weights}
+    return WeightedSum(weights, floors, loaded)
+
+
+def write_training_data(
+    folder: Path, populations: Sequence[Population], floors: dict[str, float], margin: float
+) -> tuple[int, int]:
+    """Write the rows for supervised training and for DPO, and return their numbers."""
+    from customize.cli.output_files import storage_errors
+    from customize.rewriting.preference_pairs import PairRule, best_rewritings, make_pairs
+
+    rule = PairRule(margin, floors)
+    candidates = {each.prompt: each.candidates() for each in populations}
+    good = [
+        {"prompt": prompt, "text": text} for prompt, text in best_rewritings(candidates, floors)
+    ]
+    pairs = [
+        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        for prompt, found in candidates.items()
+        for pair in make_pairs(prompt, found, rule)
+    ]
+    for name, rows in (("good.jsonl", good), ("pairs.jsonl", pairs)):
+        with storage_errors(folder / name):
+            write_lines(folder / name, rows)
+    return len(good), len(pairs)
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Write rows as .jsonl."""
+    from customize.atomic import write_atomic
+
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(path, text.encode())

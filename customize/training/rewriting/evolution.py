@@ -1,0 +1,271 @@
+"""Evolution of prompts by rewards (Prompt-A-Video, arXiv 2412.15156, section 3.1).
+
+Each user prompt has a population of rewritings, at first the prompt itself. In each round a
+language model writes new ones from the best so far, whose scores it sees; they are drawn and
+scored against the user's prompt. A rewriting that loses what the prompt asks for is dropped before
+it is drawn.
+
+Each prompt has a JSON file, named by the prompt and all settings, which is replaced after each
+round: an evolution that was cut off goes on from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from customize.atomic import write_atomic
+from customize.concepts.io.data_files import read_json_file
+from customize.errors import ConfigError
+from customize.rewriting.clean_answer import clean_answer
+from customize.rewriting.instructions import Instructions
+from customize.rewriting.language_model import Chat, LanguageModel, Message, Sampling
+from customize.rewriting.preference_pairs import Candidate
+from customize.rewriting.required_terms import required_terms
+from customize.rewriting.rewrite_prompts import find_answer_problems
+from customize.training.rewriting.picture_renderer import Job, Renderer
+
+#: Ends the system message where the model sees scored predecessors.
+SCORED_RULES = """
+You also see earlier prompts for the same wish with their scores, the best first. Learn what the \
+good ones have in common, and answer with one new prompt that should score higher than all."""
+
+Operator = Literal["scored", "rewrite"]
+
+
+@dataclass(frozen=True)
+class EvolutionSettings:
+    """Settings of an evolution.
+
+    Attributes:
+        rounds: Number of rounds.
+        children: New rewritings of a prompt in each round.
+        parents: Number of the best rewritings that a new one is written from.
+        operator: "scored": the model sees the parents with their scores, as in the paper.
+            "rewrite": it rewrites one of the parents, for models that know no other task.
+        temperature: Temperature of the model.
+        seed: Random seed.
+        batch: Prompts that go through a round together.
+
+    Raises:
+        ConfigError: A number is out of its range.
+    """
+
+    rounds: int = 4
+    children: int = 3
+    parents: int = 3
+    operator: Operator = "scored"
+    temperature: float = 1.0
+    seed: int = 0
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "children", "parents", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}", where=name, fix="give at least 1"
+                )
+
+
+@dataclass
+class Member:
+    """One rewriting of a population.
+
+    Attributes:
+        text: The rewriting.
+        round: The round that wrote it; 0 for the prompt itself.
+        total: Weighted sum of its rewards; None where one failed.
+        rewards: Name -> reward.
+        passes: Whether all rewards reach their floors.
+        pictures: File names of its pictures.
+        failure: Why it has no total; empty if it has one.
+    """
+
+    text: str
+    round: int
+    total: float | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
+    passes: bool = False
+    pictures: list[str] = field(default_factory=list)
+    failure: str = ""
+
+
+@dataclass
+class Population:
+    """The rewritings of one prompt.
+
+    Attributes:
+        prompt: The user's prompt.
+        rounds: Finished rounds; -1 before the prompt itself is scored.
+        members: The rewritings, in the order in which they were written.
+        dropped: Number of answers that were dropped, as they were faulty or known.
+    """
+
+    prompt: str
+    rounds: int = -1
+    members: list[Member] = field(default_factory=list)
+    dropped: int = 0
+
+    def best(self, count: int) -> list[Member]:
+        """Return the best scored members."""
+        scored = [member for member in self.members if member.total is not None]
+        return sorted(scored, key=lambda member: member.total or 0.0, reverse=True)[:count]
+
+    def candidates(self) -> list[Candidate]:
+        """Return the scored members as candidates for pairs."""
+        scored = [member for member in self.members if member.total is not None]
+        return [Candidate(m.text, m.rewards, m.total or 0.0) for m in scored]
+
+
+def evolve(
+    prompts: Sequence[str],
+    model: LanguageModel,
+    renderer: Renderer,
+    folder: Path,
+    settings: EvolutionSettings | None = None,
+    instructions: Instructions | None = None,
+    max_new_tokens: int = 160,
+    on_round: Callable[[int, Sequence[Population]], None] | None = None,
+) -> list[Population]:
+    """Evolve prompts, or resume.
+
+    Args:
+        prompts: The users' prompts; equal ones are evolved once.
+        model: The language model.
+        renderer: Draws and scores rewritings.
+        folder: Folder of the populations' files.
+        settings: None: the defaults.
+        instructions: The text around a prompt. None: instructions for untrained models.
+        max_new_tokens: Largest number of tokens of a rewriting.
+        on_round: Called with the round and the batch that finished it.
+
+    Returns:
+        The population of each distinct prompt.
+
+    Raises:
+        ConfigError: There are no prompts.
+        EndpointError: The model runs elsewhere and cannot be reached; what was finished stays.
+    """
+    settings = settings or EvolutionSettings()
+    instructions = instructions or Instructions()
+    distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
+    if not distinct:
+        raise ConfigError("there are no prompts", where="prompts", fix="give at least one")
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = _identity(model, renderer, settings, instructions, max_new_tokens)
+    files = {prompt: folder / f"{_hash(prompt, identity)}.json" for prompt in distinct}
+    populations = [_read(files[prompt], prompt) for prompt in distinct]
+    sampling = Sampling(settings.temperature, max_new_tokens)
+    for batch in _batches(populations, settings.batch):
+        for number in range(settings.rounds + 1):
+            waiting = [each for each in batch if each.rounds < number]
+            if not waiting:
+                continue
+            if number == 0:
+                children = [[each.prompt] for each in waiting]
+            else:
+                children = _write_children(waiting, number, model, settings, instructions, sampling)
+            _score(waiting, children, number, renderer)
+            for each in waiting:
+                each.rounds = number
+                text = json.dumps(asdict(each), indent=1, ensure_ascii=False, allow_nan=False)
+                write_atomic(files[each.prompt], (text + "\n").encode())
+            if on_round is not None:
+                on_round(number, waiting)
+    return populations
+
+
+def _write_children(
+    populations: Sequence[Population],
+    number: int,
+    model: LanguageModel,
+    settings: EvolutionSettings,
+    instructions: Instructions,
+    sampling: Sampling,
+) -> list[list[str]]:
+    """Return the new faithful rewritings of each population."""
+    chats, owners = [], []
+    for index, population in enumerate(populations):
+        parents = population.best(settings.parents) or population.members[:1]
+        for child in range(settings.children):
+            seed = int(_hash(population.prompt, settings.seed, number, child), 16) % 2**31
+            if settings.operator == "scored":
+                messages = scored_messages(instructions, population, parents)
+            else:
+                messages = instructions.messages(parents[child % len(parents)].text)
+            chats.append(Chat(messages, seed))
+            owners.append(index)
+    wording = " ".join((instructions.system, SCORED_RULES, instructions.user))
+    children: list[list[str]] = [[] for _ in populations]
+    for index, answer in zip(owners, model.complete(chats, sampling), strict=True):
+        population, text = populations[index], clean_answer(answer.text)
+        known = {member.text for member in population.members} | set(children[index])
+        required = required_terms(population.prompt)
+        if text in known or find_answer_problems(required, answer, wording):
+            population.dropped += 1
+        else:
+            children[index].append(text)
+    return children
+
+
+def scored_messages(
+    instructions: Instructions, population: Population, parents: Sequence[Member]
+) -> tuple[Message, ...]:
+    """Return the chat that asks for a prompt that scores higher than its predecessors."""
+    lines = [f"{member.total or 0.0:.3f}: {member.text}" for member in parents]
+    asked = instructions.messages(population.prompt)
+    text = "\n".join(["Earlier prompts with their scores:", *lines, "", asked[-1].content])
+    system = Message("system", instructions.system + SCORED_RULES)
+    return (system, Message("user", text))
+
+
+def _score(
+    populations: Sequence[Population],
+    children: Sequence[Sequence[str]],
+    number: int,
+    renderer: Renderer,
+) -> None:
+    jobs = [
+        (population, Job(population.prompt, text))
+        for population, texts in zip(populations, children, strict=True)
+        for text in texts
+    ]
+    ratings = renderer([job for _, job in jobs]) if jobs else []
+    for (population, job), rating in zip(jobs, ratings, strict=True):
+        population.members.append(
+            Member(
+                job.text,
+                number,
+                rating.total,
+                dict(rating.rewards),
+                rating.passes,
+                list(rating.pictures),
+                rating.failure,
+            )
+        )
+
+
+def _read(path: Path, prompt: str) -> Population:
+    """Return the population of a file, or a new one."""
+    if not path.is_file():
+        return Population(prompt)
+    values: Any = read_json_file(path)
+    members = [Member(**member) for member in values.pop("members")]
+    return Population(**values, members=members)
+
+
+def _identity(model: LanguageModel, renderer: Renderer, *settings: object) -> str:
+    return _hash(model.digest, renderer.digest, *(repr(each) for each in settings))
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def _batches(items: Sequence[Population], size: int) -> Iterator[Sequence[Population]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]

@@ -1,0 +1,189 @@
+"""Drawing rewritings and scoring their pictures, in one place, for evolution and preferences."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from customize.atomic import write_atomic
+from customize.errors import ConfigError
+from customize.evaluation.rewards.weighted_sum import WeightedSum
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rewriting to draw and score.
+
+    Attributes:
+        prompt: The user's prompt, by which pictures are scored.
+        text: The prompt to draw.
+    """
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Rating:
+    """The scores of a rewriting's pictures.
+
+    Attributes:
+        total: Mean weighted sum over the pictures; None where a reward failed on one of them.
+        rewards: Name -> mean reward.
+        passes: Whether every reward of every picture reaches its floor.
+        pictures: File names, one for each seed.
+        failure: Why there is no total; empty if there is one.
+    """
+
+    total: float | None
+    rewards: Mapping[str, float]
+    passes: bool
+    pictures: tuple[str, ...] = ()
+    failure: str = ""
+
+
+class Renderer(Protocol):
+    """Draws and scores rewritings.
+
+    Attributes:
+        digest: What identifies its settings: equal digests give equal ratings.
+    """
+
+    @property
+    def digest(self) -> str: ...  # noqa: D102
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Rating]:
+        """Return the rating of each job."""
+        ...
+
+
+class PictureRenderer:
+    """Draws each rewriting with each seed by a pipeline, and scores the pictures by rewards.
+
+    Pictures are PNG files named by what they depend on, so a picture is drawn once.
+
+    Args:
+        pipe: Text-to-image or text-to-video pipeline.
+        reward: The weighted sum of rewards.
+        folder: Folder of the pictures.
+        seeds: Seeds of the pictures of each rewriting.
+        call: Further arguments of the pipeline's call, such as ``num_inference_steps``.
+        base: What identifies the pipeline's weights, such as its path.
+        batch_size: Prompts of one call of the pipeline.
+
+    Raises:
+        ConfigError: There are no seeds.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        reward: WeightedSum,
+        folder: Path,
+        seeds: Sequence[int] = (0, 1),
+        call: Mapping[str, Any] | None = None,
+        base: str = "",
+        batch_size: int = 8,
+    ) -> None:
+        if not seeds:
+            raise ConfigError("there are no seeds", where="seeds", fix="give at least one")
+        self.pipe, self.reward, self.folder = pipe, reward, folder
+        self.seeds, self.call, self.base = tuple(seeds), dict(call or {}), base
+        self.batch_size = batch_size
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def digest(self) -> str:
+        """What identifies base, settings, seeds and rewards, 16 hexadecimal digits."""
+        return _hash(self.base, self._settings(), self.seeds, self.reward.digest)
+
+    def __call__(self, jobs: Sequence[Job]) -> list[Rating]:
+        """Return the rating of each job; missing pictures are drawn.
+
+        Raises:
+            PipelineError: A picture is not finite, or no picture was scored by all rewards.
+        """
+        names = {
+            (job.text, seed): f"{_hash(self.base, self._settings(), job.text, seed)}.png"
+            for job in jobs
+            for seed in self.seeds
+        }
+        missing = [key for key, name in names.items() if not (self.folder / name).is_file()]
+        frames = dict(self._draw(missing, names))
+        pictures, prompts = [], []
+        for job in jobs:
+            for seed in self.seeds:
+                name = names[job.text, seed]
+                pictures.append(frames.get(name) or _read(self.folder / name))
+                prompts.append(job.prompt)
+        scores = self.reward.evaluate(pictures, prompts)
+        return [
+            self._rate(scores, k, [names[job.text, s] for s in self.seeds])
+            for k, job in enumerate(jobs)
+        ]
+
+    def _settings(self) -> str:
+        return json.dumps(self.call, sort_keys=True, default=str)
+
+    def _draw(
+        self, keys: Sequence[tuple[str, int]], names: Mapping[tuple[str, int], str]
+    ) -> list[tuple[str, Any]]:
+        drawn = []
+        for first in range(0, len(keys), self.batch_size):
+            part = keys[first : first + self.batch_size]
+            output = self.pipe(
+                prompt=[text for text, _ in part],
+                generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+                output_type="pil",
+                **self.call,
+            )
+            for key, picture in zip(
+                part, getattr(output, "images", None) or output.frames, strict=True
+            ):
+                frames = picture if isinstance(picture, list) else [picture]
+                _write(self.folder / names[key], frames)
+                if len(frames) > 1:
+                    drawn.append((names[key], frames))
+        return drawn
+
+    def _rate(self, scores: Any, index: int, pictures: Sequence[str]) -> Rating:
+        rows = slice(index * len(self.seeds), (index + 1) * len(self.seeds))
+        failed = [k for k in range(rows.start, rows.stop) if scores.failed[k]]
+        if failed:
+            return Rating(None, {}, False, tuple(pictures), scores.reasons[failed[0]])
+        return Rating(
+            float(scores.total[rows].double().mean()),
+            {name: float(values[rows].double().mean()) for name, values in scores.scores.items()},
+            bool(scores.passes[rows].all()),
+            tuple(pictures),
+        )
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, frames: Sequence[Image.Image]) -> None:
+    """Write a picture, or a video as an animated PNG without loss."""
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "PNG", save_all=len(frames) > 1, append_images=list(frames[1:]))
+    write_atomic(path, buffer.getvalue())
+
+
+def _read(path: Path) -> Any:
+    """Return the picture of a file, or the frames of an animated one."""
+    with Image.open(path) as image:
+        count = getattr(image, "n_frames", 1)
+        frames = []
+        for index in range(count):
+            image.seek(index)
+            frames.append(image.convert("RGB"))
+    return frames if count > 1 else frames[0]

@@ -1,0 +1,75 @@
+"""``customize rewriter evolve``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.making import Run, World, refused
+from tests.evaluation.making import save_clip
+from tests.rewriting.local_server import completion, send, serve
+
+USERS = ["puppy at the seaside", "2 cats"]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_clip(tmp_path_factory.mktemp("clip")))
+
+
+def arguments(world: World, clip: str, folder: Path) -> tuple[object, ...]:
+    (folder / "prompts.txt").write_text("\n".join([*USERS, ""]))
+    return (
+        *("rewriter", "evolve", "--base", world.base, "--prompts", folder / "prompts.txt"),
+        *("--reward", "clip=10", "--reward-model", f"clip={clip}", "--output", folder / "out"),
+        *("--rounds", 2, "--children", 2, "--pictures", 1, "--steps", 2, "--device", "cpu"),
+    )
+
+
+def test_prompts_are_drawn_scored_and_written_as_training_data(
+    run: Run, world: World, clip: str, tmp_path: Path
+) -> None:
+    answers = ["a dog on the beach", "two cats", "a red dog", "a photo of two cats"]
+    with serve(*(send(completion(text)) for text in answers)) as server:
+        flags = ("--rewriter", server.url, "--endpoint-model", "llama")
+        result = run(*arguments(world, clip, tmp_path), *flags)
+        assert result.code == 0, result.err
+        count = len(server.requests)
+        again = run(*arguments(world, clip, tmp_path), *flags)  # from its files
+        assert (again.out, len(server.requests)) == (result.out, count)
+    assert "round 2 of 2: 2 prompts" in result.err
+    output = tmp_path / "out"
+    populations = [json.loads(path.read_text()) for path in (output / "prompts").iterdir()]
+    assert {each["prompt"] for each in populations} == set(USERS)
+    pictures = {name for p in populations for m in p["members"] for name in m["pictures"]}
+    assert {path.name for path in (output / "pictures").iterdir()} == pictures
+    page = (output / "index.html").read_text()
+    assert all(name in page for name in pictures)
+    rows = [json.loads(line) for line in (output / "pairs.jsonl").read_text().splitlines()]
+    totals = {(p["prompt"], m["text"]): m["total"] for p in populations for m in p["members"]}
+    assert rows
+    for row in rows:
+        assert totals[row["prompt"], row["chosen"]] > totals[row["prompt"], row["rejected"]]
+
+
+def test_bad_flags_are_refused(run: Run, world: World, clip: str, tmp_path: Path) -> None:
+    given = (*arguments(world, clip, tmp_path), "--rewriter", "http://localhost:1/v1")
+    model = ("--endpoint-model", "llama")
+    for flags, problem in (
+        ((), "none is named"),
+        ((*model, "--reward", "clip"), "invalid value"),
+        ((*model, "--reward", "clip=much"), "is no number"),
+        ((*model, "--reward-model", "blip=x"), "belongs to no --reward"),
+        ((*model, "--floor", "blip_itm=1"), "has no weight"),
+        ((*model, "--operator", "cross"), "unknown operator"),
+    ):
+        refused(run(*given, *flags), problem)
+    (tmp_path / "prompts.txt").write_text("\n \n")
+    refused(run(*given, *model), "no prompts")
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe")
+    refused(run(*given, *model), "UTF-8")
+    (tmp_path / "prompts.txt").unlink()
+    refused(run(*given, *model), "cannot be read")
+    assert not (tmp_path / "out").exists()

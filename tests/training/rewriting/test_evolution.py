@@ -1,0 +1,166 @@
+"""Evolution of prompts: what is kept, dropped and resumed, and the page of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from customize.errors import ConfigError, EndpointError
+from customize.rewriting.instructions import Instructions
+from customize.rewriting.language_model import Completion
+from customize.rewriting.preference_pairs import PairRule, best_rewritings, make_pairs
+from customize.training.rewriting.evolution import EvolutionSettings, evolve
+from customize.training.rewriting.evolution_sheet import write_sheet
+from customize.training.rewriting.picture_renderer import Rating
+
+DOG, REX = "puppy", "<rex> at sea"
+
+
+class LetterCount:
+    """Rates a text by its letters, and fails on texts with "zzz"."""
+
+    digest = "letters"
+
+    def __init__(self) -> None:
+        self.jobs = []
+
+    def __call__(self, jobs):
+        self.jobs += jobs
+        return [
+            Rating(None, {}, False, (), "zzz")
+            if "zzz" in job.text
+            else Rating(len(job.text) / 10, {"letters": len(job.text) / 10}, len(job.text) > 8)
+            for job in jobs
+        ]
+
+
+class Counting:
+    """Answers the n-th chat that contains a key with the n-th answer of that key."""
+
+    name, digest = "counting", "counting"
+
+    def __init__(self, answers):
+        self.answers, self.chats = {key: list(values) for key, values in answers.items()}, []
+
+    def complete(self, chats, sampling):
+        self.chats += chats
+        return [self._answer(chat) for chat in chats]
+
+    def _answer(self, chat):
+        text = " ".join(message.content for message in chat.messages[-1:])
+        answers = next(found for key, found in self.answers.items() if key in text)
+        answers.append(answers.pop(0))
+        if isinstance(answers[-1], Exception):
+            raise answers[-1]
+        return Completion(answers[-1], True)
+
+    def move(self, device): ...
+
+
+ANSWERS = {
+    "puppy": ["a dog", "a dog on the beach", "a dog", "a photo of a dog at sea", "zzz dog", "dog"],
+    "<rex>": ["a dog at sea", "<rex> on a beach", "I'm sorry, no", "<rex>"],
+}
+SETTINGS = EvolutionSettings(rounds=2, children=3, parents=2)
+
+
+def texts(population):
+    return [(member.round, member.text) for member in population.members]
+
+
+def test_populations_grow_by_faithful_new_rewritings(tmp_path):
+    model, renderer = Counting(ANSWERS), LetterCount()
+    dog, rex = evolve([DOG, REX, DOG, " "], model, renderer, tmp_path, SETTINGS)
+    assert texts(dog) == [
+        (0, DOG),
+        (1, "a dog"),
+        (1, "a dog on the beach"),
+        (2, "a photo of a dog at sea"),
+        (2, "zzz dog"),
+        (2, "dog"),
+    ]
+    assert texts(rex) == [(0, REX), (1, "<rex> on a beach"), (2, "<rex>")]
+    assert (dog.dropped, rex.dropped) == (1, 4)
+    assert [member.text for member in dog.best(2)] == [
+        "a photo of a dog at sea",
+        "a dog on the beach",
+    ]
+    assert {job.prompt for job in renderer.jobs} == {DOG, REX}
+    failed = next(member for member in dog.members if member.text == "zzz dog")
+    assert (failed.total, failed.failure) == (None, "zzz")
+
+
+def test_the_model_sees_the_parents_with_their_scores(tmp_path):
+    model = Counting(ANSWERS)
+    evolve([DOG], model, LetterCount(), tmp_path, SETTINGS)
+    system, user = model.chats[-1].messages
+    assert system.content.startswith(Instructions().system)
+    assert "1.800: a dog on the beach" in user.content
+    assert "0.500: puppy" in user.content
+    assert user.content.index("1.800") < user.content.index("0.500")
+    assert len({chat.seed for chat in model.chats}) == len(model.chats)
+
+
+def test_a_parent_is_rewritten_by_models_that_know_no_other_task(tmp_path):
+    model = Counting({"": [f"a dog {k}" for k in range(9)]})
+    settings = EvolutionSettings(rounds=2, children=2, parents=2, operator="rewrite")
+    evolve(["the dog"], model, LetterCount(), tmp_path, settings)
+    asked = [chat.messages[-1].content for chat in model.chats]
+    assert asked[0] == asked[1] == Instructions().messages("the dog")[-1].content
+    assert {asked[2], asked[3]} < {
+        Instructions().messages(text)[-1].content for text in ("the dog", "a dog 0", "a dog 1")
+    }
+
+
+def test_an_evolution_that_was_cut_off_goes_on(tmp_path):
+    whole = evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path / "whole", SETTINGS)
+    broken = {"puppy": [*ANSWERS["puppy"][:3], EndpointError("gone", where="x", fix="y")]}
+    with pytest.raises(EndpointError):
+        evolve([DOG], Counting(broken), LetterCount(), tmp_path / "cut", SETTINGS)
+    rest, renderer = Counting({"puppy": ANSWERS["puppy"][3:]}), LetterCount()
+    assert evolve([DOG], rest, renderer, tmp_path / "cut", SETTINGS) == whole
+    assert len(rest.chats) == 3
+    assert all(job.text not in ("a dog", DOG) for job in renderer.jobs)
+    again = Counting({})
+    assert evolve([DOG], again, LetterCount(), tmp_path / "cut", SETTINGS) == whole
+    assert again.chats == []
+    (file,) = (tmp_path / "cut").iterdir()
+    assert json.loads(file.read_text())["rounds"] == 2
+
+
+def test_other_settings_evolve_anew(tmp_path):
+    evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, SETTINGS)
+    evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, EvolutionSettings(rounds=1))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_populations_become_training_data(tmp_path):
+    (dog,) = evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, SETTINGS)
+    assert best_rewritings({DOG: dog.candidates()}, {}) == [(DOG, "a photo of a dog at sea")]
+    pairs = make_pairs(DOG, dog.candidates(), PairRule(margin=1.0, max_length_ratio=9))
+    assert {pair.chosen for pair in pairs} == {"a photo of a dog at sea", "a dog on the beach"}
+    assert all(pair.rejected in ("a dog", "dog", DOG) for pair in pairs)
+
+
+def test_the_page_shows_texts_as_text(tmp_path):
+    prompt = "<script>alert(1)</script> & <rex>"
+    answer = f"{prompt}, a dog <b x"
+    populations = evolve(
+        [prompt], Counting({"": [answer]}), LetterCount(), tmp_path / "p", SETTINGS
+    )
+    populations[0].members[0].pictures.append('a" onerror="x.png')
+    write_sheet(tmp_path / "index.html", populations)
+    page = Path(tmp_path / "index.html").read_text()
+    assert "<script>" not in page and "<b>" not in page and 'onerror="x' not in page
+    assert "&lt;rex&gt;" in page
+    assert page.index("a dog &lt;b x") < page.index("class=own")  # the better one is first
+
+
+def test_bad_settings_are_refused(tmp_path):
+    for values in ({"rounds": 0}, {"children": 0}, {"batch": -1}):
+        with pytest.raises(ConfigError):
+            EvolutionSettings(**values)
+    with pytest.raises(ConfigError, match="no prompts"):
+        evolve(["", " "], Counting({}), LetterCount(), tmp_path)

@@ -14,6 +14,8 @@ from customize.training.recipe import train
 from tests.tiny import tiny_flux, tiny_sd
 from tests.training.runs import same, settings, tensors
 
+pytestmark = pytest.mark.usefixtures("quick_recordings")
+
 MAKERS = {"sd": tiny_sd, "flux": tiny_flux}
 
 

@@ -22,6 +22,8 @@ from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import settings
 
+pytestmark = pytest.mark.usefixtures("quick_recordings")
+
 
 def learn(folder, name, pipe=None, **changes) -> Concept:
     library = folder / "library"

@@ -1,6 +1,8 @@
 import sys
 import time
 
+import pytest
+
 from customize.training.progress import Progress
 from customize.training.recipe import train
 from tests.tiny import tiny_sd
@@ -27,6 +29,7 @@ class Gone(Terminal):
         raise BrokenPipeError
 
 
+@pytest.mark.usefixtures("quick_recordings")
 def test_each_phase_has_a_line_in_a_log_file(tmp_path, capsys):
     changes = {"num_shared_directions": 4, "record_inputs": True, "samples": True}
     changes |= {"prior_weight": 1.0, "prior_count": 2, "validation_steps": 1, "steps": 20}

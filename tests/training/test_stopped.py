@@ -22,6 +22,8 @@ from customize.training.recipe import train
 from tests.tiny import tiny_sd
 from tests.training.runs import same, settings, tensors
 
+pytestmark = pytest.mark.usefixtures("quick_recordings")
+
 #: Events of Python's audit hooks for files.
 WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
 

@@ -30,12 +30,8 @@ from customize.pipeline.stage import CallContext
 from customize.pipeline.state import get_state
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Sampling
-from customize.stages.rewrite import (
-    Rewriter,
-    call_requests,
-    check_prompts,
-    rewrite_for_call,
-)
+from customize.stages.rewrite import Rewriter, rewrite_for_call, warn_about_notes
+from customize.stages.rewrite_requests import call_requests, check_prompts
 
 
 class RewriteStep(ModularPipelineBlocks):
@@ -121,6 +117,7 @@ class RewriteStep(ModularPipelineBlocks):
         block_state.rewritings = rewrite_for_call(
             context, setting, requests, seeds, instructions, sampling
         )
+        warn_about_notes(block_state.rewritings)
         block_state.prompt = [each.text for each in block_state.rewritings]
         self.set_block_state(state, block_state)
         return components, state

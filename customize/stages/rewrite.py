@@ -18,6 +18,7 @@ import torch
 
 from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.errors import ConfigError, EndpointError
+from customize.evaluation.rewards.reward import Reward
 from customize.near_names import did_you_mean
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, StageSetting
@@ -26,6 +27,13 @@ from customize.rewriting.language_model import LanguageModel, Sampling
 from customize.rewriting.load_model import load_model
 from customize.rewriting.required_terms import RequiredTerms, required_terms
 from customize.rewriting.rewrite_prompts import Rewriting, rewrite_prompts
+from customize.stages.best_rewriting import choose_best
+from customize.stages.rewrite_requests import (
+    call_prompts,
+    call_requests,
+    call_seeds,
+    check_prompts,
+)
 from customize.text import quote
 from customize.user_warnings import warn_user
 
@@ -34,8 +42,7 @@ AfterCall = Literal["keep", "offload"]
 
 #: Number of rewritings that a setting keeps, the latest used.
 _MAX_KEPT = 4096
-#: The longest prompt that is rewritten, in characters.
-MAX_PROMPT_LENGTH = 4000
+_NO_ANSWER = "not rewritten, as the endpoint does not answer"
 
 
 class Rewriter(StageSetting):
@@ -52,9 +59,13 @@ class Rewriter(StageSetting):
             quoted text and what is excluded.
         after_call: "keep" leaves the weights on the pipeline's device; "offload" moves them to the
             CPU before the picture is drawn.
+        best_of: Number of rewritings of each prompt, from 1 to 64. Several are drawn, with the
+            prompt itself, and the one with the highest reward is drawn again.
+        reward: Reward of the pictures, such as :func:`customize.evaluation.rewards.load_reward`
+            returns; only with ``best_of``.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is out of its range, or does not belong to the others.
     """
 
     def __init__(
@@ -66,7 +77,10 @@ class Rewriter(StageSetting):
         max_new_tokens: int = 160,
         keep: str | Sequence[str] = (),
         after_call: AfterCall = "keep",
+        best_of: int = 1,
+        reward: Reward | None = None,
     ) -> None:
+        _check_best_of(best_of, reward, temperature)
         if after_call not in get_args(AfterCall):
             raise ConfigError(
                 f"{quote(after_call)} is none of {', '.join(get_args(AfterCall))}",
@@ -78,6 +92,7 @@ class Rewriter(StageSetting):
         self.sampling = Sampling(temperature, max_new_tokens)
         self.keep = parse_keep(keep)
         self.after_call = after_call
+        self.best_of, self.reward = best_of, reward
         self._lock = threading.RLock()
         self._kept: OrderedDict[tuple[Any, ...], Rewriting] = OrderedDict()
         self._latest: tuple[Rewriting, ...] = ()
@@ -187,6 +202,8 @@ class Rewriter(StageSetting):
             self.sampling,
             self.keep,
             self.after_call,
+            self.best_of,
+            self.reward,
         )
 
     def rewrite_call(
@@ -294,7 +311,7 @@ def _run(
             where="rewrite",
             fix="load one: pipe.load_custom(customize.Rewriter.from_pretrained(...))",
         )
-    prompts = _prompts_of(call)
+    prompts = call_prompts(call)
     requests = call_requests(context, prompts, (*setting.keep, *parse_keep(keep or ())))
     for phrase in parse_keep(keep or ()):
         if not any(find_phrase(phrase, prompt) for prompt in prompts):
@@ -304,7 +321,20 @@ def _run(
                 fix="give words of the prompt",
             )
     seeds = call_seeds(call, len(prompts)) if setting.sampling.temperature else [0] * len(prompts)
-    rewritings = rewrite_for_call(context, setting, requests, seeds)
+    count = setting.best_of
+    rewritings = rewrite_for_call(
+        context,
+        setting,
+        [request for request in requests for _ in range(count)],
+        [seed + k for seed in seeds for k in range(count)],
+    )
+    if setting.reward is not None:
+        pools = [
+            [Rewriting(prompt, prompt), *rewritings[k * count : (k + 1) * count]]
+            for k, prompt in enumerate(prompts)
+        ]
+        rewritings = choose_best(context, call, pools, setting.reward)
+    warn_about_notes(rewritings)
     texts = [each.text for each in rewritings]
     context.results.update(prompts=texts, rewritings=rewritings)
     yield {**call, "prompt": texts[0] if isinstance(call["prompt"], str) else texts}
@@ -322,30 +352,6 @@ STAGE = Stage(
 )
 
 
-def call_seeds(call: CallArguments, count: int) -> list[int]:
-    """Return a seed for each prompt: what the call's generator would give, without advancing it.
-
-    Args:
-        call: Arguments of the call. Without ``generator``, torch's global state is read.
-        count: Number of prompts.
-    """
-    generator = call.get("generator")
-    if isinstance(generator, list | tuple) and generator:
-        return [_draw(generator[k * len(generator) // count], 1)[0] for k in range(count)]
-    return _draw(generator, count)
-
-
-def _draw(generator: Any, count: int) -> list[int]:
-    if isinstance(generator, torch.Generator):
-        copy = torch.Generator(device=generator.device)
-        copy.set_state(generator.get_state())
-        return list(
-            torch.randint(2**31, (count,), generator=copy, device=copy.device).cpu().tolist()
-        )
-    with torch.random.fork_rng(devices=[]):
-        return list(torch.randint(2**31, (count,)).tolist())
-
-
 def rewrite_for_call(
     context: CallContext,
     setting: Rewriter,
@@ -354,7 +360,7 @@ def rewrite_for_call(
     instructions: Instructions | None = None,
     sampling: Sampling | None = None,
 ) -> list[Rewriting]:
-    """Rewrite the prompts of a call, with a warning for each that is repaired or stays.
+    """Rewrite the prompts of a call; a warning says if an endpoint does not answer.
 
     Args:
         context: The pipeline that is called.
@@ -368,79 +374,39 @@ def rewrite_for_call(
     class_words = {info.trigger_words: info.class_word for info in infos}
     device = getattr(context.pipe, "_execution_device", None) or "cpu"
     try:
-        rewritings = setting.rewrite_call(
-            requests, seeds, class_words, device, instructions, sampling
-        )
+        return setting.rewrite_call(requests, seeds, class_words, device, instructions, sampling)
     except EndpointError as error:
         warn_user(f"the prompt is drawn as it is, because it could not be rewritten: {error}")
-        return [Rewriting(each.prompt, each.prompt, note="no answer") for each in requests]
+        return [Rewriting(each.prompt, each.prompt, note=_NO_ANSWER) for each in requests]
+
+
+def warn_about_notes(rewritings: Sequence[Rewriting]) -> None:
+    """Warn about prompts whose rewriting is repaired, or that stay as they are."""
     for each in rewritings:
-        if each.note:
+        if each.note not in ("", _NO_ANSWER):  # of which rewrite_for_call has warned
             warn_user(f"the prompt {quote(each.prompt, 80)} is {each.note}")
-    return rewritings
 
 
-def call_requests(
-    context: CallContext, prompts: Sequence[str], keep: Sequence[str]
-) -> list[RequiredTerms]:
-    """Return what each prompt's rewriting must keep: also what other stages find in it.
-
-    Args:
-        context: The pipeline that is called.
-        prompts: The prompts.
-        keep: Phrases to keep.
-    """
-    named = [
-        key
-        for argument in ("regions", "reference_images")
-        for value in _as_list(context.requested.get(argument))
-        if isinstance(value, Mapping)
-        for key in value
-        if isinstance(key, str)
-    ]
-    avoid = context.requested.get("avoid") or ()
-    avoid = avoid.split(",") if isinstance(avoid, str) else avoid
-    infos = [attached.concept.info for attached in context.state.attached.values()]
-    triggers = [word for info in infos for word in (info.trigger_words, *info.triggers) if word]
-    avoided = [phrase for phrase in avoid if isinstance(phrase, str) and phrase != "auto"]
-    return [required_terms(prompt, triggers, (*keep, *named), avoided) for prompt in prompts]
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _prompts_of(call: CallArguments) -> list[str]:
-    prompt = call.get("prompt")
-    if prompt is None:
+def _check_best_of(best_of: int, reward: Reward | None, temperature: float) -> None:
+    """Refuse several rewritings that cannot be compared, or would be equal."""
+    if not isinstance(best_of, int) or isinstance(best_of, bool) or not 1 <= best_of <= 64:
         raise ConfigError(
-            "rewrite=True needs the prompt as text",
-            where="prompt",
-            fix="give prompt= a text or a list of texts, and no prompt_embeds",
+            f"invalid number of rewritings {quote(best_of)}",
+            where="best_of",
+            fix="give a number from 1 to 64",
         )
-    return check_prompts([prompt] if isinstance(prompt, str) else prompt)
-
-
-def check_prompts(prompts: Any) -> list[str]:
-    """Return prompts as a list of texts.
-
-    Raises:
-        ConfigError: They are no texts, or one is longer than :data:`MAX_PROMPT_LENGTH`.
-    """
-    if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
+    if (best_of > 1) != (reward is not None):
         raise ConfigError(
-            f"the prompt {quote(prompts)} is neither a text nor a list of texts",
-            where="prompt",
-            fix="give a text for each picture",
+            "best_of= and reward= belong together, and one of them is missing",
+            where="reward" if reward is None else "best_of",
+            fix='give both, such as best_of=4, reward=load_reward("clip")',
         )
-    for text in prompts:
-        if len(text) > MAX_PROMPT_LENGTH:
-            raise ConfigError(
-                f"a prompt of {len(text):,} characters is too long to be rewritten",
-                where="prompt",
-                fix=f"give at most {MAX_PROMPT_LENGTH:,} characters, or leave rewrite= out",
-            )
-    return list(prompts)
+    if best_of > 1 and temperature == 0:
+        raise ConfigError(
+            "at a temperature of 0 all rewritings of a prompt are equal",
+            where="temperature",
+            fix="give temperature=1.0 with best_of=",
+        )
 
 
 def _rebuild(
@@ -449,6 +415,8 @@ def _rebuild(
     sampling: Sampling,
     keep: tuple[str, ...],
     after_call: AfterCall,
+    best_of: int,
+    reward: Reward | None,
 ) -> Rewriter:
     return Rewriter(
         model,
@@ -457,4 +425,6 @@ def _rebuild(
         max_new_tokens=sampling.max_new_tokens,
         keep=keep,
         after_call=after_call,
+        best_of=best_of,
+        reward=reward,
     )

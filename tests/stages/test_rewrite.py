@@ -14,7 +14,9 @@ import torch
 import customize
 from customize.errors import ConfigError, EndpointError
 from customize.rewriting.instructions import Instructions
-from customize.stages.rewrite import Rewriter, call_seeds
+from customize.rewriting.language_model import Completion
+from customize.stages.rewrite import Rewriter
+from customize.stages.rewrite_requests import call_seeds
 from tests.pipeline.making import concept, modular
 from tests.rewriting.local_server import completion, send, serve
 from tests.tiny import tiny_flux, tiny_sd, tiny_sdxl
@@ -92,7 +94,8 @@ def test_a_prompt_is_rewritten_once(pipe):
     for _ in range(3):
         draw(pipe, rewrite=True)
     assert len(model.chats) == 1
-    draw(pipe, rewrite=True, keep="seaside")  # another task
+    with pytest.warns(UserWarning, match="repaired, as it lacks seaside"):
+        draw(pipe, rewrite=True, keep="seaside")  # another task
     assert len(model.chats) == 3  # the answer lost it, so it was asked twice
 
 
@@ -213,6 +216,68 @@ def test_threads_share_a_rewriter():
     for thread in threads:
         thread.join()
     assert {k: each[0].text for k, each in found.items()} == {k: f"a dog {k}" for k in range(8)}
+
+
+class Likeness:
+    """The reward of a picture: minus its distance to a given one."""
+
+    name, digest = "likeness", "likeness"
+
+    def __init__(self, target):
+        self.target, self.prompts = target, []
+
+    def __call__(self, pictures, prompts):
+        self.prompts += prompts
+        arrays = [np.asarray(picture, dtype=np.float32) / 255 for picture in pictures]
+        return torch.tensor([-float(np.abs(array - self.target).mean()) for array in arrays])
+
+
+class OfSeeds(ScriptedModel):
+    """Answers "a dog" and a number that the seed decides."""
+
+    def _answer(self, chat):
+        return Completion(f"a dog {chat.seed % 3}", True)
+
+
+@pytest.mark.parametrize("wanted", ["a dog 0", "a dog 1", "a dog 2", "dog"])
+def test_the_best_of_several_rewritings_is_drawn(pipe, wanted):
+    expected = draw(pipe, wanted).images
+    reward = Likeness(expected[0])
+    model = OfSeeds({})
+    pipe.load_custom(Rewriter(model, temperature=1.0, best_of=3, reward=reward))
+    output = draw(pipe, "dog", rewrite=True)
+    assert output.prompts == [wanted]
+    assert np.array_equal(output.images, expected)
+    assert set(reward.prompts) == {"dog"}
+    assert len(reward.prompts) == 4  # the prompt itself, and three rewritings
+
+
+def test_the_best_is_chosen_for_each_prompt_and_with_other_stages(pipe):
+    call = {"avoid": "hat", "num_images_per_prompt": 2}
+    expected = draw(pipe, ["dog", "a dog 1"], **call).images
+    reward = Likeness(expected[0])
+    pipe.load_custom(Rewriter(OfSeeds({}), temperature=1.0, best_of=3, reward=reward))
+    output = draw(pipe, ["dog", "a big dog"], rewrite=True, **call)
+    assert output.prompts[0] == "dog"
+    assert len(output.images) == 4
+    assert np.array_equal(output.images[:2], expected[:2])
+    assert reward.prompts[:4] == ["dog", "dog", "a big dog", "a big dog"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"best_of": 2, "temperature": 1.0},
+        {"reward": Likeness(0)},
+        {"best_of": 2, "reward": Likeness(0)},
+        {"best_of": 0},
+        {"best_of": True},
+        {"best_of": 65, "reward": Likeness(0), "temperature": 1.0},
+    ],
+)
+def test_settings_of_the_best_that_do_not_fit_are_refused(settings):
+    with pytest.raises(ConfigError):
+        Rewriter(script(), **settings)
 
 
 @pytest.mark.parametrize(

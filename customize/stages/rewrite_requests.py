@@ -1,0 +1,108 @@
+"""The prompts of a call as requests of rewritings: what each must keep, and its seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from customize.errors import ConfigError
+from customize.pipeline.stage import CallArguments, CallContext
+from customize.rewriting.required_terms import RequiredTerms, required_terms
+from customize.text import quote
+
+#: The longest prompt that is rewritten, in characters.
+MAX_PROMPT_LENGTH = 4000
+
+
+def call_requests(
+    context: CallContext, prompts: Sequence[str], keep: Sequence[str]
+) -> list[RequiredTerms]:
+    """Return what each prompt's rewriting must keep: also what other stages find in it.
+
+    Args:
+        context: The pipeline that is called.
+        prompts: The prompts.
+        keep: Phrases to keep.
+    """
+    named = [
+        key
+        for argument in ("regions", "reference_images")
+        for value in _as_list(context.requested.get(argument))
+        if isinstance(value, Mapping)
+        for key in value
+        if isinstance(key, str)
+    ]
+    avoid = context.requested.get("avoid") or ()
+    avoid = avoid.split(",") if isinstance(avoid, str) else avoid
+    infos = [attached.concept.info for attached in context.state.attached.values()]
+    triggers = [word for info in infos for word in (info.trigger_words, *info.triggers) if word]
+    avoided = [phrase for phrase in avoid if isinstance(phrase, str) and phrase != "auto"]
+    return [required_terms(prompt, triggers, (*keep, *named), avoided) for prompt in prompts]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def call_prompts(call: CallArguments) -> list[str]:
+    """Return the prompts of a call.
+
+    Raises:
+        ConfigError: They are no texts, or one is longer than :data:`MAX_PROMPT_LENGTH`.
+    """
+    prompt = call.get("prompt")
+    if prompt is None:
+        raise ConfigError(
+            "rewrite=True needs the prompt as text",
+            where="prompt",
+            fix="give prompt= a text or a list of texts, and no prompt_embeds",
+        )
+    return check_prompts([prompt] if isinstance(prompt, str) else prompt)
+
+
+def check_prompts(prompts: Any) -> list[str]:
+    """Return prompts as a list of texts.
+
+    Raises:
+        ConfigError: They are no texts, or one is longer than :data:`MAX_PROMPT_LENGTH`.
+    """
+    if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
+        raise ConfigError(
+            f"the prompt {quote(prompts)} is neither a text nor a list of texts",
+            where="prompt",
+            fix="give a text for each picture",
+        )
+    for text in prompts:
+        if len(text) > MAX_PROMPT_LENGTH:
+            raise ConfigError(
+                f"a prompt of {len(text):,} characters is too long to be rewritten",
+                where="prompt",
+                fix=f"give at most {MAX_PROMPT_LENGTH:,} characters, or leave rewrite= out",
+            )
+    return list(prompts)
+
+
+def call_seeds(call: CallArguments, count: int) -> list[int]:
+    """Return a seed for each prompt: what the call's generator would give, without advancing it.
+
+    Args:
+        call: Arguments of the call. Without ``generator``, torch's global state is read.
+        count: Number of prompts.
+    """
+    generator = call.get("generator")
+    if isinstance(generator, list | tuple) and generator:
+        return [_draw(generator[k * len(generator) // count], 1)[0] for k in range(count)]
+    return _draw(generator, count)
+
+
+def _draw(generator: Any, count: int) -> list[int]:
+    if isinstance(generator, torch.Generator):
+        copy = torch.Generator(device=generator.device)
+        copy.set_state(generator.get_state())
+        return list(
+            torch.randint(2**31, (count,), generator=copy, device=copy.device).cpu().tolist()
+        )
+    with torch.random.fork_rng(devices=[]):
+        return list(torch.randint(2**31, (count,)).tolist())

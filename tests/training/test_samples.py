@@ -37,6 +37,12 @@ def pixels(data):
 
 
 @pytest.fixture
+def few_steps(monkeypatch):
+    """Samples of short runs take 2 steps instead of 5."""
+    monkeypatch.setattr(samples, "_MIN_STEPS", 2)
+
+
+@pytest.fixture
 def counted(monkeypatch):
     """Collect the names of generated samples in order."""
     names = []
@@ -50,6 +56,7 @@ def counted(monkeypatch):
     return names
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_samples_are_in_the_output_folder_and_the_card(tmp_path, counted):
     pipe = tiny_sd()
     before = snapshot(pipe.components)
@@ -85,6 +92,7 @@ def test_samples_are_in_the_output_folder_and_the_card(tmp_path, counted):
     assert other.info.training["samples"]["steps"] == [0, 1]
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("live", [True, False])
 def test_a_run_gives_the_same_with_and_without_samples(live, tmp_path):
     pipe = tiny_sd()
@@ -103,6 +111,7 @@ def test_a_run_gives_the_same_with_and_without_samples(live, tmp_path):
     assert not (tmp_path / "False" / "samples").exists()
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_resumed_run_repeats_no_sample(tmp_path, counted):
     pipe = tiny_sd()
     config = settings(tmp_path, samples=True, checkpoint_every=4)
@@ -147,6 +156,7 @@ def test_decoding_falls_back_to_the_cpu(tmp_path, monkeypatch):
     assert seen == ["cpu"] * 6 and len(drawn(tmp_path / "out")) == 3
 
 
+@pytest.mark.usefixtures("few_steps")
 @pytest.mark.parametrize("make", TINY_FAMILIES.values(), ids=TINY_FAMILIES)
 def test_every_family_has_samples_and_a_fixed_loss(make, tmp_path):
     pipe = make()
@@ -176,6 +186,7 @@ def test_samples_run_without_compilation(tmp_path, monkeypatch):
     assert counts[True] == counts[False] > 0
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_concepts_of_one_run_have_separate_samples(tmp_path):
     make_pictures(tmp_path / "images")
     configs = [
@@ -190,6 +201,7 @@ def test_concepts_of_one_run_have_separate_samples(tmp_path):
     assert all((tmp_path / name / "sample-1.png").is_file() for name in ("rex", "tom"))
 
 
+@pytest.mark.usefixtures("quick_recordings")
 def test_nothing_but_defaults(tmp_path, capsys):
     """Samples, shared directions, preservation and recording are enabled by default."""
     make_pictures(tmp_path / "photos")

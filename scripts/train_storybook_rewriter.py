@@ -1,9 +1,9 @@
 """Train the bundled language model from scratch: `python scripts/train_storybook_rewriter.py`.
 
 A miniature of an instruction-tuned language model for the storybook: it learns what words mean and
-to say a prompt in other words, and nothing of what the base likes. Run the script again to resume
-from `--folder`, which receives checkpoints and losses (log.jsonl). `customize rewriter train` then
-teaches it to rewrite.
+to say a prompt in other words, mostly in those of the base's captions. Run the script again to
+resume from `--folder`, which receives checkpoints and losses (log.jsonl). The bundled one took
+1,300 steps, 31 minutes on one core.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HELD_OUT_SEED = 10**9
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs/storybook-rewriter"))
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")

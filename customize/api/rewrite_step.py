@@ -25,13 +25,14 @@ from diffusers.modular_pipelines import (
     PipelineState,
 )
 
-from customize.errors import PipelineError
+from customize.errors import ConfigError, PipelineError
 from customize.pipeline.stage import CallContext
 from customize.pipeline.state import get_state
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Sampling
 from customize.stages.rewrite import Rewriter, rewrite_for_call, warn_about_notes
 from customize.stages.rewrite_requests import call_requests, check_prompts
+from customize.text import quote
 
 
 class RewriteStep(ModularPipelineBlocks):
@@ -92,6 +93,12 @@ class RewriteStep(ModularPipelineBlocks):
         """
         block_state: Any = self.get_block_state(state)
         block_state.rewritings = []
+        if not isinstance(block_state.enable_prompt_enhancement, bool):
+            raise ConfigError(
+                f"{quote(block_state.enable_prompt_enhancement)} is neither True nor False",
+                where="enable_prompt_enhancement",
+                fix="give True or False",
+            )
         if not block_state.enable_prompt_enhancement:
             self.set_block_state(state, block_state)
             return components, state

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from customize.demo import experiment, figures, scorecard
+from customize.demo import experiment, figures, rewritten_prompts, scorecard
 from customize.demo.experiment import (
     BASE,
     LORA_ALONE,
@@ -63,15 +63,22 @@ def run_demo(folder: str | Path = "demo") -> Path:
             concepts[subfolder][name] = train_concept(path, name, method, pipe.components)
     console.print(f"[bold]{total}/{total}[/] drawing and scoring")
     drawn = draw_all_models(pipe, concepts)
+    rewritten = rewritten_prompts.draw_rewritten_prompts(pipe)
     card = scorecard.score_models(judges, drawn)
-    write_results(folder, card, drawn, concepts)
+    write_results(folder, card, drawn, concepts, rewritten)
     console.print(scorecard.terminal_table(card))
     console.print(
         "Shares of images ± standard deviation over seeds. both: both concepts of a pair. drift:"
         " mean change of unrelated images. Lower is better for leak and drift. Each concept:"
         f" {folder / 'scorecard.md'}\n"
     )
-    console.print(f"Images: {folder / 'grid.png'} and {folder / 'crosstalk.png'}\n")
+    names = ["grid.png", "crosstalk.png", *(["rewriting.png"] if rewritten else [])]
+    console.print(f"Images: {', '.join(str(folder / name) for name in names)}\n", soft_wrap=True)
+    if rewritten is not None:
+        console.print("Prompts that a bundled language model rewrote (rewrite=True):\n")
+        for before, after in zip(rewritten_prompts.PROMPTS, rewritten.rewritings, strict=True):
+            console.print(f"  {before}\n    -> {after}", highlight=False, markup=False)
+        console.print()
     console.print("To use the concepts in Python:\n")
     snippet = scorecard.python_snippet(folder)
     console.print(snippet, highlight=False, markup=False, soft_wrap=True)
@@ -195,8 +202,9 @@ def write_results(
     card: Mapping[str, Any],
     drawn: Mapping[str, DrawnImages],
     concepts: Mapping[str, Mapping[str, Concept]],
+    rewritten: rewritten_prompts.RewrittenPrompts | None,
 ) -> None:
-    """Write scorecard.json, scorecard.md, grid.png and crosstalk.png.
+    """Write scorecard.json, scorecard.md, grid.png, crosstalk.png and rewriting.png.
 
     Raises:
         StorageError: The folder cannot be written.
@@ -208,6 +216,8 @@ def write_results(
         (folder / "scorecard.md").write_text(scorecard.markdown_page(card, folder))
         figures.draw_grid(drawn).save(folder / "grid.png")
         figures.plot_overlap(concepts, folder / "crosstalk.png")
+        if rewritten is not None:
+            rewritten_prompts.draw_sheet(rewritten).save(folder / "rewriting.png")
     except OSError as error:
         fix = "name another folder"
         raise storage_error(error, folder, "the demo's results", fix) from error

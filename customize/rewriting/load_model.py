@@ -48,6 +48,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     load_in_4bit: bool | None = None,
+    instructions: Instructions | None = None,
 ) -> tuple[LocalModel, TrainedSettings]:
     """Load a language model.
 
@@ -60,6 +61,7 @@ def load_model(
             of the files.
         load_in_4bit: Whether bitsandbytes quantizes the weights. None: where there is a CUDA
             device, bitsandbytes is installed, and the weights have over 4 GiB.
+        instructions: The text around a prompt. None: what the model was trained with.
 
     Raises:
         ConceptError: A file is missing, damaged, a pickle, or of an unknown architecture.
@@ -68,6 +70,8 @@ def load_model(
     """
     path = _locate(source)
     settings = _read_settings(path)
+    if instructions is not None:
+        settings = TrainedSettings(instructions, settings.max_new_tokens)
     if isinstance(path, Path) and path_exists(path / ADAPTER_CONFIG):
         model = _load_adapter(path, base, dtype, load_in_4bit)
     elif base is not None:

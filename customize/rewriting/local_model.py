@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,15 +78,16 @@ class LocalModel:
         """Refuse texts that the tokenizer cannot hold.
 
         Raises:
-            PipelineError: A word becomes the token of unknown words.
+            PipelineError: Letters are lost, or become the token of unknown words.
         """
-        unknown = self.tokenizer.unk_token_id
         for message in messages:
             ids = self.tokenizer(message.content, add_special_tokens=False).input_ids
-            if unknown is not None and unknown in ids:
+            read = self.tokenizer.decode(ids, skip_special_tokens=True)
+            lost = _letters(message.content) - _letters(read)
+            if lost:
                 raise PipelineError(
-                    f"the tokenizer of the language model has no tokens for "
-                    f"{plural(ids.count(unknown), 'part')} of the instructions",
+                    f"the tokenizer of the language model loses {plural(lost.total(), 'letter')} "
+                    f"of the instructions, such as {min(lost)}",
                     where=self.name,
                     fix="give instructions= in the words that the model was trained with",
                 )
@@ -226,6 +228,10 @@ class SeededSampling(LogitsProcessor):
         scaled = scores.float() / self._temperature
         least = scaled.topk(min(_TOP_K, width), dim=-1).values[:, -1:]
         return torch.where(scaled < least, -torch.inf, scaled + noise)
+
+
+def _letters(text: str) -> Counter[str]:
+    return Counter(char for char in text.lower() if char.isalnum())
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

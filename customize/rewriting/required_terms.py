@@ -16,34 +16,54 @@ from customize.concepts.tokens.prompt_phrases import FUNCTION_WORDS, content_wor
 from customize.rewriting.language import same_language
 
 _QUOTED = re.compile(
-    r"\"([^\"\n]+)\"|“([^”\n]+)”|«([^»\n]+)»|「([^」\n]+)」|(?<!\w)'([^'\n]+)'(?!\w)"
+    r"(?<!\d)\"([^\"\n]+)\"|“([^”\n]+)”|„([^“”\n]+)[“”]|«([^»\n]+)»|「([^」\n]+)」|‘([^’\n]+)’"
+    r"|(?<!\w)'([^'\n]+)'(?!\w)"
 )
 _TRIGGER = re.compile(TRIGGER_PATTERN, re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.,:/]\d+)*(?![\w]|[.,]\d)")
+_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.:/x]\d+|,\d+)*")
 
 _NUMBER_WORDS = {
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-    "eleven": "11",
-    "twelve": "12",
+    word: str(value)
+    for value, words in (
+        *enumerate(
+            ("two|pair|couple", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), 2
+        ),
+        *enumerate(("eleven", "twelve|dozen", "thirteen", "fourteen", "fifteen", "sixteen"), 11),
+        *enumerate(("seventeen", "eighteen", "nineteen", "twenty"), 17),
+        *((10 * k, word) for k, word in enumerate(("thirty", "forty", "fifty", "sixty"), 3)),
+        *((10 * k, word) for k, word in enumerate(("seventy", "eighty", "ninety", "hundred"), 7)),
+        (1000, "thousand"),
+    )
+    for word in words.split("|")
+}
+
+_IRREGULAR = {
+    "women": "woman",
+    "men": "man",
+    "people": "person",
+    "children": "child",
+    "feet": "foot",
+    "teeth": "tooth",
+    "mice": "mouse",
+    "geese": "goose",
+    "leaves": "leaf",
+    "wolves": "wolf",
+    "knives": "knife",
+    "shelves": "shelf",
+    "loaves": "loaf",
 }
 
 #: Words that negate what follows.
 _NEGATION = re.compile(
-    r"\b(?:no|not|never|without|neither|nor|none|lacking|excluding|except|free of|devoid of)\b"
+    r"\b(?:no|not|never|without|neither|nor|none|lacking|excluding|except|free of|devoid of|zero|"
+    r"avoid|avoiding|instead of|kein(?:e[nmrs]?)?|ohne|nicht|sans|pas de|sin|senza)\b"
     r"|\b(?:isn|aren|wasn|weren|doesn|don|didn|hasn|haven|won|can|couldn|shouldn|wouldn)['’]?t\b",
     re.IGNORECASE,
 )
 #: Where a negation ends.
 _CLAUSE_END = re.compile(
-    r"[,.;:!?()]|\b(?:wearing|holding|having|that|which|who|but|in|on|at|and|with|while|near|under|over|behind|by|from|to)\b",
+    r"[,.;:!?()]|\b(?:wearing|holding|having|that|which|who|but|in|on|at|with|while|near|under|over|behind|by|from|to)\b"
+    r"|\band(?=\s+(?:an?|the|one|two|his|her|its|with|\d)\b)",
     re.IGNORECASE,
 )
 _WEAK = FUNCTION_WORDS | {
@@ -137,8 +157,15 @@ def added_words(prompt: str, text: str) -> list[str]:
     return [word for word in content_words(text) if stem(word) not in known]
 
 
+def has_quotation(text: str) -> bool:
+    """Return whether a text has quoted text."""
+    return _QUOTED.search(text) is not None
+
+
 def stem(word: str) -> str:
     """Return an English word without the ending of its plural."""
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
     for ending, length in (("ies", 3), ("es", 2), ("s", 1)):
         if word.endswith(ending) and len(word) > length + 2 and not word.endswith("ss"):
             return word[:-length] + ("y" if ending == "ies" else "")
@@ -150,9 +177,12 @@ def _without_quotations(text: str) -> str:
 
 
 def _numbers(text: str) -> list[str]:
-    """Return the numbers of a text as digits; "one" is mostly an article and left out."""
+    """Return the numbers of a text as digits; one is mostly an article and left out."""
     words = [_NUMBER_WORDS[w] for w in re.findall(r"[a-z]+", text.lower()) if w in _NUMBER_WORDS]
-    return [*_NUMBER.findall(_TRIGGER.sub(" ", text)), *words]
+    digits = [
+        re.sub(r",(?=\d{3}\b)", "", found) for found in _NUMBER.findall(_TRIGGER.sub(" ", text))
+    ]
+    return [*(found for found in digits if found != "1"), *words]
 
 
 def _negated(text: str) -> list[tuple[int, int]]:
@@ -169,9 +199,9 @@ def _excluded(prompt: str) -> list[tuple[str, ...]]:
     found = []
     for start, end in _negated(text):
         clause = _NEGATION.sub(" ", text[start:end])
-        for part in re.split(r"\bor\b|/", clause):
+        for part in re.split(r"\b(?:or|and|oder|und|ou|y|e)\b|/", clause):
             words = tuple(word for word in content_words(part) if word not in _WEAK)
-            if words:
+            if words and not _wants(words, prompt):  # "without a hat, in a hat shop"
                 found.append(words)
     return found
 
@@ -185,4 +215,7 @@ def _wants(words: Sequence[str], text: str) -> bool:
 
 
 def _with_endings(word: str) -> str:
-    return rf"{re.escape(stem(word))}(?:s|es)?"
+    singular = stem(word)
+    plurals = [plural for plural, single in _IRREGULAR.items() if single == singular]
+    forms = [rf"{re.escape(singular)}(?:s|es)?", *map(re.escape, plurals)]
+    return rf"(?:{'|'.join(forms)})"

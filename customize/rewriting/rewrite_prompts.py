@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from customize.concepts.tokens.prompt_phrases import find_phrase
+from customize.errors import EndpointError, PipelineError
 from customize.rewriting.clean_answer import (
     clean_answer,
     is_refusal,
@@ -18,7 +19,12 @@ from customize.rewriting.clean_answer import (
 )
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Chat, Completion, LanguageModel, Sampling
-from customize.rewriting.required_terms import RequiredTerms, added_words, find_problems
+from customize.rewriting.required_terms import (
+    RequiredTerms,
+    added_words,
+    find_problems,
+    has_quotation,
+)
 
 #: Largest number of characters of a rewriting.
 _MAX_LENGTH = 2000
@@ -88,7 +94,11 @@ def rewrite_prompts(
         )
         for k in again
     ]
-    for k, answer in zip(again, model.complete(chats, sampling) if chats else (), strict=True):
+    try:
+        second = model.complete(chats, sampling) if chats else []
+    except (EndpointError, PipelineError):  # a long chat; the first answers are there
+        again, second = [], []
+    for k, answer in zip(again, second, strict=True):
         remaining = find_answer_problems(requests[k], answer, wording)
         if not remaining or not clean_answer(answers[k].text):
             answers[k], problems[k] = answer, remaining
@@ -122,10 +132,10 @@ def _unusable(prompt: str, answer: Completion, wording: str) -> str:
         return "it declines"
     if not any(char.isalnum() for char in text):
         return "it is empty"
+    if not answer.is_complete or len(text) > _MAX_LENGTH:
+        return "it repeats itself" if is_repetitive(text[:_MAX_LENGTH]) else "it does not end"
     if is_repetitive(text):
         return "it repeats itself"
-    if not answer.is_complete or len(text) > _MAX_LENGTH:
-        return "it does not end"
     if shares_run(text, wording) and not shares_run(text, prompt):
         return "it repeats the instructions"
     return ""
@@ -169,7 +179,7 @@ def repair(required: RequiredTerms, text: str, class_words: Mapping[str, str]) -
         if not find_phrase(phrase, text):
             text = f"{text.rstrip(' .,')}, {phrase}"
     for quotation in required.quotations:
-        if quotation not in text:
+        if quotation not in text and not has_quotation(text):
             text = f'{text.rstrip(" .,")}, "{quotation}"'
     return text
 

@@ -80,6 +80,7 @@ class Rewriter(StageSetting):
         best_of: int = 1,
         reward: Reward | None = None,
     ) -> None:
+        check_instructions(instructions)
         _check_best_of(best_of, reward, temperature)
         if after_call not in get_args(AfterCall):
             raise ConfigError(
@@ -125,13 +126,13 @@ class Rewriter(StageSetting):
             ConfigError: An argument is wrong, or does not belong to the source.
             PipelineError: The model has no chat template, or lacks a package.
         """
-        model, trained = load_model(source, base, dtype=dtype, load_in_4bit=load_in_4bit)
-        return cls(
-            model,
-            instructions or trained.instructions,
-            max_new_tokens=max_new_tokens or trained.max_new_tokens,
-            **settings,
+        check_instructions(instructions)
+        model, trained = load_model(
+            source, base, dtype=dtype, load_in_4bit=load_in_4bit, instructions=instructions
         )
+        if max_new_tokens is None:
+            max_new_tokens = trained.max_new_tokens
+        return cls(model, trained.instructions, max_new_tokens=max_new_tokens, **settings)
 
     @classmethod
     def from_endpoint(
@@ -177,6 +178,10 @@ class Rewriter(StageSetting):
             ConfigError: A prompt is not text, or a value is out of its range.
             EndpointError: The endpoint cannot be reached, or answers something else.
         """
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ConfigError(
+                f"invalid number of rewritings {quote(n)}", where="n", fix="give 1 or more"
+            )
         texts = check_prompts([prompts] if isinstance(prompts, str) else prompts)
         kept = (*self.keep, *parse_keep(keep))
         requests = [required_terms(text, keep=kept) for text in texts for _ in range(n)]
@@ -185,6 +190,11 @@ class Rewriter(StageSetting):
         sampling = Sampling(temperature, self.sampling.max_new_tokens)
         seeds = [seed + k for _ in texts for k in range(n)]
         return self._rewrite(requests, seeds, sampling, {}, self.instructions)
+
+    def forget(self) -> None:
+        """Drop the rewritings that were kept, so that the next calls ask the model again."""
+        with self._lock:
+            self._kept.clear()
 
     def report(self, state: AttachedState) -> str:
         """Return the model, and the rewritings of the latest call."""
@@ -264,6 +274,21 @@ class Rewriter(StageSetting):
             while len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
         return result
+
+
+def check_instructions(instructions: Instructions | None) -> None:
+    """Refuse instructions of another type.
+
+    Raises:
+        ConfigError: They are no :class:`Instructions`.
+    """
+    if instructions is not None and not isinstance(instructions, Instructions):
+        raise ConfigError(
+            f"instructions={quote(instructions)} is not Instructions",
+            where="instructions",
+            fix='give customize.rewriting.instructions.Instructions(system="...", '
+            'user="Prompt: {prompt}")',
+        )
 
 
 def parse_keep(keep: str | Sequence[str]) -> tuple[str, ...]:

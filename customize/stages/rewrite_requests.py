@@ -68,7 +68,8 @@ def check_prompts(prompts: Any) -> list[str]:
     Raises:
         ConfigError: They are no texts, or one is longer than :data:`MAX_PROMPT_LENGTH`.
     """
-    if not isinstance(prompts, list | tuple) or not all(isinstance(text, str) for text in prompts):
+    is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
+    if not is_list or not all(isinstance(text, str) for text in prompts):
         raise ConfigError(
             f"the prompt {quote(prompts)} is neither a text nor a list of texts",
             where="prompt",

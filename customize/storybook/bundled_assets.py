@@ -29,3 +29,9 @@ def references_folder() -> Path | None:
     """The reference model of the bundled base; None if the checkout has none."""
     folder = ASSETS / "references"
     return folder if (folder / "references.json").is_file() else None
+
+
+def rewriter_folder() -> Path | None:
+    """The language model that rewrites prompts for the bundled base; None if there is none."""
+    folder = ASSETS / "rewriter"
+    return folder if (folder / "config.json").is_file() else None

@@ -1,8 +1,8 @@
 """What the miniature language model reads before it is taught to rewrite: chats about words.
 
-Definitions name every word, also the held-out ones. Paraphrases turn a prompt into any other way to
-ask for the same, so that the model follows the chat and keeps what is asked for, but knows nothing
-of what the base likes. Held-out words are in definitions alone.
+Definitions name every word, also the held-out ones. Paraphrases turn a prompt into another way to
+ask for the same: a third of them into the caption of the base's grammar. Held-out words are in
+definitions alone.
 """
 
 from __future__ import annotations

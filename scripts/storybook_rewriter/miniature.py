@@ -1,4 +1,4 @@
-"""The miniature language model: a Llama of about 1.3 M parameters, and its tokenizer."""
+"""The miniature language model: a Llama of 1.4 M parameters, and its tokenizer."""
 
 from __future__ import annotations
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
+from customize import Rewriter
 from customize.demo.experiment import NAMES
 from customize.evaluation.storybook_rates import attribute_accuracy, draw_prompts
-from customize.storybook.bundled_assets import assets_folder
+from customize.storybook.bundled_assets import assets_folder, rewriter_folder
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import judge_inputs, load_judges
+from customize.storybook.user_prompts import KINDS, write_user_prompt
 from scripts.storybook_training.measure_judges import measure_judges
 
 PROMPTS = (
@@ -56,6 +59,20 @@ def test_the_bundled_images_show_their_concepts():
 def test_the_weights_stay_small():
     files = [*Path(assets_folder()).rglob("*.safetensors")]
     references = [file for file in files if "references" in file.parts]
-    others = [file for file in files if file not in references]
+    rewriter = [file for file in files if "rewriter" in file.parts]
+    others = [file for file in files if file not in (*references, *rewriter)]
     assert sum(file.stat().st_size for file in others) < 25 * 2**20
-    assert 0 < sum(file.stat().st_size for file in references) < 10 * 10**6
+    for own in (references, rewriter):
+        assert 0 < sum(file.stat().st_size for file in own) < 10 * 10**6
+
+
+def test_the_bundled_language_model_says_prompts_in_the_words_of_the_base():
+    rewriter = Rewriter.from_pretrained(rewriter_folder())
+    prompts = [
+        write_user_prompt(np.random.default_rng((31, number)), kind)
+        for kind in KINDS[:-1]  # it keeps exclusions as they are
+        for number in range(6)
+    ]
+    texts = [each.text for each in rewriter.rewrite([prompt.text for prompt in prompts])]
+    right = [text == prompt.caption for text, prompt in zip(texts, prompts, strict=True)]
+    assert sum(right) >= 0.8 * len(prompts)

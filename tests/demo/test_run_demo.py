@@ -39,7 +39,8 @@ def shorten(patch: pytest.MonkeyPatch, **changes: object) -> None:
 
 def test_files_of_the_demo(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {
-        *("concepts", "ordinary", "grid.png", "crosstalk.png", "scorecard.md", "scorecard.json")
+        *("concepts", "ordinary", "grid.png", "crosstalk.png", "rewriting.png"),
+        *("scorecard.md", "scorecard.json"),
     }
     card = json.loads((folder / "scorecard.json").read_text())
     assert card["command"] == "make demo"
@@ -50,7 +51,7 @@ def test_files_of_the_demo(folder: Path) -> None:
         experiment.REFERENCES,
     }
     assert "| five references, no training | rex |" in (folder / "scorecard.md").read_text()
-    for name in ("grid.png", "crosstalk.png"):
+    for name in ("grid.png", "crosstalk.png", "rewriting.png"):
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 300
 

@@ -111,7 +111,7 @@ def test_files_of_the_scorecard(
     card: dict, drawn: dict[str, experiment.DrawnImages], tmp_path: Path
 ) -> None:
     learned = {name: small(seed, name=name) for seed, name in enumerate(experiment.NAMES)}
-    run_demo.write_results(tmp_path, card, drawn, {"concepts": learned, "ordinary": learned})
+    run_demo.write_results(tmp_path, card, drawn, {"concepts": learned, "ordinary": learned}, None)
     actual = json.loads((tmp_path / "scorecard.json").read_text())
     assert list(actual) == ["bench", "command", "machine", "versions", "rows", "figures"]
     assert actual["versions"]["torch"] == torch.__version__

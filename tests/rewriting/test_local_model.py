@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from customize.errors import PipelineError
 from customize.rewriting.language_model import Chat, Message, Sampling
@@ -114,13 +118,20 @@ def test_a_tokenizer_without_template_or_end_is_refused():
         LocalModel(model, tokenizer, "tiny")
 
 
-def test_instructions_of_unknown_words_are_refused():
-    tokenizer = tiny_llama_tokenizer()
-    tokenizer.add_special_tokens({"unk_token": "<unk>"})
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_instructions_of_unknown_words_are_refused(unknown):
+    vocab = {"<|im_start|>": 0, "<|im_end|>": 1, "a": 2, "dog": 3}
+    vocab |= {} if unknown is None else {unknown: 4}
+    words = Tokenizer(WordLevel(vocab, unk_token=unknown) if unknown else BPE(vocab, []))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<|im_end|>", unk_token=unknown
+    )
+    tokenizer.chat_template = "{{ messages[0].content }}"
     model = LocalModel(tiny_llama(), tokenizer, "tiny")
-    model.check_words([Message("user", "a dog")])
-    with pytest.raises(PipelineError, match="no tokens for 1 part of the instructions"):
-        model.check_words([Message("user", "a <unk> dog")])
+    model.check_words([Message("user", "a" if unknown is None else "a dog")])
+    with pytest.raises(PipelineError, match=r"loses \d+ letters of the instructions"):
+        model.check_words([Message("user", "a cat")])
 
 
 def test_other_weights_have_another_digest(model):

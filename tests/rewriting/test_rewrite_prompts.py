@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from customize.errors import EndpointError, PipelineError
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Completion, Sampling
 from customize.rewriting.required_terms import required_terms
@@ -105,3 +106,22 @@ def test_several_prompts_are_asked_together_and_stay_in_order():
     )
     assert [each.text for each in results] == ["a blue cat", "", "a red dog"]
     assert len(model.samplings) == 2
+
+
+def test_the_first_answers_stay_where_the_second_question_fails():
+    for error in (EndpointError("gone", where="x", fix="y"), PipelineError("too long")):
+        model = ScriptedModel({"a dog": ["a red dog"], "2 cats": ["cats", error]})
+        results = rewrite_prompts(
+            model,
+            [required_terms(text) for text in ("a dog", "2 cats")],
+            [1, 2],
+            instructions=Instructions(),
+            sampling=Sampling(),
+        )
+        assert [each.text for each in results] == ["a red dog", "2 cats"]
+        assert results[1].note == "not rewritten, as it lacks 2"
+
+
+def test_another_quotation_is_not_doubled():
+    required = required_terms('a sign, "OPEN"')
+    assert repair(required, 'a sign, "CLOSED"', {}) == 'a sign, "CLOSED"'

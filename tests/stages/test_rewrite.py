@@ -290,6 +290,8 @@ def test_settings_of_the_best_that_do_not_fit_are_refused(settings):
         ({"rewrite": True, "keep": [""]}, "is not text"),
         ({"rewrite": True, "keep": "umbrella"}, "no prompt contains 'umbrella'"),
         ({"rewrite": True, "prompt": [USERS, None]}, "neither a text nor a list of texts"),
+        ({"rewrite": True, "prompt": []}, "neither a text nor a list of texts"),
+        ({"rewrite": True, "prompt": {0: USERS}}, "neither a text nor a list of texts"),
         ({"rewrite": True, "prompt": "dog " * 2000}, "8,000 characters is too long"),
         ({"rewrite": True, "prompt": None, "prompt_embeds": torch.zeros(1, 4, 8)}, "as text"),
     ],
@@ -313,6 +315,7 @@ def test_bad_arguments_change_nothing(pipe, call, problem):
         {"max_new_tokens": 0},
         {"after_call": "unlaod"},
         {"keep": 5},
+        {"instructions": "be brief"},
     ],
 )
 def test_bad_settings_are_refused(settings):

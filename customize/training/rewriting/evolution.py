@@ -16,18 +16,19 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from customize.atomic import write_atomic
 from customize.concepts.io.data_files import read_json_file
-from customize.errors import ConfigError
+from customize.errors import ConfigError, PipelineError
 from customize.rewriting.clean_answer import clean_answer
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Chat, LanguageModel, Message, Sampling
 from customize.rewriting.preference_pairs import Candidate
 from customize.rewriting.required_terms import required_terms
 from customize.rewriting.rewrite_prompts import find_answer_problems
-from customize.training.rewriting.picture_renderer import Job, Renderer
+from customize.text import quote
+from customize.training.rewriting.picture_renderer import Job, Rating, Renderer
 
 #: Ends the system message where the model sees scored predecessors.
 SCORED_RULES = """
@@ -65,10 +66,17 @@ class EvolutionSettings:
 
     def __post_init__(self) -> None:
         for name in ("rounds", "children", "parents", "batch"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(
-                    f"{name} is {getattr(self, name)}", where=name, fix="give at least 1"
+                    f"{name} is {quote(value)}", where=name, fix="give a whole number from 1"
                 )
+        if self.operator not in get_args(Operator):
+            raise ConfigError(
+                f"unknown operator {quote(self.operator)}",
+                where="operator",
+                fix=f"give {' or '.join(get_args(Operator))}",
+            )
 
 
 @dataclass
@@ -152,6 +160,11 @@ def evolve(
     """
     settings = settings or EvolutionSettings()
     instructions = instructions or Instructions()
+    for prompt in prompts:
+        if not isinstance(prompt, str) or any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise ConfigError(
+                f"the prompt {quote(prompt)} is not text", where="prompts", fix="give texts"
+            )
     distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
     if not distinct:
         raise ConfigError("there are no prompts", where="prompts", fix="give at least one")
@@ -234,7 +247,12 @@ def _score(
         for population, texts in zip(populations, children, strict=True)
         for text in texts
     ]
-    ratings = renderer([job for _, job in jobs]) if jobs else []
+    try:
+        ratings = renderer([job for _, job in jobs]) if jobs else []
+    except PipelineError as error:
+        if number == 0:  # no reward works at all
+            raise
+        ratings = [Rating(None, {}, False, failure=str(error))] * len(jobs)
     for (population, job), rating in zip(jobs, ratings, strict=True):
         population.members.append(
             Member(

@@ -7,7 +7,9 @@ that is trained on goes on with its own copy as the reference, so a second round
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from customize.training.rewriting.rows import as_texts, read_rows
 
 #: The settings and losses of a training, beside its LoRA.
 FACTS_FILE = "training.json"
+#: Files of a whole checkpoint, besides the trainer's state.
+_CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
 #: Settings that may differ between a run and its resumption.
 _FREE_SETTINGS = {"output", "resume", "device", "checkpoint_every", "keep_checkpoints"}
 
@@ -132,18 +136,19 @@ def _check_lengths(
             )
 
 
-def _check_output(output: Path, config: RewriterTrainConfig) -> bool:
-    """Prepare the output folder, and return whether a checkpoint in it is resumed."""
-    from transformers.trainer_utils import get_last_checkpoint
+def _check_output(output: Path, config: RewriterTrainConfig) -> str | None:
+    """Prepare the output folder, and return the checkpoint to resume from.
 
+    Raises:
+        SettingsError: The folder has checkpoints of other settings or data.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    record = output / "settings.json"
-    checkpoint = get_last_checkpoint(str(output))
-    if checkpoint is not None and config.resume:
+    record, settings = output / "settings.json", _json(config)
+    checkpoint = _last_whole_checkpoint(output) if config.resume else None
+    if checkpoint is not None:
         before = json.loads(record.read_text()) if record.is_file() else {}
-        after = _json(config)
         differing = sorted(
-            name for name in after.keys() - _FREE_SETTINGS if before.get(name) != after[name]
+            name for name in settings.keys() - _FREE_SETTINGS if before.get(name) != settings[name]
         )
         if differing:
             raise SettingsError(
@@ -151,10 +156,34 @@ def _check_output(output: Path, config: RewriterTrainConfig) -> bool:
                 where=output,
                 fix="choose another output, or resume=false",
             )
-        return True
-    write_atomic(record, (json.dumps(_json(config), indent=1) + "\n").encode())
-    return False
+        return str(checkpoint)
+    for old in _checkpoints(output):  # of which a later run must not resume
+        shutil.rmtree(old)
+    write_atomic(record, (json.dumps(settings, indent=1) + "\n").encode())
+    return None
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """Return the folders of checkpoints, the latest first."""
+    found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+
+
+def _last_whole_checkpoint(output: Path) -> Path | None:
+    """Return the latest checkpoint that was written completely; later ones are deleted."""
+    for path in _checkpoints(output):
+        try:
+            json.loads((path / "trainer_state.json").read_bytes())  # is written last
+        except (OSError, ValueError):
+            pass
+        else:
+            if all((path / name).is_file() for name in _CHECKPOINT_FILES):
+                return path
+        shutil.rmtree(path)
+    return None
 
 
 def _json(config: RewriterTrainConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json")
+    """Return the settings, and the digest of the data."""
+    digest = hashlib.sha256(config.data.read_bytes()).hexdigest()
+    return {**config.model_dump(mode="json"), "content of data": digest}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from customize.errors import ConfigError, EndpointError
+from customize.errors import ConfigError, EndpointError, PipelineError
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Completion
 from customize.rewriting.preference_pairs import PairRule, best_rewritings, make_pairs
@@ -130,6 +130,26 @@ def test_an_evolution_that_was_cut_off_goes_on(tmp_path):
     assert json.loads(file.read_text())["rounds"] == 2
 
 
+def test_a_round_whose_rewards_all_fail_is_kept_and_passed(tmp_path):
+    class Failing(LetterCount):
+        def __call__(self, jobs):
+            if any(job.text != DOG for job in jobs):
+                raise PipelineError("none of 3 pictures was scored")
+            return super().__call__(jobs)
+
+    (dog,) = evolve([DOG], Counting(ANSWERS), Failing(), tmp_path, SETTINGS)
+    assert dog.rounds == 2
+    assert [member.text for member in dog.best(9)] == [DOG]
+    assert "none of 3" in dog.members[1].failure
+
+    class Broken(LetterCount):
+        def __call__(self, jobs):
+            raise PipelineError("broken")
+
+    with pytest.raises(PipelineError, match="broken"):
+        evolve([DOG], Counting(ANSWERS), Broken(), tmp_path / "other", SETTINGS)
+
+
 def test_other_settings_evolve_anew(tmp_path):
     evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, SETTINGS)
     evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, EvolutionSettings(rounds=1))
@@ -159,8 +179,11 @@ def test_the_page_shows_texts_as_text(tmp_path):
 
 
 def test_bad_settings_are_refused(tmp_path):
-    for values in ({"rounds": 0}, {"children": 0}, {"batch": -1}):
+    for values in ({"rounds": 0}, {"children": 1.5}, {"batch": -1}, {"operator": "x"}):
         with pytest.raises(ConfigError):
             EvolutionSettings(**values)
+    for prompt in (None, "a \ud800"):
+        with pytest.raises(ConfigError, match="is not text"):
+            evolve([prompt], Counting({}), LetterCount(), tmp_path)
     with pytest.raises(ConfigError, match="no prompts"):
         evolve(["", " "], Counting({}), LetterCount(), tmp_path)

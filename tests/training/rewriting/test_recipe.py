@@ -134,6 +134,29 @@ def test_a_training_that_was_cut_off_resumes_to_the_same_weights(model, tmp_path
         train_rewriter(config(model, data, cut, epochs=6, learning_rate=1e-3))
 
 
+def test_a_checkpoint_that_was_cut_off_is_passed_over(model, tmp_path):
+    data = sft_rows(tmp_path / "rows.jsonl")
+    whole = train_rewriter(config(model, data, tmp_path / "whole", epochs=6, checkpoint_every=2))
+    for damage in ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors"):
+        cut = shutil.copytree(whole, tmp_path / damage)
+        (cut / "checkpoint-6" / damage).unlink()
+        train_rewriter(config(model, data, cut, epochs=6, checkpoint_every=2))
+        first, second = load_file(whole / WEIGHTS), load_file(cut / WEIGHTS)
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_checkpoints_of_other_data_and_of_a_run_before_are_not_resumed(model, tmp_path):
+    data = sft_rows(tmp_path / "rows.jsonl")
+    train_rewriter(config(model, data, tmp_path / "out", epochs=4, checkpoint_every=2))
+    write(data, [{"prompt": "puppy", "text": "on the beach"}])
+    with pytest.raises(SettingsError, match="another content of data"):
+        train_rewriter(config(model, data, tmp_path / "out", epochs=4, checkpoint_every=2))
+    # A new run that is killed before its first checkpoint leaves none of the old one.
+    again = config(model, data, tmp_path / "out", epochs=1, checkpoint_every=100, resume=False)
+    train_rewriter(again)
+    assert not list((tmp_path / "out").glob("checkpoint-[234]"))
+
+
 def test_rows_longer_than_the_limit_are_refused(model, tmp_path):
     data = write(tmp_path / "rows.jsonl", [{"prompt": "a dog " * 40, "text": "a dog"}])
     with pytest.raises(ConfigError, match=r"row 1 has \d+ tokens"):

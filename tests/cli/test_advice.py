@@ -29,7 +29,8 @@ def flags(command: str) -> set[str]:
 EVERY = {flag for command in COMMANDS if command != "library" for flag in flags(command)}
 EVERY |= {
     flag
-    for command in COMMANDS["references"].commands.values()
+    for group in ("references", "rewriter")
+    for command in COMMANDS[group].commands.values()
     for parameter in command.params
     for flag in parameter.opts
 }
@@ -61,6 +62,7 @@ def texts() -> list[str]:
 def test_flags_named_in_messages_exist() -> None:
     others = {"--help", "--version", "--no-"}  # the last by prefix
     others |= {"--cpu", "--gpu_ids", "--multi_gpu"}  # accelerate's
+    others |= {"--no-deps"}  # pip's
     named = {flag for text in texts() for flag in re.findall(r"--[a-z][\w-]*", text)}
     assert not named - EVERY - others
 

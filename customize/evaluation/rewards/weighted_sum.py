@@ -126,7 +126,7 @@ class WeightedSum:
             result = score(reward, pictures, prompts)
             scores[name] = result.values
             failed |= result.failed
-            passes &= result.values >= self.floors.get(name, -math.inf)  # false for NaN
+            passes &= result.values.double() >= self.floors.get(name, -math.inf)  # false for NaN
             total += self.weights[name] * result.values.double()
             for index, reason in result.reasons.items():
                 reasons.setdefault(index, f"{name}: {reason}")

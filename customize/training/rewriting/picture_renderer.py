@@ -16,6 +16,10 @@ from PIL import Image
 from customize.atomic import write_atomic
 from customize.errors import ConfigError
 from customize.evaluation.rewards.weighted_sum import WeightedSum
+from customize.safe_read import open_regular
+
+#: Largest size of a picture's file, in bytes.
+_MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ def _write(path: Path, frames: Sequence[Image.Image]) -> None:
 
 def _read(path: Path) -> Any:
     """Return the picture of a file, or the frames of an animated one."""
-    with Image.open(path) as image:
+    with open_regular(path, _MAX_BYTES) as file, Image.open(file) as image:
         count = getattr(image, "n_frames", 1)
         frames = []
         for index in range(count):

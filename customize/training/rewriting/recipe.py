@@ -18,8 +18,9 @@ import torch
 from customize.atomic import write_atomic
 from customize.errors import ConfigError, PipelineError, SettingsError, TrainingError
 from customize.rewriting.load_model import SETTINGS_FILE, load_trainable, write_settings
+from customize.safe_read import MAX_TEXT_BYTES, read_bytes, read_json
 from customize.training.rewriting.config import RewriterTrainConfig
-from customize.training.rewriting.rows import as_texts, read_rows
+from customize.training.rewriting.rows import MAX_BYTES, as_texts, read_rows
 
 #: The settings and losses of a training, beside its LoRA.
 FACTS_FILE = "training.json"
@@ -146,7 +147,7 @@ def _check_output(output: Path, config: RewriterTrainConfig) -> str | None:
     record, settings = output / "settings.json", _json(config)
     checkpoint = _last_whole_checkpoint(output) if config.resume else None
     if checkpoint is not None:
-        before = json.loads(record.read_text()) if record.is_file() else {}
+        before = read_json(record, MAX_TEXT_BYTES) if record.is_file() else {}
         differing = sorted(
             name for name in settings.keys() - _FREE_SETTINGS if before.get(name) != settings[name]
         )
@@ -173,7 +174,7 @@ def _last_whole_checkpoint(output: Path) -> Path | None:
     """Return the latest checkpoint that was written completely; later ones are deleted."""
     for path in _checkpoints(output):
         try:
-            json.loads((path / "trainer_state.json").read_bytes())  # is written last
+            read_json(path / "trainer_state.json", MAX_BYTES)  # is written last
         except (OSError, ValueError):
             pass
         else:
@@ -185,5 +186,5 @@ def _last_whole_checkpoint(output: Path) -> Path | None:
 
 def _json(config: RewriterTrainConfig) -> dict[str, Any]:
     """Return the settings, and the digest of the data."""
-    digest = hashlib.sha256(config.data.read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_bytes(config.data, MAX_BYTES)).hexdigest()
     return {**config.model_dump(mode="json"), "content of data": digest}

@@ -10,6 +10,7 @@ from customize.concepts.io.data_files import parse_json
 from customize.errors import DataError, PipelineError
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.local_model import LocalModel
+from customize.safe_read import read_bytes
 from customize.text import quote
 
 Method = Literal["sft", "dpo"]
@@ -21,7 +22,7 @@ FIELDS: dict[Method, tuple[str, ...]] = {
 }
 
 #: Largest size of a file of rows, in bytes.
-_MAX_BYTES = 1 << 28
+MAX_BYTES = 1 << 28
 
 
 def read_rows(path: Path, method: Method) -> list[dict[str, str]]:
@@ -38,14 +39,12 @@ def read_rows(path: Path, method: Method) -> list[dict[str, str]]:
 
 def _parse_lines(path: Path, method: Method) -> Iterator[dict[str, str]]:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise DataError(
-                f"the file has more than {_MAX_BYTES >> 20} MiB", where=path, fix="give fewer rows"
-            )
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise DataError(
-            f"the file cannot be read: {error.strerror}", where=path, fix="check the path"
+            f"the file cannot be read: {error.strerror or error}",
+            where=path,
+            fix=f"check the path; a file has at most {MAX_BYTES >> 20} MiB",
         ) from error
     except UnicodeDecodeError as error:
         raise DataError("the file is not UTF-8 text", where=path, fix="save it as UTF-8") from error

@@ -120,6 +120,11 @@ def system_errno(error: BaseException) -> int | None:
     return errno.ENOSPC if full else None
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def storage_error(
     error: BaseException, where: object, output: str = "", fix: str = ""
 ) -> StorageError:

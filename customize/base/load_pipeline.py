@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from customize.base.config_values import check_config_values
-from customize.base.single_file import first_line, load_single_file
+from customize.base.single_file import load_single_file
 from customize.base.weight_files import local_folder, select_variants
-from customize.errors import ConfigError, CustomizeError, PipelineError
+from customize.errors import ConfigError, CustomizeError, PipelineError, first_line
 from customize.families import COMPONENTS
 from customize.near_names import suggest_paths
 from customize.safe_read import MAX_TABLE_BYTES, PICKLE_SUFFIXES, check_regular_files, read_json

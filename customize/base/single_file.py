@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from customize.errors import ConfigError, PipelineError
+from customize.errors import ConfigError, PipelineError, first_line
 from customize.safe_read import check_regular_files, read_safetensors_header
 
 if TYPE_CHECKING:
@@ -131,8 +131,3 @@ def _detect_configuration(base: str) -> str:
             where=f"base: {base}",
             fix="get an unchanged copy, or name a folder or hub id of a pipeline",
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from customize.errors import PipelineError
+from customize.errors import PipelineError, first_line
 from customize.safe_read import check_regular_files
 from customize.text import plural
 
@@ -78,7 +78,7 @@ def load_pretrained(loader: Any, model: str | Path, title: str, **settings: Any)
             check_regular_files(model)
         return loader.from_pretrained(model, **settings)
     except Exception as error:  # missing or damaged files, offline, gated models
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise PipelineError(
             f"{title} cannot be loaded: {reason}",
             where=model,

@@ -13,7 +13,7 @@ import torch
 from customize.concepts.io.data_files import read_json_file
 from customize.concepts.io.find_files import refuse_pickles
 from customize.concepts.io.hub import is_hub_id
-from customize.errors import ConceptError, ConfigError, PipelineError
+from customize.errors import ConceptError, ConfigError, PipelineError, first_line
 from customize.near_names import suggest_paths
 from customize.rewriting.cached_models import NAMES, cached_model
 from customize.rewriting.instructions import Instructions
@@ -189,7 +189,7 @@ def _load_whole(path: Path | str, dtype: torch.dtype | None, in_4bit: bool | Non
             folder, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # missing or damaged files, unknown architectures, offline
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ConceptError(
             f"the language model cannot be loaded: {reason}",
             where=path,
@@ -240,7 +240,7 @@ def _attach_adapter(
     try:
         model = PeftModel.from_pretrained(whole.model, str(folder), is_trainable=is_trainable)
     except Exception as error:  # other shapes, unknown settings
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise ConceptError(
             f"the LoRA does not fit its base model: {reason}",
             where=folder,

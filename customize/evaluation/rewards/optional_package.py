@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from customize.errors import PipelineError
+from customize.errors import PipelineError, first_line
 from customize.text import shorten
 
 
@@ -50,7 +50,7 @@ def call_package(package: str, where: object, function: Any, **settings: Any) ->
     try:
         return function(**settings)
     except Exception as error:  # missing files, offline, another version of the package
-        reason = shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 300)
+        reason = shorten(first_line(error), 300)
         raise PipelineError(
             f"{package} cannot load its model: {reason}",
             where=where,

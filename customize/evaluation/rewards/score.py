@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from customize.core.precision import full_precision
-from customize.errors import PipelineError
+from customize.errors import PipelineError, first_line
 from customize.evaluation.rewards.frames import check_pictures
 from customize.evaluation.rewards.reward import Picture, Reward
 from customize.text import plural, shorten
@@ -106,4 +106,4 @@ def _check_scores(reward: Reward, output: Any, count: int) -> Tensor:
 
 def _reason(error: Exception) -> str:
     """The first line of an error."""
-    return shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 300)
+    return shorten(first_line(error), 300)

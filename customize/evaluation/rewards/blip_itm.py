@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
-
-import torch
 from PIL import Image
 from torch import Tensor
 
 from customize.evaluation.blip import BlipScorer
-from customize.evaluation.rewards.frames import mean_over_frames
-from customize.evaluation.rewards.reward import Picture, RewardKind, weights_digest
+from customize.evaluation.rewards.reward import RewardKind
+from customize.evaluation.rewards.scorer_reward import ScorerReward
 
 
-class BlipItmReward:
-    """Probability that picture and prompt match by BLIP, in [0, 1].
-
-    Args:
-        model: Folder or hub id of a transformers BlipForImageTextRetrieval with its processor.
-        device: Device that the model runs on.
-
-    Raises:
-        PipelineError: The model cannot be loaded, is another model, or lacks weights.
-    """
+class BlipItmReward(ScorerReward):
+    """Probability that picture and prompt match by BLIP, in [0, 1]."""
 
     name = "blip_itm"
+    scorer_class = BlipScorer
 
-    def __init__(self, model: str | Path, device: str | torch.device = "cpu") -> None:
-        self.scorer = BlipScorer(model, device)
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the weights."""
-        return weights_digest(self.scorer.model)
-
-    def __call__(self, pictures: Sequence[Picture], prompts: Sequence[str]) -> Tensor:
-        """Scores (n,); prompts are truncated to the model's maximum length."""
-        return mean_over_frames(self._score_images, pictures, prompts)
-
-    def _score_images(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+    def score_images(self, images: list[Image.Image], prompts: list[str]) -> Tensor:
+        """Probabilities (n,)."""
         return self.scorer.scores(images, prompts)["blip_itm"]
 
 

@@ -52,6 +52,26 @@ def add_config_flags(command: Callable[..., None]) -> Callable[..., None]:
     return with_flags(run, command, annotations)
 
 
+def add_flags(
+    fields: Mapping[str, FieldInfo], groups: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give ``command(config, settings)`` a flag for each field.
+
+    Args:
+        fields: Setting -> field.
+        groups: First setting of each group -> title of the group in the help.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def run(config: Path | None = None, **values: Any) -> None:
+            command(config, {name: v for name, v in values.items() if v not in (None, [], ())})
+
+        annotations: dict[str, Any] = {"config": Annotated[Path | None, CONFIG_OPTION]}
+        return with_flags(run, command, annotations | setting_flags(fields, groups))
+
+    return decorate
+
+
 def setting_flags(fields: Mapping[str, FieldInfo], groups: Mapping[str, str]) -> dict[str, Any]:
     """Return setting -> annotation of its flag.
 

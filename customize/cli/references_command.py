@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from customize.cli.config_flags import CONFIG_OPTION, setting_flags, with_flags
+from customize.cli.config_flags import add_flags
 from customize.cli.interrupts import on_interrupt
 from customize.cli.plain_help import PlainCommand
 from customize.cli.reference_encoding import encode
@@ -40,21 +39,9 @@ def show_help(context: typer.Context) -> None:
 app.command("encode", cls=PlainCommand)(encode)
 
 
-def _add_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give ``command(config, settings)`` a flag for each field of ReferenceTrainConfig."""
-
-    def run(config: Path | None = None, **values: Any) -> None:
-        settings = {name: value for name, value in values.items() if value not in (None, [], ())}
-        command(config, settings)
-
-    annotations: dict[str, Any] = {"config": Annotated[Path | None, CONFIG_OPTION]}
-    annotations |= setting_flags(ReferenceTrainConfig.model_fields, GROUPS)
-    return with_flags(run, command, annotations)
-
-
 @app.command("train", cls=PlainCommand)
 @on_interrupt("interrupted: run the same command again to resume from the last checkpoint")
-@_add_flags
+@add_flags(ReferenceTrainConfig.model_fields, GROUPS)
 def train(config: Path | None, settings: dict[str, Any]) -> None:
     r"""Train one stage of references on groups of images.
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from customize.cli.config_flags import CONFIG_OPTION, setting_flags, with_flags
+from customize.cli.config_flags import add_flags
 from customize.cli.interrupts import on_interrupt
 from customize.cli.plain_help import PlainCommand
 from customize.cli.rewriter_evolution import evolve
@@ -36,20 +35,9 @@ def show_help(context: typer.Context) -> None:
 app.command("evolve", cls=PlainCommand)(evolve)
 
 
-def _add_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give ``command(config, settings)`` a flag for each field of RewriterTrainConfig."""
-
-    def run(config: Path | None = None, **values: Any) -> None:
-        command(config, {name: v for name, v in values.items() if v not in (None, [], ())})
-
-    annotations: dict[str, Any] = {"config": Annotated[Path | None, CONFIG_OPTION]}
-    annotations |= setting_flags(RewriterTrainConfig.model_fields, GROUPS)
-    return with_flags(run, command, annotations)
-
-
 @app.command("train", cls=PlainCommand)
 @on_interrupt("interrupted: run the same command again to resume from the last checkpoint")
-@_add_flags
+@add_flags(RewriterTrainConfig.model_fields, GROUPS)
 def train(config: Path | None, settings: dict[str, Any]) -> None:
     r"""Train a LoRA of a language model to rewrite prompts.
 

@@ -57,7 +57,7 @@ def draw_grid(drawn: Mapping[str, DrawnImages], per_concept: int = 4) -> Image.I
     prompts_of_pairs = [pair_prompts((f"<{a}>", f"<{b}>")) for a, b in PAIRS]
     prompts = [prompt for group in (*concept_prompts, *prompts_of_pairs) for prompt in group]
     for column, prompt in enumerate(prompts):
-        text = _wrap(prompt.removeprefix("a photo of ").replace("wearing ", ""), font)
+        text = wrap_text(prompt.removeprefix("a photo of ").replace("wearing ", ""), font)
         pen.multiline_text((LABEL_WIDTH + column * cell, top), text, "black", font, spacing=1)
     for index, model in enumerate(models):
         y = top + HEADER_HEIGHT + index * cell
@@ -78,10 +78,11 @@ def _paste(sheet: Image.Image, tensor: Tensor, column: int, top: int) -> None:
     sheet.paste(small, (LABEL_WIDTH + column * (IMAGE_SIZE + MARGIN), top))
 
 
-def _wrap(text: str, font: Any) -> str:
+def wrap_text(text: str, font: Any, width: float = IMAGE_SIZE) -> str:
+    """Break a text into lines of at most ``width`` pixels."""
     lines: list[str] = []
     for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= IMAGE_SIZE:
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)

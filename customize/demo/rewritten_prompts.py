@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from customize.demo.figures import wrap_text
 from customize.evaluation.storybook_rates import draw_prompts
 from customize.image_tensors import tensor_to_images
 from customize.storybook.bundled_assets import rewriter_folder
@@ -64,17 +65,9 @@ def draw_sheet(drawn: RewrittenPrompts) -> Image.Image:
         top = row * (_SIDE + _TEXT)
         for column, (text, image) in enumerate(zip(texts, tensor_to_images(images), strict=True)):
             left = _MARGIN + column * (_SIDE + _MARGIN)
-            pen.multiline_text((left, top + 6), _wrap(text, font), "black", font, spacing=1)
+            pen.multiline_text(
+                (left, top + 6), wrap_text(text, font, _SIDE), "black", font, spacing=1
+            )
             large = image.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
             sheet.paste(large, (left, top + _TEXT))
     return sheet
-
-
-def _wrap(text: str, font: Any) -> str:
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= _SIDE:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return "\n".join(lines)

@@ -11,7 +11,6 @@ round: an evolution that was cut off goes on from there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,7 +27,7 @@ from customize.rewriting.preference_pairs import Candidate
 from customize.rewriting.required_terms import required_terms
 from customize.rewriting.rewrite_prompts import find_answer_problems
 from customize.text import quote
-from customize.training.rewriting.picture_renderer import Job, Rating, Renderer
+from customize.training.rewriting.picture_renderer import Job, Rating, Renderer, short_hash
 
 #: Ends the system message where the model sees scored predecessors.
 SCORED_RULES = """
@@ -170,7 +169,7 @@ def evolve(
         raise ConfigError("there are no prompts", where="prompts", fix="give at least one")
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(model, renderer, settings, instructions, max_new_tokens)
-    files = {prompt: folder / f"{_hash(prompt, identity)}.json" for prompt in distinct}
+    files = {prompt: folder / f"{short_hash(prompt, identity)}.json" for prompt in distinct}
     populations = [_read(files[prompt], prompt) for prompt in distinct]
     sampling = Sampling(settings.temperature, max_new_tokens)
     for batch in _batches(populations, settings.batch):
@@ -205,7 +204,7 @@ def _write_children(
     for index, population in enumerate(populations):
         parents = population.best(settings.parents) or population.members[:1]
         for child in range(settings.children):
-            seed = int(_hash(population.prompt, settings.seed, number, child), 16) % 2**31
+            seed = int(short_hash(population.prompt, settings.seed, number, child), 16) % 2**31
             if settings.operator == "scored":
                 messages = scored_messages(instructions, population, parents)
             else:
@@ -277,11 +276,7 @@ def _read(path: Path, prompt: str) -> Population:
 
 
 def _identity(model: LanguageModel, renderer: Renderer, *settings: object) -> str:
-    return _hash(model.digest, renderer.digest, *(repr(each) for each in settings))
-
-
-def _hash(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+    return short_hash(model.digest, renderer.digest, *(repr(each) for each in settings))
 
 
 def _batches(items: Sequence[Population], size: int) -> Iterator[Sequence[Population]]:

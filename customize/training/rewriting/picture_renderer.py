@@ -107,7 +107,7 @@ class PictureRenderer:
     @property
     def digest(self) -> str:
         """What identifies base, settings, seeds and rewards, 16 hexadecimal digits."""
-        return _hash(self.base, self._settings(), self.seeds, self.reward.digest)
+        return short_hash(self.base, self._settings(), self.seeds, self.reward.digest)
 
     def __call__(self, jobs: Sequence[Job]) -> list[Rating]:
         """Return the rating of each job; missing pictures are drawn.
@@ -116,7 +116,7 @@ class PictureRenderer:
             PipelineError: A picture is not finite, or no picture was scored by all rewards.
         """
         names = {
-            (job.text, seed): f"{_hash(self.base, self._settings(), job.text, seed)}.png"
+            (job.text, seed): f"{short_hash(self.base, self._settings(), job.text, seed)}.png"
             for job in jobs
             for seed in self.seeds
         }
@@ -171,7 +171,8 @@ class PictureRenderer:
         )
 
 
-def _hash(*parts: object) -> str:
+def short_hash(*parts: object) -> str:
+    """Return 16 hexadecimal digits that identify values."""
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def train_rewriter(config: RewriterTrainConfig) -> Path:
     tokenizer = whole.tokenizer
     texts = as_texts(rows, config.method, settings.instructions, whole)
     _check_lengths(texts, tokenizer, config)
-    output = config.output
-    resumed = _check_output(output, config)
+    output, described = config.output, _describe(config)
+    resumed = _check_output(config, described)
 
     from datasets import Dataset
     from peft import LoraConfig
@@ -73,7 +74,7 @@ def train_rewriter(config: RewriterTrainConfig) -> Path:
     trainer.model.save_pretrained(str(output), selected_adapters=["default"])
     tokenizer.save_pretrained(str(output))
     write_atomic(output / SETTINGS_FILE, write_settings(settings).encode())
-    facts = {"settings": _json(config), "rows": len(rows), "log": trainer.state.log_history}
+    facts = {"settings": described, "rows": len(rows), "log": trainer.state.log_history}
     write_atomic(output / FACTS_FILE, (json.dumps(facts, indent=1) + "\n").encode())
     return output
 
@@ -137,14 +138,19 @@ def _check_lengths(
             )
 
 
-def _check_output(output: Path, config: RewriterTrainConfig) -> str | None:
+def _check_output(config: RewriterTrainConfig, settings: Mapping[str, Any]) -> str | None:
     """Prepare the output folder, and return the checkpoint to resume from.
+
+    Args:
+        config: The settings.
+        settings: As :func:`_describe` returns them.
 
     Raises:
         SettingsError: The folder has checkpoints of other settings or data.
     """
+    output = config.output
     output.mkdir(parents=True, exist_ok=True)
-    record, settings = output / "settings.json", _json(config)
+    record = output / "settings.json"
     checkpoint = _last_whole_checkpoint(output) if config.resume else None
     if checkpoint is not None:
         before = read_json(record, MAX_TEXT_BYTES) if record.is_file() else {}
@@ -184,7 +190,7 @@ def _last_whole_checkpoint(output: Path) -> Path | None:
     return None
 
 
-def _json(config: RewriterTrainConfig) -> dict[str, Any]:
+def _describe(config: RewriterTrainConfig) -> dict[str, Any]:
     """Return the settings, and the digest of the data."""
     digest = hashlib.sha256(read_bytes(config.data, MAX_BYTES)).hexdigest()
     return {**config.model_dump(mode="json"), "content of data": digest}

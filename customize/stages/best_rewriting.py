@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from customize.evaluation.rewards.reward import Picture, Reward
 from customize.evaluation.rewards.score import score
 from customize.pipeline.stage import CallArguments, CallContext
 from customize.rewriting.rewrite_prompts import Rewriting
+from customize.stages.rewrite_requests import copy_generators
 
 
 def choose_best(
@@ -62,20 +62,10 @@ def _draw(context: CallContext, call: CallArguments, texts: Sequence[str]) -> li
     arguments["prompt"] = texts[0] if isinstance(call["prompt"], str) else list(texts)
     arguments["output_type"] = "pil"
     if arguments.get("generator") is not None:
-        arguments["generator"] = _copy_generators(arguments["generator"])
+        arguments["generator"] = copy_generators(arguments["generator"])
     is_modular = "_blocks" in vars(context.pipe)
     arguments |= {"output": "images"} if is_modular else {"return_dict": True}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         output = context.pipe(**arguments)
     return list(output if is_modular else getattr(output, "images", None) or output.frames)
-
-
-def _copy_generators(generator: Any) -> Any:
-    if isinstance(generator, list | tuple):
-        return [_copy_generators(each) for each in generator]
-    if not isinstance(generator, torch.Generator):
-        return copy.copy(generator)
-    made = torch.Generator(device=generator.device)
-    made.set_state(generator.get_state())
-    return made

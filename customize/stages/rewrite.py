@@ -28,6 +28,7 @@ from customize.rewriting.load_model import load_model
 from customize.rewriting.required_terms import RequiredTerms, required_terms
 from customize.rewriting.rewrite_prompts import Rewriting, rewrite_prompts
 from customize.stages.best_rewriting import choose_best
+from customize.stages.rewrite_checks import check_best_of, check_instructions, parse_keep
 from customize.stages.rewrite_requests import (
     call_prompts,
     call_requests,
@@ -42,6 +43,8 @@ AfterCall = Literal["keep", "offload"]
 
 #: Number of rewritings that a setting keeps, the latest used.
 _MAX_KEPT = 4096
+#: Attributes that copies do not share.
+_MADE_ANEW = ("_lock", "_kept", "_latest")
 _NO_ANSWER = "not rewritten, as the endpoint does not answer"
 
 
@@ -81,7 +84,7 @@ class Rewriter(StageSetting):
         reward: Reward | None = None,
     ) -> None:
         check_instructions(instructions)
-        _check_best_of(best_of, reward, temperature)
+        check_best_of(best_of, reward, temperature)
         if after_call not in get_args(AfterCall):
             raise ConfigError(
                 f"{quote(after_call)} is none of {', '.join(get_args(AfterCall))}",
@@ -94,6 +97,9 @@ class Rewriter(StageSetting):
         self.keep = parse_keep(keep)
         self.after_call = after_call
         self.best_of, self.reward = best_of, reward
+        self._start()
+
+    def _start(self) -> None:
         self._lock = threading.RLock()
         self._kept: OrderedDict[tuple[Any, ...], Rewriting] = OrderedDict()
         self._latest: tuple[Rewriting, ...] = ()
@@ -204,17 +210,14 @@ class Rewriter(StageSetting):
     def __repr__(self) -> str:
         return f"Rewriter({self.model!r}, temperature={self.sampling.temperature})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __getstate__(self) -> dict[str, Any]:
         """Copy and pickle model and settings; the lock and the kept rewritings are made anew."""
-        return _rebuild, (
-            self.model,
-            self.instructions,
-            self.sampling,
-            self.keep,
-            self.after_call,
-            self.best_of,
-            self.reward,
-        )
+        return {name: value for name, value in vars(self).items() if name not in _MADE_ANEW}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`__getstate__` returned."""
+        vars(self).update(state)
+        self._start()
 
     def rewrite_call(
         self,
@@ -276,39 +279,6 @@ class Rewriter(StageSetting):
         return result
 
 
-def check_instructions(instructions: Instructions | None) -> None:
-    """Refuse instructions of another type.
-
-    Raises:
-        ConfigError: They are no :class:`Instructions`.
-    """
-    if instructions is not None and not isinstance(instructions, Instructions):
-        raise ConfigError(
-            f"instructions={quote(instructions)} is not Instructions",
-            where="instructions",
-            fix='give customize.rewriting.instructions.Instructions(system="...", '
-            'user="Prompt: {prompt}")',
-        )
-
-
-def parse_keep(keep: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the phrases of ``keep=``.
-
-    Raises:
-        ConfigError: It is no text and no list of texts.
-    """
-    phrases = [keep] if isinstance(keep, str) else keep
-    if not isinstance(phrases, Sequence) or not all(
-        isinstance(phrase, str) and phrase.strip() for phrase in phrases
-    ):
-        raise ConfigError(
-            f"keep={quote(keep)} is not text",
-            where="keep",
-            fix='give words of the prompt, such as keep=["golden hour"]',
-        )
-    return tuple(dict.fromkeys(" ".join(phrase.split()) for phrase in phrases))
-
-
 @contextmanager
 def _run(
     context: CallContext, call: CallArguments, rewrite: Any = None, keep: Any = None
@@ -337,8 +307,9 @@ def _run(
             fix="load one: pipe.load_custom(customize.Rewriter.from_pretrained(...))",
         )
     prompts = call_prompts(call)
-    requests = call_requests(context, prompts, (*setting.keep, *parse_keep(keep or ())))
-    for phrase in parse_keep(keep or ()):
+    kept = parse_keep(keep or ())
+    requests = call_requests(context, prompts, (*setting.keep, *kept))
+    for phrase in kept:
         if not any(find_phrase(phrase, prompt) for prompt in prompts):
             raise ConfigError(
                 f"no prompt contains {quote(phrase)}",
@@ -410,46 +381,3 @@ def warn_about_notes(rewritings: Sequence[Rewriting]) -> None:
     for each in rewritings:
         if each.note not in ("", _NO_ANSWER):  # of which rewrite_for_call has warned
             warn_user(f"the prompt {quote(each.prompt, 80)} is {each.note}")
-
-
-def _check_best_of(best_of: int, reward: Reward | None, temperature: float) -> None:
-    """Refuse several rewritings that cannot be compared, or would be equal."""
-    if not isinstance(best_of, int) or isinstance(best_of, bool) or not 1 <= best_of <= 64:
-        raise ConfigError(
-            f"invalid number of rewritings {quote(best_of)}",
-            where="best_of",
-            fix="give a number from 1 to 64",
-        )
-    if (best_of > 1) != (reward is not None):
-        raise ConfigError(
-            "best_of= and reward= belong together, and one of them is missing",
-            where="reward" if reward is None else "best_of",
-            fix='give both, such as best_of=4, reward=load_reward("clip")',
-        )
-    if best_of > 1 and temperature == 0:
-        raise ConfigError(
-            "at a temperature of 0 all rewritings of a prompt are equal",
-            where="temperature",
-            fix="give temperature=1.0 with best_of=",
-        )
-
-
-def _rebuild(
-    model: LanguageModel,
-    instructions: Instructions,
-    sampling: Sampling,
-    keep: tuple[str, ...],
-    after_call: AfterCall,
-    best_of: int,
-    reward: Reward | None,
-) -> Rewriter:
-    return Rewriter(
-        model,
-        instructions,
-        temperature=sampling.temperature,
-        max_new_tokens=sampling.max_new_tokens,
-        keep=keep,
-        after_call=after_call,
-        best_of=best_of,
-        reward=reward,
-    )

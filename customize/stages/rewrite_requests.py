@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,12 +99,21 @@ def call_seeds(call: CallArguments, count: int) -> list[int]:
     return _draw(generator, count)
 
 
+def copy_generators(generator: Any) -> Any:
+    """Return a copy of a generator, or of each in a list, in its present state."""
+    if isinstance(generator, list | tuple):
+        return [copy_generators(each) for each in generator]
+    if not isinstance(generator, torch.Generator):
+        return copy.copy(generator)
+    made = torch.Generator(device=generator.device)
+    made.set_state(generator.get_state())
+    return made
+
+
 def _draw(generator: Any, count: int) -> list[int]:
     if isinstance(generator, torch.Generator):
-        copy = torch.Generator(device=generator.device)
-        copy.set_state(generator.get_state())
-        return list(
-            torch.randint(2**31, (count,), generator=copy, device=copy.device).cpu().tolist()
-        )
+        copied = copy_generators(generator)
+        seeds = torch.randint(2**31, (count,), generator=copied, device=copied.device)
+        return list(seeds.cpu().tolist())
     with torch.random.fork_rng(devices=[]):
         return list(torch.randint(2**31, (count,)).tolist())

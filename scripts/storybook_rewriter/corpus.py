@@ -1,7 +1,7 @@
 """What the miniature language model reads before it is taught to rewrite: chats about words.
 
 Definitions name every word, also the held-out ones. Paraphrases turn a prompt into another way to
-ask for the same: a third of them into the caption of the base's grammar. Held-out words are in
+ask for the same, a tenth of them into the caption of the base's grammar. Held-out words are in
 definitions alone.
 """
 
@@ -18,6 +18,10 @@ from customize.storybook.user_prompts import (
     write_user_prompt,
 )
 from customize.storybook.world import ACCESSORIES, BACKGROUNDS, CLASSES, COLOURS, PATTERNS
+
+#: The share of paraphrases that are captions of the base: enough to know them, too few to prefer
+#: them, so that what training on rewards adds can be measured.
+_CAPTIONS = 0.1
 
 USER = "Prompt: {prompt}\nBetter prompt:"
 
@@ -57,7 +61,7 @@ def paraphrase(rng: np.random.Generator) -> tuple[str, str]:
     kind = str(rng.choice(KINDS))
     trigger = random_trigger(rng) if rng.random() < 0.5 else ""
     prompt = write_user_prompt(rng, kind, request=random_request(rng), trigger=trigger)
-    if rng.random() < 0.35:
+    if rng.random() < _CAPTIONS:
         answer = prompt.caption
     elif kind == KINDS[-1] or rng.random() < 0.2:
         answer = prompt.text

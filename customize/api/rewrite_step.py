@@ -113,7 +113,7 @@ class RewriteStep(ModularPipelineBlocks):
         prompt = block_state.prompt
         prompts = check_prompts([prompt] if isinstance(prompt, str) else prompt)
         context = CallContext(components, attached, {})
-        requests = call_requests(context, prompts, setting.keep)
+        requests = call_requests(context, state.values, prompts, setting.keep)
         system, tokens = block_state.system_prompt, block_state.prompt_max_new_tokens
         instructions, sampling = setting.instructions, setting.sampling
         if system is not None:

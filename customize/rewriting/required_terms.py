@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from customize.concepts.library.library import TRIGGER_PATTERN
 from customize.concepts.tokens.prompt_phrases import FUNCTION_WORDS, content_words, find_phrase
+from customize.concepts.tokens.token_limit import TokenLimit
 from customize.rewriting.language import same_language
 
 _QUOTED = re.compile(
@@ -83,6 +84,7 @@ class RequiredTerms:
         quotations: Texts in quotation marks, verbatim.
         numbers: Numbers, as digits, with repetitions.
         excluded: What the prompt excludes: content words of each negation.
+        limits: What each text encoder reads of the rewriting; empty: all of it.
     """
 
     prompt: str
@@ -91,6 +93,7 @@ class RequiredTerms:
     quotations: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     excluded: tuple[tuple[str, ...], ...] = ()
+    limits: tuple[TokenLimit, ...] = ()
 
 
 def required_terms(
@@ -98,6 +101,7 @@ def required_terms(
     triggers: Iterable[str] = (),
     keep: Iterable[str] = (),
     avoid: Iterable[str] = (),
+    limits: Iterable[TokenLimit] = (),
 ) -> RequiredTerms:
     """Find what a rewriting of a prompt must keep.
 
@@ -107,6 +111,7 @@ def required_terms(
             so is everything in the form of a trigger, such as ``<rex>``.
         keep: Phrases to keep; those that the prompt lacks are ignored.
         avoid: Phrases that the call avoids; they count as excluded.
+        limits: What each text encoder reads of the rewriting; none: all of it.
     """
     named = [*triggers, *_TRIGGER.findall(prompt)]
     present = [word for word in named if find_phrase(word, prompt)]
@@ -121,6 +126,7 @@ def required_terms(
             *_excluded(prompt),
             *(tuple(content_words(phrase)) for phrase in avoid if content_words(phrase)),
         ),
+        limits=tuple(limits),
     )
 
 
@@ -139,7 +145,27 @@ def find_problems(required: RequiredTerms, text: str) -> list[str]:
         problems.append(f"it asks for {', '.join(wanted)}, which the prompt excludes")
     if not same_language(required.prompt, text):
         problems.append("it is in another language")
-    return problems
+    return [*problems, *_truncations(required, text)]
+
+
+def _truncations(required: RequiredTerms, text: str) -> list[str]:
+    """Return what text encoders do not read: the end of a text, or a trigger.
+
+    A text may be longer than what one encoder reads if another one reads it to its end. Triggers
+    have embeddings of their own in each encoder, so each one has to read them.
+    """
+    if required.limits and all(limit.truncates(text) for limit in required.limits):
+        limit = max(required.limits, key=lambda each: each.tokens or 0)
+        return [
+            f"it is too long: of its {limit.count(text)} tokens the {limit.encoder} reads "
+            f"{limit.tokens}"
+        ]
+    return [
+        f"{trigger} is not in the first {limit.tokens} tokens, which the {limit.encoder} reads"
+        for limit in required.limits
+        for trigger in required.triggers
+        if limit.cuts_off(trigger, text)
+    ]
 
 
 def missing_terms(required: RequiredTerms, text: str) -> list[str]:

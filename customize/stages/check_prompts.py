@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from customize.concepts.library.library import TRIGGER_PATTERN
-from customize.concepts.tokens.prompt_phrases import is_truncated
 from customize.concepts.tokens.token_rows import known_tokens, tokens_containing
 from customize.families import Family
 from customize.near_names import did_you_mean
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, get_tokenizers
+from customize.stages.token_limits import own_argument, token_limits
 from customize.user_warnings import warn_user
 
 _PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
@@ -115,34 +115,18 @@ def _truncation_warnings(context: CallContext, call: CallArguments) -> list[str]
     names = list(
         dict.fromkeys(name for info in infos for name in (info.trigger_words, *info.triggers))
     )
-    if "max_embeddings_multiples" in context.parameters:
-        return []  # a community pipeline that splits long prompts
     messages = []
-    for key in context.family.all_text_encoders:
-        tokenizer = context.family.tokenizer_for(key)
-        limit = _token_limit(context, call, key, tokenizer)
-        if limit is None:
-            continue
+    for limit in token_limits(context, call):
         for argument in ("prompt", "negative_prompt"):
-            prompt = call.get(argument + key.removeprefix("text_encoder"))
+            prompt = call.get(own_argument(limit.encoder, argument))
             for text in flatten_texts(call.get(argument) if prompt is None else prompt):
-                cut = [n for n in names if n and is_truncated(n, text, tokenizer, limit)]
+                cut = [name for name in names if name and limit.cuts_off(name, text)]
                 if cut:
-                    count = len(tokenizer(text, verbose=False).input_ids)
                     shown = text if len(text) <= 60 else f"{text[:60]}..."
                     messages.append(
-                        f"the {argument.replace('_', ' ')} {shown!r} has {count} tokens, of which "
-                        f"the {key} reads {limit}: {', '.join(cut)} is cut off; shorten it, or "
-                        "write that nearer to its beginning"
+                        f"the {argument.replace('_', ' ')} {shown!r} has {limit.count(text)} "
+                        f"tokens, of which the {limit.encoder} reads {limit.tokens}: "
+                        f"{', '.join(cut)} is cut off; shorten it, or write that nearer to its "
+                        "beginning"
                     )
     return list(dict.fromkeys(messages))
-
-
-def _token_limit(context: CallContext, call: CallArguments, key: str, tokenizer: Any) -> int | None:
-    """Return the number of tokens that an encoder reads of a prompt; None if unknown."""
-    if not hasattr(tokenizer, "num_special_tokens_to_add"):
-        return None
-    if key in context.family.clip_encoders:
-        return int(tokenizer.model_max_length)
-    length = call.get("max_sequence_length", context.parameters.get("max_sequence_length"))
-    return length if isinstance(length, int) else None

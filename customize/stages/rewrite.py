@@ -308,7 +308,7 @@ def _run(
         )
     prompts = call_prompts(call)
     kept = parse_keep(keep or ())
-    requests = call_requests(context, prompts, (*setting.keep, *kept))
+    requests = call_requests(context, call, prompts, (*setting.keep, *kept))
     for phrase in kept:
         if not any(find_phrase(phrase, prompt) for prompt in prompts):
             raise ConfigError(

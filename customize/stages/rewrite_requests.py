@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from customize.errors import ConfigError
+from customize.concepts.tokens.token_limit import TokenLimit
+from customize.errors import ConfigError, PipelineError
 from customize.pipeline.stage import CallArguments, CallContext
 from customize.rewriting.required_terms import RequiredTerms, required_terms
+from customize.stages.token_limits import own_argument, token_limits
 from customize.text import quote
 
 #: The longest prompt that is rewritten, in characters.
@@ -18,12 +20,13 @@ MAX_PROMPT_LENGTH = 4000
 
 
 def call_requests(
-    context: CallContext, prompts: Sequence[str], keep: Sequence[str]
+    context: CallContext, call: CallArguments, prompts: Sequence[str], keep: Sequence[str]
 ) -> list[RequiredTerms]:
     """Return what each prompt's rewriting must keep: also what other stages find in it.
 
     Args:
         context: The pipeline that is called.
+        call: The arguments of the call.
         prompts: The prompts.
         keep: Phrases to keep.
     """
@@ -40,7 +43,21 @@ def call_requests(
     infos = [attached.concept.info for attached in context.state.attached.values()]
     triggers = [word for info in infos for word in (info.trigger_words, *info.triggers) if word]
     avoided = [phrase for phrase in avoid if isinstance(phrase, str) and phrase != "auto"]
-    return [required_terms(prompt, triggers, (*keep, *named), avoided) for prompt in prompts]
+    kept, limits = (*keep, *named), _limits(context, call)
+    return [required_terms(prompt, triggers, kept, avoided, limits) for prompt in prompts]
+
+
+def _limits(context: CallContext, call: CallArguments) -> list[TokenLimit]:
+    """Return the limits of the encoders that read the prompt; none in unknown families."""
+    try:
+        limits = token_limits(context, call)
+    except PipelineError:
+        return []
+    return [
+        limit
+        for limit in limits
+        if own_argument(limit.encoder) == "prompt" or call.get(own_argument(limit.encoder)) is None
+    ]
 
 
 def _as_list(value: Any) -> list[Any]:

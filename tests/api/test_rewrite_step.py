@@ -62,3 +62,12 @@ def test_the_arguments_of_ltx2s_step():
     assert model.chats[0].messages[0].content == "be brief"
     assert model.chats[0].seed == 3
     assert model.samplings[0].max_new_tokens == 20
+
+
+def test_a_rewriting_that_is_too_long_is_asked_again():
+    pipe = with_step()
+    model = ScriptedModel({USERS: [f"{BETTER} {' '.join(map(chr, range(97, 123)))} " * 3, BETTER]})
+    pipe.load_custom(Rewriter(model))
+    found = draw(pipe, output="rewritings", enable_prompt_enhancement=True)
+    assert [each.text for each in found] == [BETTER]
+    assert "it is too long" in model.chats[1].messages[-1].content

@@ -133,6 +133,41 @@ def test_triggers_of_concepts_are_kept_and_repaired_by_the_class_word():
     assert np.array_equal(output.images, expected)
 
 
+LONG = ", ".join(f"a dog of kind number{chr(97 + k)}" for k in range(20))
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_a_rewriting_that_is_longer_than_what_the_text_encoder_reads_is_asked_again(make):
+    pipe = make()
+    model = ScriptedModel(
+        {"dog": [LONG, "a dog on the beach"], "cat": [LONG.replace("dog", "cat")]}
+    )
+    pipe.load_custom(Rewriter(model))
+    assert draw(pipe, "a dog", rewrite=True).prompts == ["a dog on the beach"]
+    length = pipe.tokenizer.model_max_length
+    count = len(pipe.tokenizer(LONG, verbose=False).input_ids)
+    problem = f"it is too long: of its {count} tokens the text_encoder reads {length}"
+    assert problem in model.chats[1].messages[-1].content
+    with pytest.warns(UserWarning, match="'a cat' is not rewritten, as it is too long"):
+        assert draw(pipe, "a cat", rewrite=True).prompts == ["a cat"]
+
+
+def test_another_encoder_may_read_more_but_each_one_reads_triggers():
+    pipe = tiny_flux()
+    pipe.load_custom(concept(pipe))
+    late = f"{LONG}, <rex>"
+    model = ScriptedModel({"a dog": [LONG], "<rex>": [late, "<rex> on the beach"]})
+    pipe.load_custom(Rewriter(model))
+    assert draw(pipe, "a dog", rewrite=True).prompts == [LONG]
+    short = {"max_sequence_length": 40}
+    with pytest.warns(UserWarning, match="too long: .* tokens the text_encoder"):
+        assert draw(pipe, "a dog", rewrite=True, **short).prompts == ["a dog"]
+    assert draw(pipe, "<rex>", rewrite=True).prompts == ["<rex> on the beach"]
+    length = pipe.tokenizer.model_max_length
+    problem = f"<rex> is not in the first {length} tokens, which the text_encoder reads"
+    assert problem in model.chats[-1].messages[-1].content
+
+
 def test_words_that_other_arguments_name_are_kept(pipe):
     model = ScriptedModel({"dog": ["a photo of a wolf", "a photo of a dog on the beach"]})
     pipe.load_custom(Rewriter(model))

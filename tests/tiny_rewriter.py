@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from customize.rewriting.language_model import Chat, Completion, Sampling
+from customize.errors import EndpointError, PipelineError
+from customize.rewriting.language_model import AfterUse, Chat, Completion, Sampling
 from tests.tiny import qwen_tokenizer
 from tests.tiny_llm import CHAT
 
@@ -48,27 +50,32 @@ def save_tiny_llama(folder: Path, width: int = 16) -> Path:
 class ScriptedModel:
     """Answers by a table: part of the user's first message -> its answers, the last one again."""
 
-    name, digest = "script", "script"
+    name, digest, can_reload = "script", "script", False
 
-    def __init__(self, answers: Mapping[str, Sequence[str | Completion | Exception]]) -> None:
+    def __init__(
+        self, answers: Mapping[str, Sequence[str | Completion | EndpointError | PipelineError]]
+    ) -> None:
         self.answers = answers
         self.chats: list[Chat] = []
         self.samplings: list[Sampling] = []
-        self.devices: list[str] = []
+        self.uses: list[tuple[object, str]] = []
 
-    def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[Completion]:
+    def complete(
+        self, chats: Sequence[Chat], sampling: Sampling
+    ) -> list[Completion | EndpointError]:
         self.chats += chats
         self.samplings.append(sampling)
         return [self._answer(chat) for chat in chats]
 
-    def move(self, device: object) -> None:
-        self.devices.append(str(device))
+    def use(self, device: object = None, after: AfterUse = "keep") -> AbstractContextManager[None]:
+        self.uses.append((device and str(device), after))
+        return nullcontext()
 
-    def _answer(self, chat: Chat) -> Completion:
+    def _answer(self, chat: Chat) -> Completion | EndpointError:
         first = next(m.content for m in chat.messages if m.role == "user")
         rounds = sum(m.role == "assistant" for m in chat.messages)
         answers = next(found for key, found in self.answers.items() if key in first)
         answer = answers[min(rounds, len(answers) - 1)]
-        if isinstance(answer, Exception):
+        if isinstance(answer, PipelineError):
             raise answer
-        return answer if isinstance(answer, Completion) else Completion(answer, True)
+        return Completion(answer, True) if isinstance(answer, str) else answer

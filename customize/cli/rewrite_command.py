@@ -70,8 +70,10 @@ def rewrite(
     torch_device = choose_device(device, "--device")
     hide_loading_bars()
     loaded = load_rewriter(rewriter, endpoint_model)
-    loaded.model.move(torch_device)
-    rewritings = loaded.rewrite(prompts, seed=seed, keep=keep or (), n=n, temperature=temperature)
+    with loaded.model.use(torch_device):
+        rewritings = loaded.rewrite(
+            prompts, seed=seed, keep=keep or (), n=n, temperature=temperature
+        )
     for number, each in enumerate(rewritings):
         if len(prompts) > 1 and number % n == 0:
             print_line(f"{each.prompt}:", stderr=True)

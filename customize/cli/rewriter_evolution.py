@@ -135,7 +135,6 @@ def evolve(
     hide_loading_bars()
     weighted = load_rewards(weights, least, models, torch_device)
     loaded = load_rewriter(rewriter, endpoint_model)
-    loaded.model.move(torch_device)
     pipe = load_base_pipeline(base, torch_device, dtype)
     check_steps(pipe, steps)
     pipe.set_progress_bar_config(disable=True)
@@ -144,18 +143,19 @@ def evolve(
     renderer = PictureRenderer(
         pipe, weighted, output / "pictures", range(pictures), call, f"{base} {pipe.dtype}"
     )
-    populations = evolution.evolve(
-        texts,
-        loaded.model,
-        renderer,
-        output / "prompts",
-        settings,
-        loaded.instructions,
-        loaded.sampling.max_new_tokens,
-        on_round=lambda number, batch: print_line(
-            f"round {number} of {rounds}: {len(batch)} prompts", stderr=True
-        ),
-    )
+    with loaded.model.use(torch_device):
+        populations = evolution.evolve(
+            texts,
+            loaded.model,
+            renderer,
+            output / "prompts",
+            settings,
+            loaded.instructions,
+            loaded.sampling.max_new_tokens,
+            on_round=lambda number, batch: print_line(
+                f"round {number} of {rounds}: {len(batch)} prompts", stderr=True
+            ),
+        )
     write_sheet(output / "index.html", populations)
     good, pairs = write_training_data(output, populations, least, margin)
     print_line(

@@ -10,6 +10,7 @@ import ssl
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from http.client import HTTPException, responses
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ from customize.rewriting.api_key import (
 from customize.rewriting.base_url import is_local_host, normalize_base_url
 from customize.rewriting.bounded_http import MAX_RESPONSE_BYTES, Response, post
 from customize.rewriting.chat_completions import decode_completion, decode_error, encode_request
-from customize.rewriting.language_model import Chat, Completion, Sampling
+from customize.rewriting.language_model import AfterUse, Chat, Completion, Sampling
 from customize.text import plural, quote
 from customize.user_warnings import warn_user
 
@@ -60,7 +61,7 @@ class Endpoint:
 
     The key is read from the environment at each call and stored nowhere. Redirects are not
     followed, and the proxies of the environment are not used. Several chats are sent at the same
-    time, at most 4; the first one that fails ends the call.
+    time, at most 4.
 
     Args:
         base_url: Address of the server's interface, such as ``http://localhost:11434/v1``.
@@ -112,22 +113,31 @@ class Endpoint:
     def _host(self) -> str:
         return urlsplit(self.base_url).netloc
 
-    def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[Completion]:
-        """Return the completion of each chat.
+    @property
+    def can_reload(self) -> bool:
+        """True: there are no weights here."""
+        return True
+
+    def complete(
+        self, chats: Sequence[Chat], sampling: Sampling
+    ) -> list[Completion | EndpointError]:
+        """Return the completion of each chat, or why the endpoint does not complete it in time.
 
         Lone surrogates in messages and completions become U+FFFD.
-
-        Raises:
-            EndpointError: The endpoint cannot be reached, refuses the request, or answers no
-                completion in time.
         """
-        key = read_api_key(self.api_key_variable)
+        try:
+            key = read_api_key(self.api_key_variable)
+        except EndpointError as error:
+            return [error.with_traceback(None)] * len(chats)
         if key and self.base_url.startswith("http:"):
             _warn_of_plain_http(urlsplit(self.base_url).hostname or "")
 
-        def complete_chat(chat: Chat) -> Completion:
-            body = self._request(encode_request(self.model, chat, sampling), key)
-            completion = decode_completion(body, self._host)
+        def complete_chat(chat: Chat) -> Completion | EndpointError:
+            try:
+                body = self._request(encode_request(self.model, chat, sampling), key)
+                completion = decode_completion(body, self._host)
+            except EndpointError as error:
+                return error.with_traceback(None)  # whose frames have the key
             if key and len(key) >= MIN_SECRET_LENGTH:
                 text = completion.text.replace(key, KEY_REPLACEMENT)
                 return Completion(text, completion.is_complete)
@@ -138,8 +148,9 @@ class Endpoint:
         with ThreadPoolExecutor(min(MAX_CONNECTIONS, len(chats)), "endpoint") as pool:
             return list(pool.map(complete_chat, chats))
 
-    def move(self, device: object) -> None:
+    def use(self, device: object = None, after: AfterUse = "keep") -> AbstractContextManager[None]:
         """Do nothing: the model runs on its server."""
+        return nullcontext()
 
     def _request(self, request: bytes, key: str | None) -> bytes:
         """Send a request until it succeeds, and return the body of the answer."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from customize.errors import ConfigError
+from customize.errors import ConfigError, EndpointError
 from customize.text import quote
 
 Role = Literal["system", "user", "assistant"]
+
+#: What becomes of a local model's weights after a use: they stay, go to the CPU, or are freed.
+AfterUse = Literal["keep", "offload", "unload"]
 
 
 @dataclass(frozen=True)
@@ -93,16 +97,27 @@ class LanguageModel(Protocol):
     @property
     def digest(self) -> str: ...  # noqa: D102
 
-    def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[Completion]:
-        """Return the completion of each chat.
+    @property
+    def can_reload(self) -> bool:
+        """Whether weights that were freed can be loaded again; true for models without weights."""
+        ...
+
+    def complete(
+        self, chats: Sequence[Chat], sampling: Sampling
+    ) -> Sequence[Completion | EndpointError]:
+        """Return the completion of each chat, or why a server elsewhere did not complete it.
 
         The completion of a chat depends on its messages and seed, whatever other chats there are.
-
-        Raises:
-            EndpointError: The model runs elsewhere and cannot be reached, or answers no completion.
         """
         ...
 
-    def move(self, device: object) -> None:
-        """Move the weights to a device; models that run elsewhere do nothing."""
+    def use(self, device: object = None, after: AfterUse = "keep") -> AbstractContextManager[None]:
+        """Return a context that holds the weights on a device, and locks them for one thread.
+
+        Models that run elsewhere do nothing, and lock nothing.
+
+        Args:
+            device: The device; None leaves the weights where they are.
+            after: What becomes of the weights after the context.
+        """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -72,16 +73,16 @@ def load_model(
     settings = _read_settings(path)
     if instructions is not None:
         settings = TrainedSettings(instructions, settings.max_new_tokens)
-    if isinstance(path, Path) and path_exists(path / ADAPTER_CONFIG):
-        model = _load_adapter(path, base, dtype, load_in_4bit)
-    elif base is not None:
+    is_lora = isinstance(path, Path) and path_exists(path / ADAPTER_CONFIG)
+    if base is not None and not is_lora:
         raise ConfigError(
             "base= belongs to a LoRA, and the source is a whole model",
             where=source,
             fix=f"leave it out, or name a folder with {ADAPTER_CONFIG}",
         )
-    else:
-        model = _load_whole(path, dtype, load_in_4bit)
+    whole = _load_model(path, base, dtype, load_in_4bit)
+    reload = functools.partial(_load_weights, path, base, dtype, load_in_4bit)
+    model = LocalModel(whole.model, whole.tokenizer, whole.name, reload)
     model.check_words(settings.instructions.messages(""))
     return model, settings
 
@@ -157,6 +158,20 @@ def write_settings(settings: TrainedSettings) -> str:
         "max_new_tokens": settings.max_new_tokens,
     }
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def _load_model(
+    path: Path | str, base: str | Path | None, dtype: torch.dtype | None, in_4bit: bool | None
+) -> LocalModel:
+    """Load a whole model, or merge a LoRA into its base."""
+    if isinstance(path, Path) and path_exists(path / ADAPTER_CONFIG):
+        return _load_adapter(path, base, dtype, in_4bit)
+    return _load_whole(path, dtype, in_4bit)
+
+
+def _load_weights(*arguments: Any) -> Any:
+    """Return the model of transformers of :func:`_load_model`."""
+    return _load_model(*arguments).model
 
 
 def _load_whole(path: Path | str, dtype: torch.dtype | None, in_4bit: bool | None) -> LocalModel:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from customize.core.precision import full_precision
 from customize.errors import PipelineError
-from customize.rewriting.language_model import Chat, Completion, Message, Sampling
+from customize.rewriting.language_model import AfterUse, Chat, Completion, Message, Sampling
 from customize.text import plural
 
 #: Chats that are completed at once.
@@ -30,12 +31,16 @@ class LocalModel:
         model: Model of transformers with ``generate``.
         tokenizer: Its tokenizer, which has a chat template.
         name: Its name in messages.
+        load: Loads the weights again after they were freed; None: they cannot be freed. It is
+            copied and pickled with the model.
 
     Raises:
         PipelineError: The tokenizer has no chat template or no token that ends a message.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, name: str, load: Callable[[], Any] | None = None
+    ) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise PipelineError(
                 "the tokenizer of the language model has no chat template",
@@ -43,7 +48,8 @@ class LocalModel:
                 fix="load a model that was tuned to follow instructions, such as one with "
                 "'Instruct' in its name",
             )
-        self.model, self.tokenizer, self._name = model.eval(), tokenizer, name
+        self._model, self.tokenizer, self._name = model.eval(), tokenizer, name
+        self._load, self._lock = load, threading.RLock()
         self._ends = _end_tokens(model, tokenizer)
         if not self._ends:
             raise PipelineError(
@@ -52,7 +58,19 @@ class LocalModel:
                 where=name,
                 fix="set eos_token in its tokenizer_config.json",
             )
-        self._lock = threading.RLock()
+
+    @property
+    def model(self) -> Any:
+        """The model; weights that were freed are loaded again."""
+        with self._lock:
+            if self._model is None and self._load is not None:
+                self._model = self._load().eval()
+            return self._model
+
+    @property
+    def can_reload(self) -> bool:
+        """Whether weights that were freed can be loaded again."""
+        return self._load is not None
 
     @property
     def name(self) -> str:
@@ -111,11 +129,38 @@ class LocalModel:
                 result += self._complete(texts[first : first + _BATCH_SIZE], seeds, sampling)
             return result
 
-    def move(self, device: object) -> None:
-        """Move the weights to a device, once no other thread generates."""
+    @contextmanager
+    def use(self, device: object = None, after: AfterUse = "keep") -> Iterator[None]:
+        """Hold the weights on a device; other threads wait.
+
+        Args:
+            device: The device; None leaves the weights where they are.
+            after: What becomes of the weights: "keep", "offload" to the CPU, or "unload", which
+                needs :attr:`can_reload`.
+        """
         with self._lock:
-            if str(self.model.device) != str(torch.device(str(device))):
-                self.model.to(device)
+            if device is not None:
+                self._move(device)
+            try:
+                yield
+            finally:
+                if after == "unload" and self.can_reload:
+                    self._model = None
+                elif after == "offload":
+                    self._move("cpu")
+
+    def _move(self, device: object) -> None:
+        if str(self.model.device) != str(torch.device(str(device))):
+            self.model.to(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copy and pickle everything but the lock."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`__getstate__` returned."""
+        vars(self).update(state)
+        self._lock = threading.RLock()
 
     def __repr__(self) -> str:
         return f"LocalModel({self.name})"

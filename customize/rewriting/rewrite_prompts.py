@@ -59,7 +59,7 @@ def rewrite_prompts(
     instructions: Instructions,
     sampling: Sampling,
     class_words: Mapping[str, str] | None = None,
-) -> list[Rewriting]:
+) -> list[Rewriting | EndpointError]:
     """Rewrite prompts.
 
     Args:
@@ -70,21 +70,26 @@ def rewrite_prompts(
         sampling: How answers are generated.
         class_words: Trigger words of concepts -> their class word, for repairs.
 
-    Raises:
-        EndpointError: The model runs elsewhere and cannot be reached.
+    Returns:
+        The rewriting of each prompt, or why a server elsewhere did not answer.
     """
-    result: dict[int, Rewriting] = {
+    result: dict[int, Rewriting | EndpointError] = {
         index: Rewriting(required.prompt, required.prompt)
         for index, required in enumerate(requests)
         if not required.prompt.strip()
     }
     asked = [index for index in range(len(requests)) if index not in result]
     chats = [Chat(instructions.messages(requests[k].prompt), seeds[k] % _SEEDS) for k in asked]
-    answers = dict(zip(asked, model.complete(chats, sampling) if chats else (), strict=True))
+    answers: dict[int, Completion] = {}
+    for k, answer in zip(asked, model.complete(chats, sampling) if chats else (), strict=True):
+        if isinstance(answer, EndpointError):
+            result[k] = answer
+        else:
+            answers[k] = answer
     wording = " ".join((instructions.system, instructions.user))
-    problems = {k: find_answer_problems(requests[k], answers[k], wording) for k in asked}
+    problems = {k: find_answer_problems(requests[k], answers[k], wording) for k in answers}
 
-    again = [k for k in asked if problems[k]]
+    again = [k for k in answers if problems[k]]
     chats = [
         Chat(
             instructions.retry(
@@ -95,15 +100,17 @@ def rewrite_prompts(
         for k in again
     ]
     try:
-        second = model.complete(chats, sampling) if chats else []
-    except (EndpointError, PipelineError):  # a long chat; the first answers are there
+        second = list(model.complete(chats, sampling)) if chats else []
+    except PipelineError:  # a long chat; the first answers are there
         again, second = [], []
     for k, answer in zip(again, second, strict=True):
+        if isinstance(answer, EndpointError):
+            continue
         remaining = find_answer_problems(requests[k], answer, wording)
         if not remaining or not clean_answer(answers[k].text):
             answers[k], problems[k] = answer, remaining
-    for k in asked:
-        result[k] = _accept(requests[k], answers[k], problems[k], wording, class_words or {})
+    for k, answer in answers.items():
+        result[k] = _accept(requests[k], answer, problems[k], wording, class_words or {})
     return [result[index] for index in range(len(requests))]
 
 

@@ -12,23 +12,27 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.errors import ConfigError, EndpointError
 from customize.evaluation.rewards.reward import Reward
-from customize.near_names import did_you_mean
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState, StageSetting
 from customize.rewriting.instructions import Instructions
-from customize.rewriting.language_model import LanguageModel, Sampling
+from customize.rewriting.language_model import AfterUse, LanguageModel, Sampling
 from customize.rewriting.load_model import load_model
 from customize.rewriting.required_terms import RequiredTerms, required_terms
 from customize.rewriting.rewrite_prompts import Rewriting, rewrite_prompts
 from customize.stages.best_rewriting import choose_best
-from customize.stages.rewrite_checks import check_best_of, check_instructions, parse_keep
+from customize.stages.rewrite_checks import (
+    check_after_call,
+    check_best_of,
+    check_instructions,
+    parse_keep,
+)
 from customize.stages.rewrite_requests import (
     call_prompts,
     call_requests,
@@ -38,9 +42,8 @@ from customize.stages.rewrite_requests import (
 from customize.text import quote
 from customize.user_warnings import warn_user
 
-#: What becomes of a local model's weights after each rewriting.
-AfterCall = Literal["keep", "offload"]
-
+#: All that a rewriting depends on: request, seed, sampling, class words and instructions.
+_Key = tuple[RequiredTerms, int, Sampling, tuple[tuple[str, str], ...], Instructions]
 #: Number of rewritings that a setting keeps, the latest used.
 _MAX_KEPT = 4096
 #: Attributes that copies do not share.
@@ -61,7 +64,8 @@ class Rewriter(StageSetting):
         keep: Phrases that stay in every prompt that contains them, besides triggers, numbers,
             quoted text and what is excluded.
         after_call: "keep" leaves the weights on the pipeline's device; "offload" moves them to the
-            CPU before the picture is drawn.
+            CPU before the picture is drawn; "unload" frees them, and the next prompt loads them
+            again, which models of :meth:`from_pretrained` can.
         best_of: Number of rewritings of each prompt, from 1 to 64. Several are drawn, with the
             prompt itself, and the one with the highest reward is drawn again.
         reward: Reward of the pictures, such as :func:`customize.evaluation.rewards.load_reward`
@@ -79,18 +83,13 @@ class Rewriter(StageSetting):
         temperature: float = 0.0,
         max_new_tokens: int = 160,
         keep: str | Sequence[str] = (),
-        after_call: AfterCall = "keep",
+        after_call: AfterUse = "keep",
         best_of: int = 1,
         reward: Reward | None = None,
     ) -> None:
         check_instructions(instructions)
         check_best_of(best_of, reward, temperature)
-        if after_call not in get_args(AfterCall):
-            raise ConfigError(
-                f"{quote(after_call)} is none of {', '.join(get_args(AfterCall))}",
-                where="after_call",
-                fix=did_you_mean(after_call, get_args(AfterCall)) or 'give "keep" or "offload"',
-            )
+        check_after_call(after_call, model)
         self.model = model
         self.instructions = Instructions() if instructions is None else instructions
         self.sampling = Sampling(temperature, max_new_tokens)
@@ -100,8 +99,8 @@ class Rewriter(StageSetting):
         self._start()
 
     def _start(self) -> None:
-        self._lock = threading.RLock()
-        self._kept: OrderedDict[tuple[Any, ...], Rewriting] = OrderedDict()
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[_Key, Rewriting] = OrderedDict()
         self._latest: tuple[Rewriting, ...] = ()
 
     @classmethod
@@ -182,7 +181,7 @@ class Rewriter(StageSetting):
 
         Raises:
             ConfigError: A prompt is not text, or a value is out of its range.
-            EndpointError: The endpoint cannot be reached, or answers something else.
+            EndpointError: The endpoint answered for none of the prompts.
         """
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ConfigError(
@@ -195,7 +194,11 @@ class Rewriter(StageSetting):
             temperature = self.sampling.temperature or float(n > 1)
         sampling = Sampling(temperature, self.sampling.max_new_tokens)
         seeds = [seed + k for _ in texts for k in range(n)]
-        return self._rewrite(requests, seeds, sampling, {}, self.instructions)
+        found = self._rewrite(requests, seeds, sampling, {}, self.instructions)
+        errors = [each for each in found if isinstance(each, EndpointError)]
+        if len(errors) == len(found):
+            raise errors[0]
+        return leave_unanswered(requests, found)
 
     def forget(self) -> None:
         """Drop the rewritings that were kept, so that the next calls ask the model again."""
@@ -227,22 +230,17 @@ class Rewriter(StageSetting):
         device: torch.device | str,
         instructions: Instructions | None = None,
         sampling: Sampling | None = None,
-    ) -> list[Rewriting]:
+    ) -> list[Rewriting | EndpointError]:
         """Rewrite the prompts of a call, and keep them for the report."""
-        with self._lock:
-            self.model.move(device)
-            try:
-                result = self._rewrite(
-                    requests,
-                    seeds,
-                    sampling or self.sampling,
-                    class_words,
-                    instructions or self.instructions,
-                )
-            finally:
-                if self.after_call == "offload":
-                    self.model.move("cpu")
-            self._latest = tuple(result)
+        result = self._rewrite(
+            requests,
+            seeds,
+            sampling or self.sampling,
+            class_words,
+            instructions or self.instructions,
+            device,
+        )
+        self._latest = tuple(each for each in result if isinstance(each, Rewriting))
         return result
 
     def _rewrite(
@@ -252,17 +250,22 @@ class Rewriter(StageSetting):
         sampling: Sampling,
         class_words: Mapping[str, str],
         instructions: Instructions,
-    ) -> list[Rewriting]:
+        device: torch.device | str | None = None,
+    ) -> list[Rewriting | EndpointError]:
         if sampling.temperature == 0:
             seeds = [0] * len(seeds)
         words = tuple(sorted(class_words.items()))
-        keys = [
+        keys: list[_Key] = [
             (request, seed, sampling, words, instructions)
             for request, seed in zip(requests, seeds, strict=True)
         ]
-        with self._lock:
-            new = dict.fromkeys(key for key in keys if key not in self._kept)
-            found = rewrite_prompts(
+        found: dict[_Key, Rewriting | EndpointError] = {**self._find_kept(keys)}
+        if all(key in found for key in keys):
+            return [found[key] for key in keys]
+        with self.model.use(device, self.after_call):
+            found.update(self._find_kept(keys))  # another thread may have asked meanwhile
+            new = list(dict.fromkeys(key for key in keys if key not in found))
+            answers = rewrite_prompts(
                 self.model,
                 [request for request, *_ in new],
                 [seed for _, seed, *_ in new],
@@ -270,13 +273,24 @@ class Rewriter(StageSetting):
                 sampling=sampling,
                 class_words=class_words,
             )
-            self._kept.update(zip(new, found, strict=True))
-            result = [self._kept[key] for key in keys]
-            for key in keys:
+            found.update(zip(new, answers, strict=True))
+            self._keep(found)
+        return [found[key] for key in keys]
+
+    def _find_kept(self, keys: Sequence[_Key]) -> dict[_Key, Rewriting]:
+        """Return the rewritings that are kept, and count them as used last."""
+        with self._lock:
+            found = {key: self._kept[key] for key in keys if key in self._kept}
+            for key in found:
                 self._kept.move_to_end(key)
+        return found
+
+    def _keep(self, found: Mapping[_Key, Rewriting | EndpointError]) -> None:
+        answered = {key: each for key, each in found.items() if isinstance(each, Rewriting)}
+        with self._lock:
+            self._kept.update(answered)
             while len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
-        return result
 
 
 @contextmanager
@@ -356,7 +370,7 @@ def rewrite_for_call(
     instructions: Instructions | None = None,
     sampling: Sampling | None = None,
 ) -> list[Rewriting]:
-    """Rewrite the prompts of a call; a warning says if an endpoint does not answer.
+    """Rewrite the prompts of a call; a warning names those that an endpoint does not answer.
 
     Args:
         context: The pipeline that is called.
@@ -369,15 +383,39 @@ def rewrite_for_call(
     infos = [attached.concept.info for attached in context.state.attached.values()]
     class_words = {info.trigger_words: info.class_word for info in infos}
     device = getattr(context.pipe, "_execution_device", None) or "cpu"
-    try:
-        return setting.rewrite_call(requests, seeds, class_words, device, instructions, sampling)
-    except EndpointError as error:
-        warn_user(f"the prompt is drawn as it is, because it could not be rewritten: {error}")
-        return [Rewriting(each.prompt, each.prompt, note=_NO_ANSWER) for each in requests]
+    found = setting.rewrite_call(requests, seeds, class_words, device, instructions, sampling)
+    return leave_unanswered(requests, found)
+
+
+def leave_unanswered(
+    requests: Sequence[RequiredTerms], found: Sequence[Rewriting | EndpointError]
+) -> list[Rewriting]:
+    """Leave each prompt that an endpoint does not answer as it is, with a warning for each reason.
+
+    Args:
+        requests: The prompts.
+        found: The rewriting of each, or why there is none.
+    """
+    result, unanswered = [], dict[str, dict[str, None]]()
+    for request, each in zip(requests, found, strict=True):
+        if isinstance(each, EndpointError):
+            unanswered.setdefault(str(each), {})[request.prompt] = None
+            each = Rewriting(request.prompt, request.prompt, note=_NO_ANSWER)
+        result.append(each)
+    for reason, prompts in unanswered.items():
+        first, count = quote(next(iter(prompts)), 80), len(prompts)
+        if count == 1:
+            text = f"the prompt {first} is drawn as it is, because it could not be rewritten"
+        else:
+            text = (
+                f"{count} prompts, such as {first}, could not be rewritten, and are drawn as given"
+            )
+        warn_user(f"{text}: {reason}")
+    return result
 
 
 def warn_about_notes(rewritings: Sequence[Rewriting]) -> None:
     """Warn about prompts whose rewriting is repaired, or that stay as they are."""
     for each in rewritings:
-        if each.note not in ("", _NO_ANSWER):  # of which rewrite_for_call has warned
+        if each.note not in ("", _NO_ANSWER):  # of which leave_unanswered has warned
             warn_user(f"the prompt {quote(each.prompt, 80)} is {each.note}")

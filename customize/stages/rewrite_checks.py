@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from customize.errors import ConfigError
 from customize.evaluation.rewards.reward import Reward
+from customize.near_names import did_you_mean
 from customize.rewriting.instructions import Instructions
+from customize.rewriting.language_model import AfterUse, LanguageModel
 from customize.text import quote
 
 
@@ -66,4 +69,25 @@ def check_best_of(best_of: int, reward: Reward | None, temperature: float) -> No
             "at a temperature of 0 all rewritings of a prompt are equal",
             where="temperature",
             fix="give temperature=1.0 with best_of=",
+        )
+
+
+def check_after_call(after_call: str, model: LanguageModel) -> None:
+    """Refuse unknown values, and to free weights that cannot be loaded again.
+
+    Raises:
+        ConfigError: The value is unknown, or does not belong to the model.
+    """
+    known = get_args(AfterUse)
+    if after_call not in known:
+        raise ConfigError(
+            f"{quote(after_call)} is none of {', '.join(known)}",
+            where="after_call",
+            fix=did_you_mean(after_call, known) or "give one of them",
+        )
+    if after_call == "unload" and not model.can_reload:
+        raise ConfigError(
+            "the weights of this language model cannot be loaded again",
+            where="after_call",
+            fix='load it by Rewriter.from_pretrained, or give after_call="offload"',
         )

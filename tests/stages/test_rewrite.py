@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -204,6 +207,48 @@ def test_an_endpoint_that_is_gone_stops_no_picture(pipe):
         rewriter.rewrite(USERS)
 
 
+def answer_by_prompt(handler):
+    """Answer two prompts, and refuse any other one."""
+    text = handler.request_body["messages"][1]["content"]
+    answers = {USERS: BETTER, "a cat": "a photo of a cat"}
+    answer = next((answers[prompt] for prompt in answers if prompt in text), None)
+    (send({}, 400) if answer is None else send(completion(answer)))(handler)
+
+
+def test_a_prompt_that_an_endpoint_refuses_is_drawn_as_it_is(pipe):
+    prompts = [USERS, "forbidden", "a cat"]
+    with serve(answer_by_prompt) as server:
+        rewriter = Rewriter.from_endpoint(server.url, "llama")
+        pipe.load_custom(rewriter)
+        with pytest.warns(UserWarning, match="the prompt 'forbidden' is drawn as it is.* 400"):
+            output = draw(pipe, prompts, rewrite=True)
+        assert output.prompts == [BETTER, "forbidden", "a photo of a cat"]
+        assert [bool(each.note) for each in output.rewritings] == [False, True, False]
+        with pytest.warns(UserWarning, match="'forbidden'"):
+            draw(pipe, prompts, rewrite=True)
+        assert len(server.requests) == 4  # the refused one was asked again
+        with pytest.warns(UserWarning, match="'forbidden'"):
+            assert [each.text for each in rewriter.rewrite(prompts)] == output.prompts
+        with pytest.raises(EndpointError, match="400"):
+            rewriter.rewrite("forbidden")
+        with pytest.warns(UserWarning, match="2 prompts, such as 'x', could not be rewritten"):
+            draw(pipe, ["x", "y", USERS], rewrite=True)
+
+
+def test_requests_to_an_endpoint_do_not_wait_for_one_another():
+    both = threading.Barrier(2, timeout=60)
+
+    def answer_together(handler):
+        both.wait()
+        send(completion(BETTER))(handler)
+
+    with serve(answer_together) as server:
+        rewriter = Rewriter.from_endpoint(server.url, "llama", timeout=60)
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(rewriter.rewrite, ["puppy", "dog"]))
+    assert [each.text for (each,) in found] == [BETTER, BETTER]
+
+
 def test_an_endpoint_rewrites(pipe):
     with serve(send(completion(BETTER))) as server:
         pipe.load_custom(Rewriter.from_endpoint(server.url, "llama"))
@@ -222,12 +267,36 @@ def test_a_local_model_rewrites(pipe, tmp_path):
     ]
 
 
-def test_weights_are_moved_to_the_pipeline_and_back(pipe):
-    for after_call, expected in (("keep", ["cpu"]), ("offload", ["cpu", "cpu"])):
+def test_weights_are_held_on_the_pipelines_device_while_a_new_prompt_is_rewritten(pipe):
+    for after_call in ("keep", "offload"):
         model = script()
         pipe.load_custom(Rewriter(model, after_call=after_call))
         draw(pipe, rewrite=True)
-        assert model.devices == expected
+        draw(pipe, rewrite=True)  # it is kept, and no weights are needed
+        assert model.uses == [("cpu", after_call)]
+
+
+def test_weights_are_freed_and_loaded_again(tmp_path):
+    save_tiny_llama(tmp_path)
+    kept = Rewriter.from_pretrained(tmp_path, max_new_tokens=8)
+    freed = Rewriter.from_pretrained(tmp_path, max_new_tokens=8, after_call="unload")
+    weights = weakref.ref(freed.model.model)
+    for prompt in (USERS, "a cat"):
+        assert freed.rewrite(prompt) == kept.rewrite(prompt)
+        gc.collect()
+        assert weights() is None
+    assert freed.model.digest == kept.model.digest
+    with pytest.raises(ConfigError, match="cannot be loaded again"):
+        Rewriter(script(), after_call="unload")
+
+
+def test_a_pipeline_with_a_local_rewriter_is_copied(tmp_path):
+    pipe = tiny_sd()
+    pipe.load_custom(Rewriter.from_pretrained(save_tiny_llama(tmp_path), max_new_tokens=8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its random weights
+        expected = draw(pipe, rewrite=True)
+        assert draw(copy.deepcopy(pipe), rewrite=True).prompts == expected.prompts
 
 
 def test_copies_and_pickles_have_the_settings():

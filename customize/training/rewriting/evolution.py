@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from customize.atomic import write_atomic
 from customize.concepts.io.data_files import read_json_file
-from customize.errors import ConfigError, PipelineError
+from customize.errors import ConfigError, EndpointError, PipelineError
 from customize.rewriting.clean_answer import clean_answer
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Chat, LanguageModel, Message, Sampling
@@ -214,6 +214,8 @@ def _write_children(
     wording = " ".join((instructions.system, SCORED_RULES, instructions.user))
     children: list[list[str]] = [[] for _ in populations]
     for index, answer in zip(owners, model.complete(chats, sampling), strict=True):
+        if isinstance(answer, EndpointError):
+            raise answer
         population, text = populations[index], clean_answer(answer.text)
         known = {member.text for member in population.members} | set(children[index])
         required = required_terms(population.prompt)

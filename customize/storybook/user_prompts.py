@@ -9,6 +9,7 @@ caption that a writer who knows the grammar would give.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -95,8 +96,28 @@ class UserPrompt:
     trigger: str = ""
 
 
-def random_request(rng: np.random.Generator, two: float = 0.2) -> PromptRequest:
-    """A random request; ``two`` is the probability of two things."""
+def is_held_out(request: PromptRequest) -> bool:
+    """Whether no training of a rewriter has this combination; so it is for one in eight."""
+    return zlib.crc32(repr(dataclasses.astuple(request)).encode()) % 8 == 0
+
+
+def random_request(
+    rng: np.random.Generator, two: float = 0.2, held_out: bool = False
+) -> PromptRequest:
+    """A random request.
+
+    Args:
+        rng: Random number generator.
+        two: Probability of two things.
+        held_out: Whether the combination is a held-out one, or one of the others.
+    """
+    request = _any_request(rng, two)
+    while is_held_out(request) != held_out:
+        request = _any_request(rng, two)
+    return request
+
+
+def _any_request(rng: np.random.Generator, two: float) -> PromptRequest:
     count = 2 if rng.random() < two else 1
     kinds = rng.choice(CLASSES, size=count, replace=False)
 
@@ -147,11 +168,11 @@ def write_user_prompt(
     Args:
         rng: Random number generator.
         kind: One of :data:`KINDS`.
-        held_out: Whether unseen words are the held-out ones, or the others.
+        held_out: Whether unseen words and the combination are held-out ones, or the others.
         request: What the prompt asks for; None: a random request.
         trigger: Trigger for prompts with one; empty: prompts of that kind only exclude something.
     """
-    request = request or random_request(rng, two=0.0 if kind == KINDS[-1] else 0.2)
+    request = request or random_request(rng, 0.0 if kind == KINDS[-1] else 0.2, held_out)
     if kind == KINDS[-1]:
         return _with_negation(rng, held_out, request, trigger)
     text = _WRITERS[kind](rng, request, held_out)

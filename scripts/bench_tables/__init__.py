@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scripts.bench_tables import loading, merges, references, stages, storybook, training
+from scripts.bench_tables import loading, merges, references, rewriting, stages, storybook, training
 from scripts.bench_tables.markdown import format_table
 from scripts.bench_tables.results import RESULTS, read_result
 
@@ -49,6 +49,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "reference_keys": references.reference_keys_table,
     "reference_attributes": references.reference_attributes_table,
     "reference_avoid": references.reference_avoid_table,
+    "rewriting": rewriting.rewriting_table,
+    "rewriting_kinds": rewriting.rewriting_kinds_table,
+    "rewrite_cost": rewriting.rewrite_cost_table,
     "class_preservation": training.class_preservation_table,
     "composition": training.composition_table,
     "library": loading.library_table,

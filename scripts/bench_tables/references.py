@@ -11,7 +11,7 @@ from scripts.bench_tables.results import RESULTS, Row, read_result
 _RATES = ("identity", "prompt", "composition", "leak")
 
 
-def _if_measured(name: str, table: Callable[[Sequence[Row]], str]) -> str:
+def if_measured(name: str, table: Callable[[Sequence[Row]], str]) -> str:
     if not (RESULTS / f"{name}.json").is_file():
         return f"There is no `results/{name}.json` yet."
     return table(read_result(name)["rows"])
@@ -38,7 +38,7 @@ def references_table() -> str:
         titles = [rate.capitalize() for rate in _RATES]
         return format_table(["Drawn by", "Images", *titles, "Seconds of training"], cells)
 
-    return _if_measured("references", table)
+    return if_measured("references", table)
 
 
 def _cost_table(part: str, head: Sequence[str], columns: Sequence[str]) -> str:
@@ -50,7 +50,7 @@ def _cost_table(part: str, head: Sequence[str], columns: Sequence[str]) -> str:
         ]
         return format_table(head, cells)
 
-    return _if_measured("reference_cost", table)
+    return if_measured("reference_cost", table)
 
 
 def reference_reading_table() -> str:
@@ -84,7 +84,7 @@ def reference_attributes_table() -> str:
         cells = [[_rate_cell(row.get(column)) for column in ordered] for row in rows]
         return format_table([c.capitalize().replace("_", " ") for c in ordered], cells, len(texts))
 
-    return _if_measured("reference_attributes", table)
+    return if_measured("reference_attributes", table)
 
 
 def reference_avoid_table() -> str:
@@ -103,7 +103,7 @@ def reference_avoid_table() -> str:
         titles = [rate.capitalize() for rate in rates]
         return format_table(["Avoided", "Drawn by", *titles], cells, 2)
 
-    return _if_measured("reference_avoid", table)
+    return if_measured("reference_avoid", table)
 
 
 def _rate_cell(value: Any) -> str:

@@ -36,6 +36,12 @@ class RewriterTrainConfig(SettingsModel):
         description="sft: rewritings are learned; dpo: rewritings are preferred to others"
     )
 
+    system: str | None = Field(
+        default=None,
+        max_length=10_000,
+        description="System message of the chats, empty for none (default: the model's)",
+    )
+
     # LoRA
     rank: int = Field(default=8, ge=1, le=1024, description="Rank of the LoRA, 1 or more")
     alpha: float = Field(default=16.0, gt=0, description="LoRA alpha; the scale is alpha / rank")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ def train_rewriter(config: RewriterTrainConfig) -> Path:
     trainers = _import_trl()
     rows = read_rows(config.data, config.method)
     model, whole, settings, is_lora = load_trainable(config.model)
+    if config.system is not None:
+        instructions = replace(settings.instructions, system=config.system)
+        settings = replace(settings, instructions=instructions)
     tokenizer = whole.tokenizer
     texts = as_texts(rows, config.method, settings.instructions, whole)
     _check_lengths(texts, tokenizer, config)

@@ -112,6 +112,12 @@ def test_preferences_raise_the_chosen_over_the_rejected(model, supervised, tmp_p
     assert not (trained / "ref").exists()
 
 
+def test_a_system_message_of_its_own_goes_with_the_lora(model, tmp_path):
+    data = sft_rows(tmp_path / "rows.jsonl")
+    folder = train_rewriter(config(model, data, tmp_path / "lora", epochs=1, system="be brief"))
+    assert load_model(folder)[1].instructions == Instructions("be brief", "{prompt}:")
+
+
 def test_preferences_without_supervised_training(model, tmp_path):
     data = dpo_rows(tmp_path / "rows.jsonl")
     trained = train_rewriter(config(model, data, tmp_path / "dpo", method="dpo"))

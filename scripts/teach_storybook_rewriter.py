@@ -1,0 +1,117 @@
+"""Teach a language model what the bundled base likes: `python scripts/teach_storybook_rewriter.py`.
+
+The stages of Prompt-A-Video, each a command of `customize`, which is printed:
+
+1. evolution: a writer rewrites prompts in rounds, and a CLIP scores their pictures (`--reward`, see
+   scripts/train_storybook_clip.py);
+2. sft: the student learns the best rewritings;
+3. dpo-1, dpo-2: it learns from pairs of its own rewritings, drawn and scored anew each time;
+4. dpo-alone: preferences without supervised training, from the pairs of the evolution.
+
+Run the script again to resume. The LoRA of each stage is in `--folder`, with settings and losses
+(training.json).
+
+    python scripts/teach_storybook_rewriter.py --folder runs/teach \
+        --student runs/storybook-rewriter/model
+    python scripts/teach_storybook_rewriter.py --folder runs/teach-smollm2 \
+        --student smollm2-135m-instruct --evolution runs/teach/evolution --system ""
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from customize.atomic import write_atomic
+from customize.evaluation.storybook_rates import GUIDANCE
+from customize.storybook.bundled_assets import assets_folder
+from storybook_rewriter.study_prompts import training_prompts
+
+STEPS = 8  # sampling steps, enough for the reward
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/teach-rewriter"))
+    parser.add_argument("--student", default=str(assets_folder() / "rewriter"))
+    parser.add_argument("--writer", help="model that evolves prompts (default: the student)")
+    parser.add_argument("--evolution", type=Path, help="finished evolution to learn from")
+    parser.add_argument("--reward", type=Path, default=Path("runs/storybook-clip/model"))
+    parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
+    parser.add_argument("--prompts", type=int, default=240)
+    parser.add_argument("--own-prompts", type=int, help="prompts of dpo-1 and dpo-2 (default: all)")
+    parser.add_argument("--children", type=int, default=4, help="rewritings of a prompt and round")
+    parser.add_argument("--margin", type=float, default=1.0)
+    parser.add_argument("--sft-rate", type=float, default=2e-3)
+    parser.add_argument("--dpo-rate", type=float, default=5e-4)
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--system", help="system message of the chats (default: the student's)")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+
+    evolution = args.evolution
+    if evolution is None:
+        evolution = args.folder / "evolution"
+        evolve(args, args.writer or args.student, evolution, args.prompts, rounds=2)
+    train(args, "sft", args.student, evolution / "good.jsonl", "sft", args.sft_rate)
+    before = args.folder / "sft"
+    own = args.own_prompts or args.prompts
+    for stage in ("dpo-1", "dpo-2"):
+        samples = args.folder / f"{stage}-samples"
+        evolve(args, str(before), samples, own, rounds=1)
+        train(args, "dpo", str(before), samples / "pairs.jsonl", stage, args.dpo_rate)
+        before = args.folder / stage
+    train(args, "dpo", args.student, evolution / "pairs.jsonl", "dpo-alone", args.dpo_rate)
+
+
+def evolve(args: argparse.Namespace, writer: str, output: Path, count: int, rounds: int) -> None:
+    """Evolve the first training prompts; pictures that an earlier stage drew are drawn once."""
+    if (output / "pairs.jsonl").is_file():
+        return
+    prompts = args.folder / f"prompts-{count}.txt"
+    texts = [prompt.text for prompt in training_prompts(count)]
+    write_atomic(prompts, ("\n".join(texts) + "\n").encode())
+    pictures = args.folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / "pictures").exists():
+        (output / "pictures").symlink_to(pictures.resolve())
+    flags = {"base": args.base, "prompts": prompts, "rewriter": writer, "output": output}
+    flags |= {"reward": "clip=1", "reward-model": f"clip={args.reward}", "margin": args.margin}
+    flags |= {"rounds": rounds, "children": args.children, "parents": 2, "operator": "rewrite"}
+    flags |= {"pictures": 1, "steps": STEPS, "guidance": GUIDANCE}
+    run("evolve", flags)
+
+
+def train(
+    args: argparse.Namespace, method: str, model: str, data: Path, stage: str, rate: float
+) -> None:
+    """Train a LoRA."""
+    output = args.folder / stage
+    if (output / "training.json").is_file():
+        return
+    flags = {"model": model, "method": method, "data": data, "output": output}
+    flags |= {"learning-rate": rate, "epochs": args.epochs, "max-length": 512}
+    if args.system is not None:
+        flags["system"] = args.system
+    run("train", flags)
+
+
+def run(command: str, flags: dict[str, object]) -> None:
+    """Run a command of `customize rewriter`."""
+    words = ["customize", "rewriter", command]
+    words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    print(shlex.join(words), flush=True)
+    started = time.time()
+    subprocess.run([sys.executable, "-m", *words], check=True)
+    print(f"{(time.time() - started) / 60:.1f} min", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,58 +6,21 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from customize.errors import ConfigError, PipelineError
-from customize.near_names import suggest_names
+from customize.base.standard_pipeline import load_standard_pipeline
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = ("float32", "float16", "bfloat16")
-
 
 def load_base_pipeline(
-    base: str,
-    device: torch.device,
-    dtype: str | None = None,
-    *,
-    move: bool = True,
-    variant: str | None = None,
-    config: str | None = None,
+    base: str, device: torch.device, dtype: str | None = None, **kwargs: Any
 ) -> Any:
-    """Load a complete diffusers pipeline from safetensors files.
+    """Load a base pipeline without progress bars.
 
-    Args:
-        base: Folder, hub id or single .safetensors file.
-        device: Device that the pipeline will run on.
-        dtype: One of :data:`DTYPES`; None: float32 on a CPU, else float16.
-        move: Whether to move the pipeline to the device; a memory plan needs it on the CPU.
-        variant: Variant of the weight files, such as ``"fp16"``.
-        config: Folder or hub id of the pipeline whose configuration a single file uses.
-
-    Raises:
-        ConfigError: The dtype, the variant or the configuration is invalid.
-        PipelineError: The base cannot be loaded, or exists in diffusers as a modular pipeline only.
+    Args and errors: see :func:`customize.base.standard_pipeline.load_standard_pipeline`.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(
-            f"unknown dtype {dtype}", where="--dtype", fix=suggest_names(dtype, DTYPES)
-        )
-    import torch
-
-    from customize.base.load_pipeline import load_pipeline
-    from customize.families import family_of
-
     hide_loading_bars()
-    name = dtype or ("float32" if device.type == "cpu" else "float16")
-    pipe = load_pipeline(base, getattr(torch, name), variant=variant, config=config)
-    if family_of(pipe.components).modular_only:
-        raise PipelineError(
-            "commands support standard pipelines only, and diffusers implements this model as a "
-            "modular pipeline",
-            where=f"base: {base}",
-            fix="use it in Python, with the lines of the concept's README.md",
-        )
-    return pipe.to(device) if move else pipe
+    return load_standard_pipeline(base, device, dtype, **kwargs)
 
 
 def hide_loading_bars() -> None:
@@ -67,21 +30,6 @@ def hide_loading_bars() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-def check_steps(pipe: Any, steps: int | None) -> None:
-    """Check that the scheduler has at least as many timesteps as sampling steps are requested.
-
-    Raises:
-        ConfigError: The scheduler has fewer timesteps.
-    """
-    limit = pipe.scheduler.config.get("num_train_timesteps")
-    if steps is not None and limit is not None and steps > limit:
-        raise ConfigError(
-            f"{steps} sampling steps exceed the scheduler's {limit} timesteps",
-            where="--steps",
-            fix=f"choose at most {limit}; 25 to 50 are usual",
-        )
 
 
 def python_snippet(

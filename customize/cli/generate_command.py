@@ -250,8 +250,9 @@ def generate_images(
 
     from customize import Decor
     from customize.base.device import choose_device
+    from customize.base.standard_pipeline import check_steps
     from customize.cli import generated_images, generation_checks
-    from customize.cli.base_pipeline import check_steps, load_base_pipeline
+    from customize.cli.base_pipeline import load_base_pipeline
     from customize.cli.concept_flags import parse_weights, rename_concepts
     from customize.cli.output_files import storage_errors
     from customize.cli.reference_flags import check_base, read_references

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from customize.base.device import choose_device
-from customize.cli.base_pipeline import check_steps, load_base_pipeline
+from customize.base.standard_pipeline import check_steps
+from customize.cli.base_pipeline import load_base_pipeline
 from customize.cli.concept_flags import parse_weight_list
 from customize.cli.output_files import check_output_file, write_json
 from customize.cli.sample_files import read_samples

@@ -20,6 +20,8 @@ GROUPS = {
     "model": "Model and data",
     "rank": "LoRA",
     "epochs": "Optimization",
+    "base": "Pictures and rewards (grpo)",
+    "num_generations": "Sampled rewritings (grpo)",
     "mixed_precision": "Precision and device",
     "checkpoint_every": "Checkpoints",
 }
@@ -48,6 +50,12 @@ def train(config: Path | None, settings: dict[str, Any]) -> None:
         --data good.jsonl --output rewriter/sft
     customize rewriter train --model rewriter/sft --method dpo \
         --data pairs.jsonl --output rewriter/dpo
+
+    Or online: rewritings are sampled, drawn and scored as it goes.
+
+    customize rewriter train --model rewriter/sft --method grpo \
+        --data prompts.txt --base BASE --reward clip=10 \
+        --output rewriter/grpo
 
     To resume an interrupted run, run the same command again.
     """

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from customize.cli.interrupts import on_interrupt
 from customize.cli.shared_options import BaseModel, Device, Dtype, EndpointModel
-from customize.errors import ConfigError, DataError
+from customize.errors import ConfigError
 
 if TYPE_CHECKING:
-    from customize.evaluation.rewards.weighted_sum import WeightedSum
     from customize.training.rewriting.evolution import Population
 
 
@@ -112,13 +111,14 @@ def evolve(
         --rewriter MODEL --reward clip=1 --output evolution
     """
     from customize.base.device import choose_device
-    from customize.cli.base_pipeline import check_steps, hide_loading_bars, load_base_pipeline
+    from customize.cli.base_pipeline import hide_loading_bars
     from customize.cli.rewriter_source import check_rewriter_flags, load_rewriter
     from customize.cli.terminal import print_line
     from customize.concepts.io.output_folder import check_writable
     from customize.training.rewriting import evolution
     from customize.training.rewriting.evolution_sheet import write_sheet
-    from customize.training.rewriting.picture_renderer import PictureRenderer
+    from customize.training.rewriting.load_renderer import RendererSettings, load_renderer
+    from customize.training.rewriting.rows import read_prompts
 
     check_rewriter_flags(rewriter, endpoint_model, "--rewriter")
     texts = read_prompts(prompts)
@@ -133,16 +133,11 @@ def evolve(
     check_writable(output)
     torch_device = choose_device(device, "--device")
     hide_loading_bars()
-    weighted = load_rewards(weights, least, models, torch_device)
-    loaded = load_rewriter(rewriter, endpoint_model)
-    pipe = load_base_pipeline(base, torch_device, dtype)
-    check_steps(pipe, steps)
-    pipe.set_progress_bar_config(disable=True)
-    call: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-    call = {name: value for name, value in call.items() if value is not None}
-    renderer = PictureRenderer(
-        pipe, weighted, output / "pictures", range(pictures), call, f"{base} {pipe.dtype}"
+    drawing = RendererSettings(
+        base, weights, least, models, range(pictures), steps, guidance, dtype
     )
+    renderer = load_renderer(drawing, output / "pictures", torch_device)
+    loaded = load_rewriter(rewriter, endpoint_model)
     with loaded.model.use(torch_device):
         populations = evolution.evolve(
             texts,
@@ -161,28 +156,6 @@ def evolve(
     print_line(
         f"Wrote index.html, good.jsonl ({good} prompts) and pairs.jsonl ({pairs} pairs) to {output}"
     )
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the lines of a text file that are not empty.
-
-    Raises:
-        DataError: It cannot be read, or has no prompts.
-    """
-    from customize.safe_read import MAX_TEXT_BYTES, read_bytes
-
-    try:
-        text = read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError("it is not UTF-8 text", where=path, fix="save it as UTF-8") from error
-    except OSError as error:
-        raise DataError(
-            f"it cannot be read: {error.strerror or error}", where=path, fix="check the path"
-        ) from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise DataError("it has no prompts", where=path, fix="write a prompt in each line")
-    return lines
 
 
 def split_pair(text: str, flag: str) -> tuple[str, str]:
@@ -213,29 +186,6 @@ def parse_numbers(texts: Sequence[str], flag: str) -> dict[str, float]:
                 f"{value!r} is no number", where=f"{flag} {text}", fix="write for example clip=1"
             ) from None
     return result
-
-
-def load_rewards(
-    weights: dict[str, float], floors: dict[str, float], models: dict[str, str], device: Any
-) -> WeightedSum:
-    """Load the rewards of a weighted sum.
-
-    Raises:
-        ConfigError: A name is unknown, or a model or floor belongs to no weight.
-        PipelineError: A model cannot be loaded.
-    """
-    from customize.evaluation.rewards.registry import load_reward
-    from customize.evaluation.rewards.weighted_sum import WeightedSum
-
-    for name in models:
-        if name not in weights:
-            raise ConfigError(
-                f"the model {models[name]} belongs to no --reward",
-                where=f"--reward-model {name}",
-                fix=f"add --reward {name}=1",
-            )
-    loaded = {name: load_reward(name, models.get(name), device) for name in weights}
-    return WeightedSum(weights, floors, loaded)
 
 
 def write_training_data(

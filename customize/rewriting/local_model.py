@@ -92,6 +92,16 @@ class LocalModel:
         """The token that ends an answer."""
         return str(self.tokenizer.eos_token or self.tokenizer.decode([min(self._ends)]))
 
+    def count_tokens(self, text: str) -> int:
+        """Return the number of tokens of a text, with those that the tokenizer adds."""
+        return len(self.tokenizer(text).input_ids)
+
+    def read_answer(self, tokens: Sequence[int]) -> Completion:
+        """Return the completion that generated tokens are, up to the token that ends it."""
+        end = next((k for k, token in enumerate(tokens) if token in self._ends), None)
+        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        return Completion(text, is_complete=end is not None)
+
     def check_words(self, messages: Sequence[Message]) -> None:
         """Refuse texts that the tokenizer cannot hold.
 
@@ -240,12 +250,7 @@ class LocalModel:
             eos_token_id=sorted(self._ends),
             pad_token_id=padding,
         )[:, length:].tolist()
-        return [self._completion(answer) for answer in answers]
-
-    def _completion(self, answer: Sequence[int]) -> Completion:
-        end = next((k for k, token in enumerate(answer) if token in self._ends), None)
-        text = self.tokenizer.decode(answer[:end], skip_special_tokens=True)
-        return Completion(text, is_complete=end is not None)
+        return [self.read_answer(answer) for answer in answers]
 
 
 class SeededSampling(LogitsProcessor):

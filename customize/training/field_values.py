@@ -21,8 +21,10 @@ def normalize_value(name: str, value: Any, types: Sequence[Any]) -> Any:
         value: Its value.
         types: The setting's possible types.
     """
-    if name == "preserve":
-        return parse_weights(value)
+    if dict[str, float] in types:
+        return parse_weights(value, "class_text=1,output=0.5" if name == "preserve" else "clip=1")
+    if dict[str, str] in types:
+        return parse_names(value)
     if isinstance(value, bool) and bool not in types:
         if name == "mixed_precision" and not value:
             return "no"  # YAML 1.1 reads a plain no as false
@@ -97,10 +99,14 @@ def check_text(text: str) -> None:
         raise ValueError("has control characters")
 
 
-def parse_weights(value: Any) -> Any:
+def parse_weights(value: Any, example: str) -> Any:
     """Parse weights from a shell, ``["a=1,b=.5"]``, to a mapping; ``none`` gives an empty one.
 
     Other values, such as mappings, are returned unchanged.
+
+    Args:
+        value: The value.
+        example: An example for the error.
     """
     if isinstance(value, str):
         value = [value]
@@ -112,11 +118,29 @@ def parse_weights(value: Any) -> Any:
         if name.lower() in ("none", "null") and not equals:
             continue
         if not name or not weight:
-            raise ValueError("should be names with weights, such as class_text=1,output=0.5")
+            raise ValueError(f"should be names with weights, such as {example}")
         if name in weights:
             raise ValueError(f"gives {name} more than one weight")
         weights[name] = weight
     return weights
+
+
+def parse_names(value: Any) -> Any:
+    """Parse names from a shell, ``["a=x", "b=y"]``, to a mapping; values may have commas.
+
+    Other values, such as mappings, are returned unchanged.
+    """
+    if value is None or not isinstance(value, str | list | tuple):
+        return {} if value is None else value
+    names: dict[str, str] = {}
+    for pair in [value] if isinstance(value, str) else map(str, value):
+        name, _, text = (part.strip() for part in pair.partition("="))
+        if not name or not text:
+            raise ValueError("should be names with values, such as clip=folder")
+        if name in names:
+            raise ValueError(f"gives {name} more than one value")
+        names[name] = text
+    return names
 
 
 def contains_trigger(text: str, trigger: str) -> bool:

@@ -61,7 +61,7 @@ def test_bad_flags_are_refused(run: Run, world: World, clip: str, tmp_path: Path
         ((), "none is named"),
         ((*model, "--reward", "clip"), "invalid value"),
         ((*model, "--reward", "clip=much"), "is no number"),
-        ((*model, "--reward-model", "blip=x"), "belongs to no --reward"),
+        ((*model, "--reward-model", "blip=x"), "belongs to no reward"),
         ((*model, "--floor", "blip_itm=1"), "has no weight"),
         ((*model, "--operator", "cross"), "unknown operator"),
     ):

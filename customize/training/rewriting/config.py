@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from customize.safe_read import as_path
+from customize.training import field_values
+from customize.training.config_validation import Problem, join_problems
+from customize.training.field_values import format_value
+from customize.training.rewriting.methods import METHODS
 from customize.training.settings_file import read_yaml
 from customize.training.settings_model import SettingsModel, build_settings
 
-#: Method -> default learning rate: those of Prompt-A-Video's libraries (llama-recipes, trl 0.x).
-LEARNING_RATES = {"sft": 1e-4, "dpo": 5e-5}
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+
+#: Settings that not all methods have.
+_SPECIAL = {"beta", *(name for method in METHODS.values() for name in method.settings)}
+
+
+def _check_base(base: str | None) -> str | None:
+    return base if base is None else field_values.check_not_pickle(base)
 
 
 class RewriterTrainConfig(SettingsModel):
@@ -28,12 +41,13 @@ class RewriterTrainConfig(SettingsModel):
         " training goes on"
     )
     data: Path = Field(
-        description='.jsonl file with {"prompt": ..., "text": ...} in each line for sft, and'
-        ' {"prompt": ..., "chosen": ..., "rejected": ...} for dpo'
+        description=".jsonl file; the fields of each line are "
+        + ", ".join(f"{' '.join(method.fields)} ({name})" for name, method in METHODS.items())
+        + ". Prompts alone may be lines of a .txt file"
     )
     output: Path = Field(description="Output folder for the LoRA and its checkpoints")
-    method: Literal["sft", "dpo"] = Field(
-        description="sft: rewritings are learned; dpo: rewritings are preferred to others"
+    method: MethodName = Field(
+        description="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
     )
 
     system: str | None = Field(
@@ -48,7 +62,9 @@ class RewriterTrainConfig(SettingsModel):
 
     # Optimization
     epochs: float = Field(default=3.0, gt=0, le=1000, description="Passes over the data")
-    batch_size: int = Field(default=8, ge=1, le=4096, description="Rows of a batch, 1 or more")
+    batch_size: int = Field(
+        default=8, ge=1, le=4096, description="Rows of a batch, 1 or more; prompts in grpo"
+    )
     gradient_accumulation: int = Field(
         default=1, ge=1, le=4096, description="Batches of an optimizer step, 1 or more"
     )
@@ -56,16 +72,68 @@ class RewriterTrainConfig(SettingsModel):
         default=None,
         gt=0,
         le=1,
-        description="Learning rate (default: the method's, 1e-4 in sft, 5e-5 in dpo)",
+        description="Learning rate (default: "
+        + ", ".join(f"{method.learning_rate:g} in {name}" for name, method in METHODS.items())
+        + ")",
     )
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="Share of the steps with a rising learning rate"
     )
-    beta: float = Field(
-        default=0.1, gt=0, le=10, description="Weight of the distance to the reference model (dpo)"
+    beta: float | None = Field(
+        default=None,
+        gt=0,
+        le=10,
+        description="Weight of the distance to the reference model (default: "
+        + ", ".join(f"{each.beta:g} in {each.name}" for each in METHODS.values() if each.beta)
+        + ")",
     )
     max_length: int = Field(
         default=1024, ge=16, le=65536, description="Most tokens of a row; longer ones are refused"
+    )
+
+    # Pictures and rewards of online training
+    base: str | None = Field(
+        default=None,
+        description="Base pipeline that draws: a folder, a hub id or a .safetensors checkpoint",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        default=None, description="dtype of the base (default: float32 on a CPU, else float16)"
+    )
+    reward: dict[str, float] = Field(
+        default={},
+        description="Rewards of a picture and their weights, such as clip=10,aesthetic=1",
+    )
+    reward_model: dict[str, str] = Field(
+        default={}, description="Folder or hub id of a reward's model (default: the usual one)"
+    )
+    floor: dict[str, float] = Field(
+        default={}, description="Least reward of a rewriting that is made likelier"
+    )
+    pictures: int = Field(
+        default=2, ge=1, le=64, description="Pictures of each rewriting, with seeds from 0"
+    )
+    sampling_steps: int | None = Field(
+        default=None, ge=1, le=1000, description="Sampling steps (default: the pipeline's)"
+    )
+    guidance: float | None = Field(
+        default=None, ge=0, le=100, description="Guidance scale (default: the pipeline's)"
+    )
+
+    # Sampling of rewritings in online training
+    num_generations: int = Field(
+        default=8, ge=2, le=256, description="Rewritings of a prompt in each step, 2 or more"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, le=2, description="Temperature of the rewritings, up to 2"
+    )
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, le=4096, description="Most tokens of a rewriting (default: the model's)"
+    )
+    penalty: float = Field(
+        default=1.0,
+        ge=0,
+        le=1e6,
+        description="How much less than the worst of its group an unfaithful rewriting earns",
     )
 
     # Precision and device
@@ -96,7 +164,40 @@ class RewriterTrainConfig(SettingsModel):
     @property
     def rate(self) -> float:
         """The learning rate."""
-        return self.learning_rate or LEARNING_RATES[self.method]
+        return self.learning_rate or METHODS[self.method].learning_rate
+
+    @property
+    def reference_weight(self) -> float | None:
+        """The weight of the distance to the reference model; None: the method has none."""
+        default = METHODS[self.method].beta
+        return default if default is None or self.beta is None else self.beta
+
+    def used(self) -> dict[str, Any]:
+        """Return the settings that the method has, as JSON."""
+        method = METHODS[self.method]
+        unused = _SPECIAL - set(method.settings)
+        values = {n: v for n, v in self.model_dump(mode="json").items() if n not in unused}
+        return values if method.beta is None else {**values, "beta": self.reference_weight}
+
+    _check_base = field_validator("base")(_check_base)
+    _expand_home = field_validator("data", "output")(field_values.expand_home)
+
+    @model_validator(mode="after")
+    def _check_method(self) -> RewriterTrainConfig:
+        method, problems = METHODS[self.method], []
+        has = {*method.settings, *(["beta"] if method.beta is not None else [])}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in method.required and not value:
+                problems.append(
+                    Problem(name, f"{name} is missing", f"set {name}. {field.description}")
+                )
+            if name in _SPECIAL - has and value != field.default:
+                text = f"{name} is {format_value(value)}: method {self.method} does not use it"
+                problems.append(Problem(name, text, f"leave {name} out"))
+        if problems:
+            raise join_problems(problems)
+        return self
 
 
 def load_rewriter_config(path: str | Path | None, **settings: Any) -> RewriterTrainConfig:

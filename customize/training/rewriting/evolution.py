@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from customize.atomic import write_atomic
 from customize.concepts.io.data_files import read_json_file
-from customize.errors import ConfigError, EndpointError, PipelineError
+from customize.errors import ConfigError, EndpointError
 from customize.rewriting.clean_answer import clean_answer
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Chat, LanguageModel, Message, Sampling
@@ -27,7 +27,7 @@ from customize.rewriting.preference_pairs import Candidate
 from customize.rewriting.required_terms import required_terms
 from customize.rewriting.rewrite_prompts import find_answer_problems
 from customize.text import quote
-from customize.training.rewriting.picture_renderer import Job, Rating, Renderer, short_hash
+from customize.training.rewriting.picture_renderer import Job, Renderer, short_hash, try_render
 
 #: Ends the system message where the model sees scored predecessors.
 SCORED_RULES = """
@@ -248,12 +248,9 @@ def _score(
         for population, texts in zip(populations, children, strict=True)
         for text in texts
     ]
-    try:
-        ratings = renderer([job for _, job in jobs]) if jobs else []
-    except PipelineError as error:
-        if number == 0:  # no reward works at all
-            raise
-        ratings = [Rating(None, {}, False, failure=str(error))] * len(jobs)
+    drawn = [job for _, job in jobs]
+    # Failures of the first round are raised: probably no reward works at all.
+    ratings = renderer(drawn) if number == 0 else try_render(renderer, drawn)
     for (population, job), rating in zip(jobs, ratings, strict=True):
         population.members.append(
             Member(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from customize.atomic import write_atomic
-from customize.errors import ConfigError
+from customize.errors import ConfigError, PipelineError
 from customize.evaluation.rewards.weighted_sum import WeightedSum
 from customize.safe_read import open_regular
 
@@ -169,6 +169,14 @@ class PictureRenderer:
             bool(scores.passes[rows].all()),
             tuple(pictures),
         )
+
+
+def try_render(renderer: Renderer, jobs: Sequence[Job]) -> list[Rating]:
+    """Return the rating of each job: one without a total where no picture was scored."""
+    try:
+        return renderer(jobs) if jobs else []
+    except PipelineError as error:
+        return [Rating(None, {}, False, failure=str(error))] * len(jobs)
 
 
 def short_hash(*parts: object) -> str:

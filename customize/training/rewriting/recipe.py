@@ -1,8 +1,6 @@
-"""The recipe: a LoRA of a language model, trained by trl on rows of prompts and rewritings.
+"""The recipe: a LoRA of a language model, trained by trl to rewrite prompts.
 
-Supervised training maximizes the likelihood of the rewriting. Preference optimization (DPO, arXiv
-2305.18290) raises it above that of the rejected one, relative to the model at the start: a LoRA
-that is trained on goes on with its own copy as the reference, so a second round needs no merge.
+How it is trained is one of :data:`customize.training.rewriting.methods.METHODS`.
 """
 
 from __future__ import annotations
@@ -18,11 +16,13 @@ from typing import Any
 import torch
 
 from customize.atomic import write_atomic
-from customize.errors import ConfigError, PipelineError, SettingsError, TrainingError
+from customize.errors import PipelineError, SettingsError, TrainingError
 from customize.rewriting.load_model import SETTINGS_FILE, load_trainable, write_settings
 from customize.safe_read import MAX_TEXT_BYTES, read_bytes, read_json
 from customize.training.rewriting.config import RewriterTrainConfig
-from customize.training.rewriting.rows import MAX_BYTES, as_texts, read_rows
+from customize.training.rewriting.methods import METHODS
+from customize.training.rewriting.methods.method import RewriterRun
+from customize.training.rewriting.rows import MAX_BYTES, read_rows
 
 #: The settings and losses of a training, beside its LoRA.
 FACTS_FILE = "training.json"
@@ -41,15 +41,16 @@ def train_rewriter(config: RewriterTrainConfig) -> Path:
         SettingsError: The output folder has checkpoints of other settings.
         PipelineError: trl is not installed.
     """
-    trainers = _import_trl()
-    rows = read_rows(config.data, config.method)
+    _check_trl()
+    method = METHODS[config.method]
+    rows = read_rows(config.data, method.fields)
     model, whole, settings, is_lora = load_trainable(config.model)
     if config.system is not None:
         instructions = replace(settings.instructions, system=config.system)
         settings = replace(settings, instructions=instructions)
-    tokenizer = whole.tokenizer
-    texts = as_texts(rows, config.method, settings.instructions, whole)
-    _check_lengths(texts, tokenizer, config)
+    if config.max_new_tokens is not None:
+        settings = replace(settings, max_new_tokens=config.max_new_tokens)
+    parts = method.prepare(RewriterRun(config, rows, whole, settings))
     output, described = config.output, _describe(config)
     resumed = _check_output(config, described)
 
@@ -63,12 +64,13 @@ def train_rewriter(config: RewriterTrainConfig) -> Path:
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(config.seed)
-    trainer = trainers[config.method](
+    trainer = parts.trainer(
         model=model,
-        args=_arguments(trainers, config),
-        train_dataset=Dataset.from_list(texts),
-        processing_class=tokenizer,
+        args=parts.arguments(**{**_arguments(config), **parts.options}),
+        train_dataset=Dataset.from_list(parts.texts),
+        processing_class=whole.tokenizer,
         peft_config=None if is_lora else lora,
+        **parts.keywords,
     )
     result = trainer.train(resume_from_checkpoint=resumed)
     if not torch.isfinite(torch.tensor(result.training_loss)):
@@ -76,70 +78,51 @@ def train_rewriter(config: RewriterTrainConfig) -> Path:
             f"the loss is {result.training_loss}", where=output, fix="lower learning_rate"
         )
     trainer.model.save_pretrained(str(output), selected_adapters=["default"])
-    tokenizer.save_pretrained(str(output))
+    whole.tokenizer.save_pretrained(str(output))
     write_atomic(output / SETTINGS_FILE, write_settings(settings).encode())
     facts = {"settings": described, "rows": len(rows), "log": trainer.state.log_history}
     write_atomic(output / FACTS_FILE, (json.dumps(facts, indent=1) + "\n").encode())
     return output
 
 
-def _import_trl() -> dict[str, Any]:
-    """Return trl's classes: method -> trainer, and method with "_config" -> its arguments."""
+def _check_trl() -> None:
+    """Refuse to train without trl.
+
+    Raises:
+        PipelineError: trl cannot be imported.
+    """
     try:
-        from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+        import trl  # noqa: F401
     except ImportError as error:
         raise PipelineError(
             f"training a rewriter needs trl, which cannot be imported: {error}",
             where="customize rewriter train",
             fix="pip install 'diffusers-customize[rewrite]'",
         ) from error
-    return {
-        "sft": SFTTrainer,
-        "dpo": DPOTrainer,
-        "sft_config": SFTConfig,
-        "dpo_config": DPOConfig,
-    }
 
 
-def _arguments(trainers: dict[str, Any], config: RewriterTrainConfig) -> Any:
+def _arguments(config: RewriterTrainConfig) -> dict[str, Any]:
+    """Return the arguments of trl's trainers that all methods share."""
     is_cpu = (config.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu"
-    options: dict[str, Any] = {"beta": config.beta} if config.method == "dpo" else {}
-    return trainers[f"{config.method}_config"](
-        output_dir=str(config.output),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.rate,
-        lr_scheduler_type="linear",
-        warmup_steps=config.warmup,
-        bf16=config.mixed_precision == "bf16",
-        gradient_checkpointing=config.gradient_checkpointing,
-        max_length=config.max_length,
-        seed=config.seed,
-        use_cpu=is_cpu,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=config.checkpoint_every,
-        save_total_limit=config.keep_checkpoints,
-        report_to=[],
-        disable_tqdm=True,
-        **options,
-    )
-
-
-def _check_lengths(
-    texts: list[dict[str, str]], tokenizer: Any, config: RewriterTrainConfig
-) -> None:
-    """Refuse rows that trl would cut off, or drop without a word."""
-    for number, text in enumerate(texts, start=1):
-        longest = max((value for name, value in text.items() if name != "prompt"), key=len)
-        length = len(tokenizer(text["prompt"] + longest).input_ids)
-        if length > config.max_length:
-            raise ConfigError(
-                f"row {number} has {length:,} tokens with its instructions",
-                where=config.data,
-                fix=f"shorten it, or set max_length to at least {length}",
-            )
+    return {
+        "output_dir": str(config.output),
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "learning_rate": config.rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": config.warmup,
+        "bf16": config.mixed_precision == "bf16",
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "seed": config.seed,
+        "use_cpu": is_cpu,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_steps": config.checkpoint_every,
+        "save_total_limit": config.keep_checkpoints,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
 
 
 def _check_output(config: RewriterTrainConfig, settings: Mapping[str, Any]) -> str | None:
@@ -197,4 +180,4 @@ def _last_whole_checkpoint(output: Path) -> Path | None:
 def _describe(config: RewriterTrainConfig) -> dict[str, Any]:
     """Return the settings, and the digest of the data."""
     digest = hashlib.sha256(read_bytes(config.data, MAX_BYTES)).hexdigest()
-    return {**config.model_dump(mode="json"), "content of data": digest}
+    return {**config.used(), "content of data": digest}

@@ -1,45 +1,57 @@
-"""The rows that a rewriter is trained on: prompts with rewritings."""
+"""The rows that a rewriter is trained on: prompts, mostly with rewritings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from customize.concepts.io.data_files import parse_json
-from customize.errors import DataError, PipelineError
-from customize.rewriting.instructions import Instructions
-from customize.rewriting.local_model import LocalModel
+from customize.errors import ConfigError, DataError, PipelineError
 from customize.safe_read import read_bytes
 from customize.text import quote
 
-Method = Literal["sft", "dpo"]
-
-#: Method -> fields of its rows.
-FIELDS: dict[Method, tuple[str, ...]] = {
-    "sft": ("prompt", "text"),
-    "dpo": ("prompt", "chosen", "rejected"),
-}
+if TYPE_CHECKING:
+    from customize.rewriting.instructions import Instructions
+    from customize.rewriting.local_model import LocalModel
 
 #: Largest size of a file of rows, in bytes.
 MAX_BYTES = 1 << 28
 
 
-def read_rows(path: Path, method: Method) -> list[dict[str, str]]:
-    """Read the rows of a .jsonl file; fields of other methods are ignored.
+def read_rows(path: Path, fields: Sequence[str]) -> list[dict[str, str]]:
+    """Read the rows of a .jsonl file, or, where rows are prompts alone, of a .txt file.
+
+    Args:
+        path: The file.
+        fields: Fields of each row; others are ignored.
 
     Raises:
         DataError: The file cannot be read, has no rows, or a line lacks a field.
     """
-    rows = list(_parse_lines(path, method))
+    if path.suffix.lower() == ".txt" and tuple(fields) == ("prompt",):
+        return [{"prompt": prompt} for prompt in read_prompts(path)]
+    rows = list(_parse_lines(path, fields))
     if not rows:
-        raise DataError("the file has no rows", where=path, fix=_example(method))
+        raise DataError("the file has no rows", where=path, fix=_example(fields))
     return rows
 
 
-def _parse_lines(path: Path, method: Method) -> Iterator[dict[str, str]]:
+def read_prompts(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty.
+
+    Raises:
+        DataError: It cannot be read, or has no prompts.
+    """
+    lines = [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise DataError("it has no prompts", where=path, fix="write a prompt in each line")
+    return lines
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = read_bytes(path, MAX_BYTES).decode("utf-8-sig")
+        return read_bytes(path, MAX_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise DataError(
             f"the file cannot be read: {error.strerror or error}",
@@ -48,33 +60,30 @@ def _parse_lines(path: Path, method: Method) -> Iterator[dict[str, str]]:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError("the file is not UTF-8 text", where=path, fix="save it as UTF-8") from error
-    for number, line in enumerate(text.splitlines(), start=1):
+
+
+def _parse_lines(path: Path, fields: Sequence[str]) -> Iterator[dict[str, str]]:
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
             values = parse_json(line)
         except (ValueError, RecursionError):
             values = None
-        fields = FIELDS[method]
         if not isinstance(values, dict) or not all(
             isinstance(values.get(name), str) and values[name].strip() for name in fields
         ):
-            raise DataError(f"line {number} is {quote(line, 80)}", where=path, fix=_example(method))
+            raise DataError(f"line {number} is {quote(line, 80)}", where=path, fix=_example(fields))
         yield {name: values[name] for name in fields}
 
 
-def _example(method: Method) -> str:
-    fields = ", ".join(f'"{name}": "..."' for name in FIELDS[method])
-    return f"write {{{fields}}} in each line"
+def _example(fields: Sequence[str]) -> str:
+    example = ", ".join(f'"{name}": "..."' for name in fields)
+    return f"write {{{example}}} in each line"
 
 
-def as_texts(
-    rows: Sequence[Mapping[str, str]],
-    method: Method,
-    instructions: Instructions,
-    model: LocalModel,
-) -> list[dict[str, str]]:
-    """Return the rows as trl's texts: the question as the model will read it, with the answers.
+def render_prompt(prompt: str, instructions: Instructions, model: LocalModel) -> str:
+    """Return the question for a better prompt as trl's text: as the model will read it.
 
     Chats are rendered here because trl's own rendering drops what a template puts before an answer,
     such as the empty reasoning of Qwen 3, so that training and completion would differ.
@@ -82,16 +91,27 @@ def as_texts(
     Raises:
         PipelineError: The tokenizer puts tokens around a text that its chat template does not.
     """
-    names = {"text": "completion"} if method == "sft" else {}
-    return [
-        {
-            "prompt": _without_added_tokens(
-                model, model.render(instructions.messages(row["prompt"]))
-            ),
-            **{names.get(name, name): row[name] + model.end for name in FIELDS[method][1:]},
-        }
-        for row in rows
-    ]
+    return _without_added_tokens(model, model.render(instructions.messages(prompt)))
+
+
+def check_length(number: int, length: int, limit: int, where: Path) -> None:
+    """Refuse a row that trl would cut off, or drop without a word.
+
+    Args:
+        number: Number of the row, from 1.
+        length: Its tokens, with instructions and rewriting.
+        limit: The setting ``max_length``.
+        where: The file of the rows, for the error.
+
+    Raises:
+        ConfigError: The row is longer than the limit.
+    """
+    if length > limit:
+        raise ConfigError(
+            f"row {number} has {length:,} tokens with its instructions",
+            where=where,
+            fix=f"shorten it, or set max_length to at least {length}",
+        )
 
 
 def _without_added_tokens(model: LocalModel, text: str) -> str:

@@ -187,19 +187,26 @@ def test_bad_rows_are_refused(tmp_path, content, problem):
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=problem):
-        read_rows(path, "sft")
+        read_rows(path, ("prompt", "text"))
 
 
 def test_files_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(DataError, match="cannot be read"):
-            read_rows(path, "dpo")
+            read_rows(path, ("prompt", "chosen"))
     (tmp_path / "latin").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="UTF-8"):
-        read_rows(tmp_path / "latin", "dpo")
+        read_rows(tmp_path / "latin", ("prompt",))
 
 
 def test_bad_settings_are_refused(model, tmp_path):
-    for changes in ({"method": "ppo"}, {"rank": 0}, {"beta": 0}, {"epochs": -1}, {"lr": 1}):
+    for changes in (
+        {"method": "ppo"},
+        {"rank": 0},
+        {"method": "dpo", "beta": 0},
+        {"beta": 0.1},
+        {"epochs": -1},
+        {"lr": 1},
+    ):
         with pytest.raises(ConfigError):
             config(model, tmp_path, tmp_path, **changes)

@@ -1,0 +1,38 @@
+"""Supervised training: the likelihood of good rewritings is maximized."""
+
+from __future__ import annotations
+
+from customize.training.rewriting.methods.method import RewriterRun, TrainerParts, TrainingMethod
+
+
+def prepare(run: RewriterRun) -> TrainerParts:
+    """Return the parts of trl's SFTTrainer.
+
+    Raises:
+        ConfigError: A row is longer than ``max_length``.
+        PipelineError: The tokenizer adds tokens that the chat template does not have.
+    """
+    from trl import SFTConfig, SFTTrainer
+
+    from customize.training.rewriting.rows import check_length, render_prompt
+
+    texts = [
+        {
+            "prompt": render_prompt(row["prompt"], run.settings.instructions, run.model),
+            "completion": row["text"] + run.model.end,
+        }
+        for row in run.rows
+    ]
+    for number, text in enumerate(texts, start=1):
+        length = run.model.count_tokens(text["prompt"] + text["completion"])
+        check_length(number, length, run.config.max_length, run.config.data)
+    return TrainerParts(texts, SFTTrainer, SFTConfig, {"max_length": run.config.max_length})
+
+
+SFT = TrainingMethod(
+    name="sft",
+    summary="rewritings are learned",
+    fields=("prompt", "text"),
+    learning_rate=1e-4,  # Prompt-A-Video's, of llama-recipes
+    prepare=prepare,
+)

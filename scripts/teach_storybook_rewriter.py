@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=240)
     parser.add_argument("--own-prompts", type=int, help="prompts of dpo-1 and dpo-2 (default: all)")
     parser.add_argument("--children", type=int, default=4, help="rewritings of a prompt and round")
+    parser.add_argument("--pairs", type=int, default=2000, help="most pairs of a DPO")
     parser.add_argument("--margin", type=float, default=1.0)
     parser.add_argument("--sft-rate", type=float, default=2e-3)
     parser.add_argument("--dpo-rate", type=float, default=5e-4)
@@ -96,7 +97,11 @@ def train(
     output = args.folder / stage
     if (output / "training.json").is_file():
         return
-    flags = {"model": model, "method": method, "data": data, "output": output}
+    output.mkdir(parents=True, exist_ok=True)
+    rows = data.read_text().splitlines(keepends=True)
+    stride = -(-len(rows) // args.pairs)  # prompts stand in turns, so all kinds stay
+    write_atomic(output / "rows.jsonl", "".join(rows[::stride]).encode())
+    flags = {"model": model, "method": method, "data": output / "rows.jsonl", "output": output}
     flags |= {"learning-rate": rate, "epochs": args.epochs, "max-length": 512}
     if args.system is not None:
         flags["system"] = args.system

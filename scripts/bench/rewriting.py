@@ -26,6 +26,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,11 @@ from _scorer import open_quietly
 
 import customize
 from customize.demo.experiment import TRAINING
+from customize.errors import EndpointError
 from customize.evaluation.rewards import load_reward
 from customize.image_tensors import images_to_tensor
 from customize.rewriting.clean_answer import clean_answer
-from customize.rewriting.language_model import Chat, Completion, LanguageModel, Sampling
+from customize.rewriting.language_model import AfterUse, Chat, Completion, LanguageModel, Sampling
 from customize.storybook.bundled_assets import assets_folder
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import load_judges
@@ -63,17 +65,21 @@ class FirstAnswers:
 
     def __init__(self, model: LanguageModel) -> None:
         self.model, self.name, self.digest = model, model.name, model.digest
+        self.can_reload = model.can_reload
         self.answers: dict[tuple[Any, ...], str] = {}
 
-    def complete(self, chats: Sequence[Chat], sampling: Sampling) -> list[Completion]:
+    def complete(
+        self, chats: Sequence[Chat], sampling: Sampling
+    ) -> Sequence[Completion | EndpointError]:
         found = self.model.complete(chats, sampling)
         for chat, answer in zip(chats, found, strict=True):
-            if all(message.role != "assistant" for message in chat.messages):
+            is_first = all(message.role != "assistant" for message in chat.messages)
+            if is_first and isinstance(answer, Completion):
                 self.answers.setdefault(chat.messages, clean_answer(answer.text))
         return found
 
-    def move(self, device: object) -> None:
-        self.model.move(device)
+    def use(self, device: object = None, after: AfterUse = "keep") -> AbstractContextManager[None]:
+        return self.model.use(device, after)
 
 
 def open_pictures(args: argparse.Namespace) -> Pictures:

@@ -1,7 +1,7 @@
 """The parts of a prompt that every rewriting of it must keep, and the checks of a rewriting.
 
 Kept are triggers, chosen phrases, quoted text, numbers, and negations: what a prompt excludes must
-not come back as a wish. The language stays too.
+not come back as a wish, and no other count of things is added. The language stays too.
 """
 
 from __future__ import annotations
@@ -15,44 +15,14 @@ from customize.concepts.library.library import TRIGGER_PATTERN
 from customize.concepts.tokens.prompt_phrases import FUNCTION_WORDS, content_words, find_phrase
 from customize.concepts.tokens.token_limit import TokenLimit
 from customize.rewriting.language import same_language
+from customize.rewriting.numbers import find_counts, find_numbers
+from customize.rewriting.word_forms import pattern_of_forms, stem
 
 _QUOTED = re.compile(
     r"(?<!\d)\"([^\"\n]+)\"|“([^”\n]+)”|„([^“”\n]+)[“”]|«([^»\n]+)»|「([^」\n]+)」|‘([^’\n]+)’"
     r"|(?<!\w)'([^'\n]+)'(?!\w)"
 )
 _TRIGGER = re.compile(TRIGGER_PATTERN, re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.,])\d+(?:[.:/x]\d+|,\d+)*")
-
-_NUMBER_WORDS = {
-    word: str(value)
-    for value, words in (
-        *enumerate(
-            ("two|pair|couple", "three", "four", "five", "six", "seven", "eight", "nine", "ten"), 2
-        ),
-        *enumerate(("eleven", "twelve|dozen", "thirteen", "fourteen", "fifteen", "sixteen"), 11),
-        *enumerate(("seventeen", "eighteen", "nineteen", "twenty"), 17),
-        *((10 * k, word) for k, word in enumerate(("thirty", "forty", "fifty", "sixty"), 3)),
-        *((10 * k, word) for k, word in enumerate(("seventy", "eighty", "ninety", "hundred"), 7)),
-        (1000, "thousand"),
-    )
-    for word in words.split("|")
-}
-
-_IRREGULAR = {
-    "women": "woman",
-    "men": "man",
-    "people": "person",
-    "children": "child",
-    "feet": "foot",
-    "teeth": "tooth",
-    "mice": "mouse",
-    "geese": "goose",
-    "leaves": "leaf",
-    "wolves": "wolf",
-    "knives": "knife",
-    "shelves": "shelf",
-    "loaves": "loaf",
-}
 
 #: Words that negate what follows.
 _NEGATION = re.compile(
@@ -121,7 +91,7 @@ def required_terms(
         triggers=tuple(dict.fromkeys(present)),
         phrases=tuple(phrase for phrase in keep if find_phrase(phrase, prompt)),
         quotations=tuple(dict.fromkeys(quotations)),
-        numbers=tuple(_numbers(_without_quotations(prompt))),
+        numbers=tuple(find_numbers(_without_quotations(prompt))),
         excluded=(
             *_excluded(prompt),
             *(tuple(content_words(phrase)) for phrase in avoid if content_words(phrase)),
@@ -140,6 +110,9 @@ def find_problems(required: RequiredTerms, text: str) -> list[str]:
     others = [name for name in _TRIGGER.findall(text) if name.lower() not in own]
     if others:
         problems.append(f"it contains {', '.join(dict.fromkeys(others))}")
+    counts = added_counts(required.prompt, text)
+    if counts:
+        problems.append(f"it adds {', '.join(counts)}")
     wanted = [" ".join(words) for words in required.excluded if _wants(words, text)]
     if wanted:
         problems.append(f"it asks for {', '.join(wanted)}, which the prompt excludes")
@@ -173,8 +146,15 @@ def missing_terms(required: RequiredTerms, text: str) -> list[str]:
     named = (*required.triggers, *required.phrases)
     missing = [term for term in named if not find_phrase(term, text)]
     missing += [quoted for quoted in required.quotations if quoted not in text]
-    lacking = Counter(required.numbers) - Counter(_numbers(_without_quotations(text)))
+    lacking = Counter(required.numbers) - Counter(find_numbers(_without_quotations(text)))
     return [*dict.fromkeys(missing), *lacking]
+
+
+def added_counts(prompt: str, text: str) -> list[str]:
+    """Return the counts of a rewriting whose number the prompt does not have."""
+    known = {*find_numbers(prompt), *(value for value, _ in find_counts(prompt))}
+    counts = find_counts(_without_quotations(text))
+    return [words for value, words in counts if value not in known]
 
 
 def added_words(prompt: str, text: str) -> list[str]:
@@ -188,27 +168,8 @@ def has_quotation(text: str) -> bool:
     return _QUOTED.search(text) is not None
 
 
-def stem(word: str) -> str:
-    """Return an English word without the ending of its plural."""
-    if word in _IRREGULAR:
-        return _IRREGULAR[word]
-    for ending, length in (("ies", 3), ("es", 2), ("s", 1)):
-        if word.endswith(ending) and len(word) > length + 2 and not word.endswith("ss"):
-            return word[:-length] + ("y" if ending == "ies" else "")
-    return word
-
-
 def _without_quotations(text: str) -> str:
     return _QUOTED.sub(" ", text)
-
-
-def _numbers(text: str) -> list[str]:
-    """Return the numbers of a text as digits; one is mostly an article and left out."""
-    words = [_NUMBER_WORDS[w] for w in re.findall(r"[a-z]+", text.lower()) if w in _NUMBER_WORDS]
-    digits = [
-        re.sub(r",(?=\d{3}\b)", "", found) for found in _NUMBER.findall(_TRIGGER.sub(" ", text))
-    ]
-    return [*(found for found in digits if found != "1"), *words]
 
 
 def _negated(text: str) -> list[tuple[int, int]]:
@@ -234,14 +195,7 @@ def _excluded(prompt: str) -> list[tuple[str, ...]]:
 
 def _wants(words: Sequence[str], text: str) -> bool:
     """Return whether a text asks for excluded words: all of them, one after another, unnegated."""
-    body = r"\W+(?:\w+\W+)?".join(map(_with_endings, words))
+    body = r"\W+(?:\w+\W+)?".join(map(pattern_of_forms, words))
     negated = _negated(text)
     matches = re.finditer(rf"(?<![\w<]){body}(?![\w>])", text, re.IGNORECASE)
     return any(not any(a <= m.start() < b for a, b in negated) for m in matches)
-
-
-def _with_endings(word: str) -> str:
-    singular = stem(word)
-    plurals = [plural for plural, single in _IRREGULAR.items() if single == singular]
-    forms = [rf"{re.escape(singular)}(?:s|es)?", *map(re.escape, plurals)]
-    return rf"(?:{'|'.join(forms)})"

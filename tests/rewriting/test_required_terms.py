@@ -40,6 +40,16 @@ def problems(prompt, text, **known):
         ("no chairs, no tables", "a room without chairs and tables"),
         ("a dog without a hat in a hat shop", "a bareheaded dog in a hat shop"),
         ('a 12" pizza and a 9" one', "a 12 inch pizza and a 9 inch one"),
+        ("25 birds", "twenty-five birds"),
+        ("a trio of cats", "three cats"),
+        ("two dogs", "two playful dogs, 8k, 35mm, f/1.8, 24 fps, 4k details, iso 50"),
+        ("a dog", "a dog, 35 mm lens, 16:9, 3d render, unreal engine 5, 90s style, 50 degrees"),
+        ("a dog", "a two-tone dog, three point lighting, five star hotel, in the 1920s"),
+        ("a dog and a cat", "a dog and a cat; the two animals play, on their four legs"),
+        ("a cat with glasses", "a cat wearing a pair of glasses"),
+        ('a sign "5"', 'a sign "5" with 5 dogs'),
+        ("a sign", 'a sign that says "two dogs"'),
+        ("two dogs", "two dogs with two balls"),
         ("ein roter Hund mit Hut im Schnee", "ein roter Hund mit einem Hut im tiefen Schnee"),
     ],
 )
@@ -54,7 +64,6 @@ def test_faithful_rewritings_have_no_problems(prompt, text):
         ("a dog", "a photo of <tom> and a dog", "it contains <tom>"),
         ("2 dogs", "dogs", "it lacks 2"),
         ("two dogs and two cats", "two dogs and cats", "it lacks 2"),
-        ("two dogs", "three dogs", "it lacks 2"),
         ('a sign that says "OPEN"', 'a sign that says "Open"', "it lacks OPEN"),
         ("a bunny that isn't spotted", "a spotted bunny", "it asks for spotted"),
         ("a dog without a hat", "a dog wearing a hat", "it asks for hat"),
@@ -62,7 +71,13 @@ def test_faithful_rewritings_have_no_problems(prompt, text):
         ("a dog with no hat or scarf", "a dog wearing a scarf", "it asks for scarf"),
         ("a dog, no red car, please", "a dog beside a red car", "it asks for red car"),
         ("ein roter Hund im Schnee mit Hut", "a red dog with a hat in the snow", "language"),
-        ("twenty birds", "thirty birds", "it lacks 20"),
+        ("two dogs", "two dogs and three cats", "it adds three cats"),
+        ("a dog", "2 big fluffy dogs, 8k", "it adds 2 big fluffy dogs"),
+        ("a dog", "a group of five dogs", "it adds five dogs"),
+        ("a girl", "2girls, 8k", "it adds 2 girls"),
+        ("a man", "a man and twelve women", "it adds twelve women"),
+        ("a dog", "a dog with a dozen red roses", "it adds dozen red roses"),
+        ("a flock", "twenty-five birds", "it adds 25 birds"),
         ("1girl, 2boys", "girls and boys", "it lacks 2"),
         ("no women", "a woman on a beach", "it asks for women"),
         ("a tree, no leaves", "a tree with a leaf", "it asks for leaves"),
@@ -79,6 +94,17 @@ def test_faithful_rewritings_have_no_problems(prompt, text):
 def test_what_a_rewriting_loses_or_turns_round_is_found(prompt, text, problem):
     (found,) = problems(prompt, text)
     assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "lost", "added"),
+    [
+        ("two dogs", "three dogs", "2", "three dogs"),
+        ("twenty birds", "thirty birds", "20", "thirty birds"),
+    ],
+)
+def test_another_count_is_lost_and_added(prompt, text, lost, added):
+    assert problems(prompt, text) == [f"it lacks {lost}", f"it adds {added}"]
 
 
 def test_trigger_words_phrases_and_avoided_words_of_the_call():

@@ -6,10 +6,12 @@ it is the user's own.
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from customize.concepts.tokens.prompt_phrases import find_phrase
+from customize.concepts.tokens.prompt_phrases import FUNCTION_WORDS, find_phrase
 from customize.errors import EndpointError, PipelineError
 from customize.rewriting.clean_answer import (
     clean_answer,
@@ -168,9 +170,9 @@ def _accept(
 def repair(required: RequiredTerms, text: str, class_words: Mapping[str, str]) -> str:
     """Put what a rewriting lost back into it, by a fixed rule.
 
-    A trigger replaces the first mention of its concept's class word, with that word's article; a
-    rewriting that does not mention the class stays without it. Phrases and quotations follow at the
-    end, after a comma.
+    A trigger replaces the first mention of its concept's class word that is no part of a compound
+    (:func:`is_whole_noun`), with that word's article; a rewriting without one stays without the
+    trigger. Phrases and quotations follow at the end, after a comma.
 
     Args:
         required: What the rewriting must keep.
@@ -180,7 +182,10 @@ def repair(required: RequiredTerms, text: str, class_words: Mapping[str, str]) -
     for trigger in required.triggers:
         if find_phrase(trigger, text):
             continue
-        for start, end in find_phrase(class_words.get(trigger, ""), text)[:1]:
+        mentions = find_phrase(class_words.get(trigger, ""), text)
+        own = _word_before(trigger, required.prompt)
+        whole = ((a, b) for a, b in mentions if is_whole_noun(text, a, b, own))
+        for start, end in itertools.islice(whole, 1):
             text = _without_article(text[:start]) + trigger + text[end:]
     for phrase in required.phrases:
         if not find_phrase(phrase, text):
@@ -189,6 +194,35 @@ def repair(required: RequiredTerms, text: str, class_words: Mapping[str, str]) -
         if quotation not in text and not has_quotation(text):
             text = f'{text.rstrip(" .,")}, "{quotation}"'
     return text
+
+
+def is_whole_noun(text: str, start: int, end: int, adjective: str = "") -> bool:
+    """Return whether a noun stands alone, and names what it names by itself.
+
+    Before it is a function word, such as an article, or nothing; after it a function word, a
+    participle in -ing or -ed, or nothing. So "dog" is no whole noun in "a hot dog", "a dog house"
+    or "a dog's bowl". Any other adjective counts as part of a compound.
+
+    Args:
+        text: The text.
+        start: Where the noun begins.
+        end: Where it ends.
+        adjective: A word that may be before it too.
+    """
+    before = re.search(r"([^\W_]+)[ \t]*$|[-'’]$", text[:start])
+    after = re.match(r"[ \t]*([^\W_]+)|[-'’]", text[end:])
+    known = FUNCTION_WORDS | {adjective.lower()}
+    starts = before is None or (before[1] or "").lower() in known - {""}
+    follower = "" if after is None else (after[1] or "").lower()
+    ends = after is None or follower in FUNCTION_WORDS or follower.endswith(("ing", "ed"))
+    return starts and ends
+
+
+def _word_before(phrase: str, text: str) -> str:
+    """Return the word before the first occurrence of a phrase; empty for none."""
+    spans = find_phrase(phrase, text)
+    before = re.search(r"([^\W_]+)[ \t]+$", text[: spans[0][0]]) if spans else None
+    return before[1] if before else ""
 
 
 def _without_article(text: str) -> str:

@@ -73,6 +73,28 @@ def test_a_lost_trigger_replaces_its_class_word():
     assert result.text == PROMPT
 
 
+@pytest.mark.parametrize(
+    ("answer", "repaired"),
+    [
+        ("a dog", "<rex>"),
+        ("photo of dog on a beach", "photo of <rex> on a beach"),
+        ("a hot dog beside a dog", "a hot dog beside <rex>"),
+        ("the dog sitting, dog", "<rex> sitting, dog"),
+        ("a wet dog on a beach", "a wet <rex> on a beach"),  # the prompt has "wet <rex>"
+        ("a hot dog", None),
+        ("a dog house on a beach", None),
+        ("a dog's bowl", None),
+        ("a dog-like toy", None),
+        ("a hot-dog stand", None),
+        ("a black dog", None),
+    ],
+)
+def test_a_class_word_within_a_compound_is_not_replaced(answer, repaired):
+    result, _ = rewrite([answer], "a wet <rex>", class_words={"<rex>": "dog"})
+    assert result.text == (repaired or "a wet <rex>")
+    assert bool(result.note)
+
+
 def test_lost_phrases_and_quotations_follow_at_the_end():
     required = required_terms('a shop at golden hour, "OPEN"', keep=["golden hour"])
     assert repair(required, "a shop at dusk.", {}) == 'a shop at dusk, golden hour, "OPEN"'

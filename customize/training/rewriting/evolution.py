@@ -15,11 +15,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import ClassVar, Literal, get_args
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from customize.atomic import write_atomic
-from customize.concepts.io.data_files import read_json_file
-from customize.errors import ConfigError, EndpointError
+from customize.concepts.io.data_files import read_file_bytes
+from customize.errors import ConceptError, ConfigError, DataError, EndpointError
 from customize.rewriting.clean_answer import clean_answer
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Chat, LanguageModel, Message, Sampling
@@ -78,6 +80,9 @@ class EvolutionSettings:
             )
 
 
+_STRICT = ConfigDict(extra="forbid")
+
+
 @dataclass
 class Member:
     """One rewriting of a population.
@@ -100,6 +105,8 @@ class Member:
     pictures: list[str] = field(default_factory=list)
     failure: str = ""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
 
 @dataclass
 class Population:
@@ -117,6 +124,8 @@ class Population:
     members: list[Member] = field(default_factory=list)
     dropped: int = 0
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     def best(self, count: int) -> list[Member]:
         """Return the best scored members."""
         scored = [member for member in self.members if member.total is not None]
@@ -126,6 +135,9 @@ class Population:
         """Return the scored members as candidates for pairs."""
         scored = [member for member in self.members if member.total is not None]
         return [Candidate(m.text, m.rewards, m.total or 0.0) for m in scored]
+
+
+_POPULATION = TypeAdapter(Population)
 
 
 def evolve(
@@ -155,6 +167,7 @@ def evolve(
 
     Raises:
         ConfigError: There are no prompts.
+        DataError: A population's file is damaged.
         EndpointError: The model runs elsewhere and cannot be reached; what was finished stays.
     """
     settings = settings or EvolutionSettings()
@@ -266,12 +279,32 @@ def _score(
 
 
 def _read(path: Path, prompt: str) -> Population:
-    """Return the population of a file, or a new one."""
+    """Return the population of a file, or a new one.
+
+    Raises:
+        DataError: The file is damaged.
+    """
     if not path.is_file():
         return Population(prompt)
-    values: Any = read_json_file(path)
-    members = [Member(**member) for member in values.pop("members")]
-    return Population(**values, members=members)
+    try:
+        population: Population = _POPULATION.validate_json(read_file_bytes(path))
+    except ConceptError as error:
+        raise _damaged(path, prompt, error.problem) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise _damaged(
+            path, prompt, f"{where}: {first['msg']}" if where else first["msg"]
+        ) from error
+    return population
+
+
+def _damaged(path: Path, prompt: str, reason: str) -> DataError:
+    return DataError(
+        f"the file of the prompt {quote(prompt, 80)} is damaged: {reason}",
+        where=path,
+        fix="delete it, and run again: the prompt is evolved anew, with the pictures there are",
+    )
 
 
 def _identity(model: LanguageModel, renderer: Renderer, *settings: object) -> str:

@@ -14,12 +14,9 @@ import torch
 from PIL import Image
 
 from customize.atomic import write_atomic
-from customize.errors import ConfigError, PipelineError
+from customize.errors import ConfigError, DataError, PipelineError
 from customize.evaluation.rewards.weighted_sum import WeightedSum
-from customize.safe_read import open_regular
-
-#: Largest size of a picture's file, in bytes.
-_MAX_BYTES = 1 << 30
+from customize.safe_read import MAX_IMAGE_BYTES, path_exists, read_bytes
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,7 @@ class PictureRenderer:
         return short_hash(self.base, self._settings(), self.seeds, self.reward.digest)
 
     def __call__(self, jobs: Sequence[Job]) -> list[Rating]:
-        """Return the rating of each job; missing pictures are drawn.
+        """Return the rating of each job; missing and damaged pictures are drawn.
 
         Raises:
             PipelineError: A picture is not finite, or no picture was scored by all rewards.
@@ -120,14 +117,12 @@ class PictureRenderer:
             for job in jobs
             for seed in self.seeds
         }
-        missing = [key for key, name in names.items() if not (self.folder / name).is_file()]
-        frames = dict(self._draw(missing, names))
-        pictures, prompts = [], []
-        for job in jobs:
-            for seed in self.seeds:
-                name = names[job.text, seed]
-                pictures.append(frames.get(name) or _read(self.folder / name))
-                prompts.append(job.prompt)
+        drawn = {key: _read(self.folder / name) for key, name in names.items()}
+        missing = [key for key, picture in drawn.items() if picture is None]
+        drawn |= self._draw(missing, names)
+        keys = [(job, seed) for job in jobs for seed in self.seeds]
+        pictures = [drawn[job.text, seed] for job, seed in keys]
+        prompts = [job.prompt for job, _ in keys]
         scores = self.reward.evaluate(pictures, prompts)
         return [
             self._rate(scores, k, [names[job.text, s] for s in self.seeds])
@@ -139,8 +134,9 @@ class PictureRenderer:
 
     def _draw(
         self, keys: Sequence[tuple[str, int]], names: Mapping[tuple[str, int], str]
-    ) -> list[tuple[str, Any]]:
-        drawn = []
+    ) -> dict[tuple[str, int], Any]:
+        """Draw and write pictures: (text, seed) -> picture, or frames of a video."""
+        drawn: dict[tuple[str, int], Any] = {}
         for first in range(0, len(keys), self.batch_size):
             part = keys[first : first + self.batch_size]
             output = self.pipe(
@@ -149,13 +145,12 @@ class PictureRenderer:
                 output_type="pil",
                 **self.call,
             )
-            for key, picture in zip(
-                part, getattr(output, "images", None) or output.frames, strict=True
-            ):
-                frames = picture if isinstance(picture, list) else [picture]
-                _write(self.folder / names[key], frames)
-                if len(frames) > 1:
-                    drawn.append((names[key], frames))
+            results = getattr(output, "images", None) or output.frames
+            for key, picture in zip(part, results, strict=True):
+                _write(
+                    self.folder / names[key], picture if isinstance(picture, list) else [picture]
+                )
+                drawn[key] = picture
         return drawn
 
     def _rate(self, scores: Any, index: int, pictures: Sequence[str]) -> Rating:
@@ -192,11 +187,25 @@ def _write(path: Path, frames: Sequence[Image.Image]) -> None:
 
 
 def _read(path: Path) -> Any:
-    """Return the picture of a file, or the frames of an animated one."""
-    with open_regular(path, _MAX_BYTES) as file, Image.open(file) as image:
-        count = getattr(image, "n_frames", 1)
-        frames = []
-        for index in range(count):
-            image.seek(index)
-            frames.append(image.convert("RGB"))
-    return frames if count > 1 else frames[0]
+    """Return the picture of a file, or the frames of an animated one; None if missing or damaged.
+
+    Raises:
+        DataError: The file cannot be opened.
+    """
+    if not path_exists(path):
+        return None
+    try:
+        data = read_bytes(path, MAX_IMAGE_BYTES)
+    except OSError as error:
+        raise DataError(
+            f"the picture cannot be read: {error.strerror or error}", where=path, fix="delete it"
+        ) from error
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            frames = []
+            for index in range(getattr(image, "n_frames", 1)):
+                image.seek(index)
+                frames.append(image.convert("RGB"))
+    except Exception:  # damaged: Pillow raises anything
+        return None
+    return frames if len(frames) > 1 else frames[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from customize.errors import ConfigError, EndpointError, PipelineError
+from customize.errors import ConfigError, DataError, EndpointError, PipelineError
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Completion
 from customize.rewriting.preference_pairs import PairRule, best_rewritings, make_pairs
@@ -130,6 +130,28 @@ def test_an_evolution_that_was_cut_off_goes_on(tmp_path):
     assert again.chats == []
     (file,) = (tmp_path / "cut").iterdir()
     assert json.loads(file.read_text())["rounds"] == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text[:-20],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: text.replace('"members"', '"humans"'),
+        lambda text: text.replace('"text"', '"words"'),
+        lambda text: text.replace('"total": 0.5', '"total": "high"'),
+        lambda text: "\udcff",
+    ],
+)
+def test_a_damaged_file_of_a_population_is_named(tmp_path, change):
+    evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, SETTINGS)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(change(file.read_text()).encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match="the prompt 'puppy' is damaged") as caught:
+        evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, SETTINGS)
+    assert caught.value.where == str(file)
+    assert "delete it" in caught.value.fix
 
 
 def test_a_round_whose_rewards_all_fail_is_kept_and_passed(tmp_path):

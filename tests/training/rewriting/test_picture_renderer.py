@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from customize.errors import ConfigError
+from customize.errors import ConfigError, DataError
 from customize.evaluation.rewards.weighted_sum import WeightedSum
 from customize.training.rewriting.picture_renderer import Job, PictureRenderer
 from tests.tiny import tiny_sd
@@ -68,6 +68,21 @@ def test_a_picture_is_drawn_once(tmp_path):
     assert renderer([Job("puppy", "a dog")]) == before
     with pytest.raises(TypeError):
         renderer([Job("puppy", "a cat")])
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-200], lambda data: b"x"])
+def test_a_damaged_picture_is_drawn_again(tmp_path, damage):
+    renderer, _ = make(tmp_path, seeds=(0,))
+    before = renderer([Job("puppy", "a dog")])
+    path = tmp_path / before[0].pictures[0]
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert renderer([Job("puppy", "a dog")]) == before
+    assert path.read_bytes() == whole
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DataError, match=r"a folder.*Fix: delete it"):
+        renderer([Job("puppy", "a dog")])
 
 
 def test_floors_and_failures(tmp_path):

@@ -48,6 +48,8 @@ _Key = tuple[RequiredTerms, int, Sampling, tuple[tuple[str, str], ...], Instruct
 _MAX_KEPT = 4096
 #: Attributes that copies do not share.
 _MADE_ANEW = ("_lock", "_kept", "_latest")
+#: Argument of steps that rewrite the prompt: this package's, and diffusers' of LTX-2.
+_STEP_ARGUMENT = "enable_prompt_enhancement"
 _NO_ANSWER = "not rewritten, as the endpoint does not answer"
 
 
@@ -313,6 +315,12 @@ def _run(
             )
         yield call
         return
+    if call.get(_STEP_ARGUMENT, context.parameters.get(_STEP_ARGUMENT)) is True:
+        raise ConfigError(
+            f"rewrite=True and {_STEP_ARGUMENT}=True would both rewrite the prompt",
+            where="rewrite",
+            fix="give one of them",
+        )
     setting = context.state.get_setting(Rewriter)
     if setting is None:
         raise ConfigError(

@@ -10,7 +10,7 @@ import torch
 from diffusers.modular_pipelines import ModularPipelineBlocks
 
 from customize.api.rewrite_step import RewriteStep
-from customize.errors import PipelineError
+from customize.errors import ConfigError, PipelineError
 from customize.stages.rewrite import Rewriter
 from tests.pipeline.making import modular
 from tests.tiny import tiny_sdxl
@@ -71,3 +71,14 @@ def test_a_rewriting_that_is_too_long_is_asked_again():
     found = draw(pipe, output="rewritings", enable_prompt_enhancement=True)
     assert [each.text for each in found] == [BETTER]
     assert "it is too long" in model.chats[1].messages[-1].content
+
+
+def test_stage_and_step_do_not_both_rewrite():
+    pipe = with_step()
+    model = ScriptedModel({USERS: [BETTER]})
+    pipe.load_custom(Rewriter(model))
+    with pytest.raises(ConfigError, match="would both rewrite the prompt"):
+        draw(pipe, rewrite=True, enable_prompt_enhancement=True)
+    assert model.chats == []
+    expected = draw(pipe, enable_prompt_enhancement=True)
+    assert np.array_equal(draw(pipe, rewrite=True), expected)

@@ -58,6 +58,12 @@ def show_root(
         raise typer.Exit
 
 
+def show_help(context: typer.Context) -> None:
+    """Print the help of a group if no subcommand is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
 def build_app(commands: Mapping[str, Callable[..., Any] | typer.Typer]) -> typer.Typer:
     """A typer application with these commands."""
     app = typer.Typer(
@@ -71,6 +77,7 @@ def build_app(commands: Mapping[str, Callable[..., Any] | typer.Typer]) -> typer
     app.callback(invoke_without_command=True, help=_SUMMARY)(show_root)
     for name, command in commands.items():
         if isinstance(command, typer.Typer):
+            command.callback(invoke_without_command=True)(show_help)
             app.add_typer(command, name=name)
         else:
             app.command(name, cls=HELP_CLASSES.get(name, PlainCommand))(command)

@@ -324,6 +324,7 @@ def generate_images(
         "regions": {words: _describe_region(region) for words, region in regions.items()},
         "references": None if references is None else references.describe(),
         "rewriter": language_model,
+        "endpoint_model": endpoint_model,
         "versions": result_file.versions(),
     }
     sources = {c.info.name: s for c, s in zip(concepts, loading.sources, strict=True)}

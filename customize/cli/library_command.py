@@ -29,13 +29,6 @@ LibrarySource = Annotated[
 ]
 
 
-@app.callback(invoke_without_command=True)
-def show_help(context: typer.Context) -> None:
-    """Print the help if no subcommand is given."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
 @app.command("list", cls=PlainCommand)
 @on_interrupt("interrupted")
 def list_concepts(library: LibrarySource) -> None:

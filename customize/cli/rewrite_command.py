@@ -85,4 +85,5 @@ def rewrite(
             {"prompt": r.prompt, "text": r.text, "added": list(r.added), "note": r.note}
             for r in rewritings
         ]
-        write_json(json_file, {"model": rewriter, "seed": seed, "rewritings": rows})
+        source = {"model": rewriter, "endpoint_model": endpoint_model}
+        write_json(json_file, {**source, "seed": seed, "rewritings": rows})

@@ -27,13 +27,6 @@ GROUPS = {
 }
 
 
-@app.callback(invoke_without_command=True)
-def show_help(context: typer.Context) -> None:
-    """Print the help if no subcommand is given."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-
-
 app.command("evolve", cls=PlainCommand)(evolve)
 
 

@@ -125,10 +125,6 @@ def evolve(
     weights = parse_numbers(rewards, "--reward")
     least = parse_numbers(floors or [], "--floor")
     models = dict(split_pair(text, "--reward-model") for text in reward_models or [])
-    if operator not in ("scored", "rewrite"):
-        raise ConfigError(
-            f"unknown operator {operator}", where="--operator", fix="give scored or rewrite"
-        )
     settings = evolution.EvolutionSettings(rounds, children, parents, operator, seed=seed)  # type: ignore[arg-type]
     check_writable(output)
     torch_device = choose_device(device, "--device")

@@ -29,6 +29,7 @@ def test_candidates_are_printed_one_a_line(run: Run, tmp_path: Path) -> None:
         assert {body["seed"] for body in bodies} == {0, 1}
         assert {body["temperature"] for body in bodies} == {1.0}
     values = json.loads((tmp_path / "r").read_text())
+    assert (values["model"], values["endpoint_model"]) == (server.url, "llama")
     assert [row["text"] for row in values["rewritings"]] == [BETTER, BETTER]
     assert values["rewritings"][0]["added"] == ["dog", "beach"]
 
@@ -58,7 +59,7 @@ def test_generate_draws_the_better_prompt(run: Run, world: World, tmp_path: Path
     assert first.read_bytes() == second.read_bytes()
     settings = json.loads((tmp_path / "a" / "0001.json").read_text())
     assert (settings["prompt"], settings["rewritten"]) == ("puppy", BETTER)
-    assert settings["rewriter"] == server.url
+    assert (settings["rewriter"], settings["endpoint_model"]) == (server.url, "llama")
 
 
 def test_bad_flags_are_refused(run: Run, model: str, tmp_path: Path) -> None:

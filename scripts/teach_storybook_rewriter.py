@@ -9,7 +9,7 @@ The stages of Prompt-A-Video, each a command of `customize`, which is printed:
 4. dpo-alone: preferences without supervised training, from the pairs of the evolution.
 
 Run the script again to resume. The LoRA of each stage is in `--folder`, with settings and losses
-(training.json).
+(training.json); `--merge` also writes the student with the LoRA of dpo-2 in it.
 
     python scripts/teach_storybook_rewriter.py --folder runs/teach \
         --student runs/storybook-rewriter/model
@@ -28,6 +28,7 @@ from pathlib import Path
 
 from customize.atomic import write_atomic
 from customize.evaluation.storybook_rates import GUIDANCE
+from customize.rewriting.load_model import SETTINGS_FILE, load_model, write_settings
 from customize.storybook.bundled_assets import assets_folder
 from storybook_rewriter.study_prompts import training_prompts
 
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--sft-rate", type=float, default=2e-3)
     parser.add_argument("--dpo-rate", type=float, default=5e-4)
     parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--merge", action="store_true", help="write the taught model to merged/")
     parser.add_argument("--system", help="system message of the chats (default: the student's)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -69,6 +71,16 @@ def main() -> None:
         train(args, "dpo", str(before), samples / "pairs.jsonl", stage, args.dpo_rate)
         before = args.folder / stage
     train(args, "dpo", args.student, evolution / "pairs.jsonl", "dpo-alone", args.dpo_rate)
+    if args.merge:
+        merge(before, args.folder / "merged")
+
+
+def merge(lora: Path, folder: Path) -> None:
+    """Write a LoRA's model, in half precision, with the LoRA in its weights."""
+    model, settings = load_model(lora)
+    model.model.half().save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    write_atomic(folder / SETTINGS_FILE, write_settings(settings).encode())
 
 
 def evolve(args: argparse.Namespace, writer: str, output: Path, count: int, rounds: int) -> None:

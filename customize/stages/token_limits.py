@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from customize.concepts.tokens.token_limit import TokenLimit
+from customize.errors import PipelineError
 from customize.pipeline.stage import CallArguments, CallContext
+from customize.pipeline.state import AttachedState, get_state
 
 
 def token_limits(context: CallContext, call: CallArguments) -> list[TokenLimit]:
@@ -26,6 +29,16 @@ def token_limits(context: CallContext, call: CallArguments) -> list[TokenLimit]:
         TokenLimit(key, tokenizer, _limit(context, call, key, tokenizer))
         for key, tokenizer in tokenizers.items()
     ]
+
+
+def default_token_limits(pipe: Any) -> list[TokenLimit]:
+    """Return the limit of each text encoder in a call by defaults; none in unknown families."""
+    signature = inspect.signature(type(pipe).__call__)
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    try:
+        return token_limits(CallContext(pipe, get_state(pipe) or AttachedState(), defaults), {})
+    except PipelineError:
+        return []
 
 
 def own_argument(encoder: str, argument: str = "prompt") -> str:

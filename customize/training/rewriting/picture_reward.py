@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from customize.concepts.tokens.token_limit import TokenLimit
 from customize.rewriting.clean_answer import clean_answer
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.local_model import LocalModel
@@ -31,14 +32,21 @@ class PictureReward:
         model: The language model that answers, for its tokens.
         instructions: The text around a prompt, which an answer must not repeat.
         penalty: By how much an unfaithful answer earns less, 0 or more.
+        limits: What each text encoder reads; a rewriting that none reads to its end is unfaithful.
     """
 
     #: Name in trl's log.
     __name__ = "pictures"
 
     def __init__(
-        self, renderer: Renderer, model: LocalModel, instructions: Instructions, penalty: float
+        self,
+        renderer: Renderer,
+        model: LocalModel,
+        instructions: Instructions,
+        penalty: float,
+        limits: Sequence[TokenLimit] = (),
     ) -> None:
+        self.limits = tuple(limits)
         self.renderer, self.model, self.penalty = renderer, model, penalty
         self._wording = f"{instructions.system} {instructions.user}"
         self._own: dict[str, float] = {}  # user's prompt -> total of its own pictures
@@ -85,7 +93,7 @@ class PictureReward:
     def _read_faithful(self, ids: Sequence[int], prompt: str) -> str | None:
         """Return the rewriting in an answer; None if it is not faithful."""
         answer = self.model.read_answer(ids)
-        if find_answer_problems(required_terms(prompt), answer, self._wording):
+        if find_answer_problems(required_terms(prompt, limits=self.limits), answer, self._wording):
             return None
         return clean_answer(answer.text)
 

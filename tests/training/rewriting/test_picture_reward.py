@@ -7,8 +7,10 @@ import pytest
 from customize.errors import PipelineError
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.local_model import LocalModel
+from customize.stages.token_limits import default_token_limits
 from customize.training.rewriting.picture_renderer import Rating
 from customize.training.rewriting.picture_reward import PictureReward
+from tests.tiny import tiny_sd
 from tests.tiny_rewriter import tiny_llama, tiny_llama_tokenizer
 
 DOG, CATS = "puppy", "2 cats"
@@ -39,9 +41,9 @@ def model():
     return LocalModel(tiny_llama(), tiny_llama_tokenizer(), "tiny")
 
 
-def make(model, floor: int = 0):
+def make(model, floor: int = 0, limits=()):
     renderer = LetterCount(floor)
-    reward = PictureReward(renderer, model, Instructions("", "Prompt: {prompt}"), penalty=2.0)
+    reward = PictureReward(renderer, model, Instructions("", "Prompt: {prompt}"), 2.0, limits)
     logged = {}
 
     def call(*answers: tuple[str, str]):
@@ -74,6 +76,15 @@ def test_faithful_answers_earn_their_total_and_others_less_than_all_of_their_gro
 def test_answers_below_a_floor_earn_as_little(model):
     call, _, _ = make(model, floor=4)
     assert call((DOG, "a dog<|im_end|>"), (DOG, "dog<|im_end|>"), (DOG, "<|im_end|>")) == [5, 3, 3]
+
+
+def test_answers_that_the_text_encoder_does_not_read_to_their_end_are_unfaithful(model):
+    limits = default_token_limits(tiny_sd())
+    assert [limit.tokens for limit in limits] == [24]
+    long = "a red dog on the beach, a blue cat in the forest and a green bird near the sea"
+    answers = ((DOG, f"{long}<|im_end|>"), (DOG, "a dog<|im_end|>"))
+    rewards = [make(model, limits=each)[0](*answers) for each in ((), limits)]
+    assert rewards == [[len(long), 5.0], [3.0, 5.0]]  # 2 below "a dog"
 
 
 def test_a_group_without_faithful_answers_earns_one_number(model):

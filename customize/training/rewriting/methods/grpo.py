@@ -32,6 +32,7 @@ def prepare(run: RewriterRun) -> TrainerParts:
     """
     from trl import GRPOConfig, GRPOTrainer
 
+    from customize.stages.token_limits import default_token_limits
     from customize.training.rewriting.load_renderer import RendererSettings, load_renderer
     from customize.training.rewriting.picture_reward import PictureReward
     from customize.training.rewriting.rows import check_length, render_prompt
@@ -64,7 +65,8 @@ def prepare(run: RewriterRun) -> TrainerParts:
         _process_device(config.device),
         "sampling_steps",
     )
-    reward = PictureReward(renderer, run.model, instructions, config.penalty)
+    limits = default_token_limits(renderer.pipe)
+    reward = PictureReward(renderer, run.model, instructions, config.penalty, limits)
     options = {
         "beta": config.reference_weight,
         "num_generations": config.num_generations,

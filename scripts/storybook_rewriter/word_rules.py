@@ -41,7 +41,7 @@ def apply_word_rules(prompt: str) -> str:
     """Correct spellings, then replace synonyms, the longest first."""
     text = re.sub(r"(?<![\w<])[A-Za-z']{3,}(?![\w>])", lambda match: _spell(match[0]), prompt)
     for synonym in sorted(_TO_WORD, key=len, reverse=True):
-        text = re.sub(rf"\b{synonym}\b", _TO_WORD[synonym], text)
+        text = re.sub(rf"(?<![\w<]){synonym}(?![\w>])", _TO_WORD[synonym], text)
     return re.sub(r"\b(a|an) (?=[a-z])", _fix_article, text)
 
 

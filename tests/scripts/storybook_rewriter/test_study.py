@@ -6,12 +6,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from customize.storybook.caption_grammar import PromptRequest, RequestedThing
 from customize.storybook.user_prompts import HELD_OUT_WORDS, KINDS, UserPrompt, is_held_out
-from storybook_rewriter.corpus import paraphrase
 from storybook_rewriter.study_prompts import held_out_prompts, training_prompts, tuning_prompts
 from storybook_rewriter.word_rules import apply_word_rules
 
@@ -38,13 +36,6 @@ def test_prompts_are_distinct_in_turns_of_kinds_and_the_same_again():
     assert set(Counter(prompt.kind for prompt in prompts).values()) == {8}
     assert sum(bool(prompt.trigger) for prompt in prompts) == 4
     assert prompts == held_out_prompts(48, "<rex>")
-
-
-def test_a_tenth_of_the_paraphrases_are_captions():
-    rng = np.random.default_rng(0)
-    answers = [paraphrase(rng)[1] for _ in range(600)]
-    share = np.mean([answer.startswith("a photo of") for answer in answers])
-    assert 0.1 < share < 0.5  # a third of the other answers starts so too
 
 
 @pytest.mark.parametrize(

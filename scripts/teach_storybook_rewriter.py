@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--own-prompts", type=int, help="prompts of dpo-1 and dpo-2 (default: all)")
     parser.add_argument("--children", type=int, default=4, help="rewritings of a prompt and round")
     parser.add_argument("--pairs", type=int, default=2000, help="most pairs of a DPO")
-    parser.add_argument("--margin", type=float, default=1.0)
+    parser.add_argument("--margin", type=float, default=0.05)
     parser.add_argument("--sft-rate", type=float, default=2e-3)
     parser.add_argument("--dpo-rate", type=float, default=5e-4)
     parser.add_argument("--epochs", type=float, default=3.0)

@@ -29,6 +29,8 @@ def normalize_value(name: str, value: Any, types: Sequence[Any]) -> Any:
         if name == "mixed_precision" and not value:
             return "no"  # YAML 1.1 reads a plain no as false
         raise ValueError("should not be yes or no")
+    if name == "system" and isinstance(value, str):
+        return value  # lines of a message, or none
     if isinstance(value, str):
         if value.strip().lower() in ("none", "null") and type(None) in types:
             return None

@@ -112,10 +112,11 @@ def test_preferences_raise_the_chosen_over_the_rejected(model, supervised, tmp_p
     assert not (trained / "ref").exists()
 
 
-def test_a_system_message_of_its_own_goes_with_the_lora(model, tmp_path):
+@pytest.mark.parametrize("system", ["be brief\nand kind", ""])
+def test_a_system_message_of_its_own_goes_with_the_lora(model, tmp_path, system):
     data = sft_rows(tmp_path / "rows.jsonl")
-    folder = train_rewriter(config(model, data, tmp_path / "lora", epochs=1, system="be brief"))
-    assert load_model(folder)[1].instructions == Instructions("be brief", "{prompt}:")
+    folder = train_rewriter(config(model, data, tmp_path / "lora", epochs=1, system=system))
+    assert load_model(folder)[1].instructions == Instructions(system, "{prompt}:")
 
 
 def test_preferences_without_supervised_training(model, tmp_path):

@@ -115,6 +115,7 @@ def evolve(
     from customize.cli.rewriter_source import check_rewriter_flags, load_rewriter
     from customize.cli.terminal import print_line
     from customize.concepts.io.output_folder import check_writable
+    from customize.stages.token_limits import default_token_limits
     from customize.training.rewriting import evolution
     from customize.training.rewriting.evolution_sheet import write_sheet
     from customize.training.rewriting.load_renderer import RendererSettings, load_renderer
@@ -143,6 +144,7 @@ def evolve(
             settings,
             loaded.instructions,
             loaded.sampling.max_new_tokens,
+            default_token_limits(renderer.pipe),
             on_round=lambda number, batch: print_line(
                 f"round {number} of {rounds}: {len(batch)} prompts", stderr=True
             ),

@@ -21,6 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from customize.atomic import write_atomic
 from customize.concepts.io.data_files import read_file_bytes
+from customize.concepts.tokens.token_limit import TokenLimit
 from customize.errors import ConceptError, ConfigError, DataError, EndpointError
 from customize.rewriting.clean_answer import clean_answer
 from customize.rewriting.instructions import Instructions
@@ -148,6 +149,7 @@ def evolve(
     settings: EvolutionSettings | None = None,
     instructions: Instructions | None = None,
     max_new_tokens: int = 160,
+    limits: Sequence[TokenLimit] = (),
     on_round: Callable[[int, Sequence[Population]], None] | None = None,
 ) -> list[Population]:
     """Evolve prompts, or resume.
@@ -160,6 +162,8 @@ def evolve(
         settings: None: the defaults.
         instructions: The text around a prompt. None: instructions for untrained models.
         max_new_tokens: Largest number of tokens of a rewriting.
+        limits: What each text encoder of the base reads; a rewriting that none reads to its end is
+            dropped.
         on_round: Called with the round and the batch that finished it.
 
     Returns:
@@ -193,7 +197,9 @@ def evolve(
             if number == 0:
                 children = [[each.prompt] for each in waiting]
             else:
-                children = _write_children(waiting, number, model, settings, instructions, sampling)
+                children = _write_children(
+                    waiting, number, model, settings, instructions, sampling, limits
+                )
             _score(waiting, children, number, renderer)
             for each in waiting:
                 each.rounds = number
@@ -211,6 +217,7 @@ def _write_children(
     settings: EvolutionSettings,
     instructions: Instructions,
     sampling: Sampling,
+    limits: Sequence[TokenLimit],
 ) -> list[list[str]]:
     """Return the new faithful rewritings of each population."""
     chats, owners = [], []
@@ -231,7 +238,7 @@ def _write_children(
             raise answer
         population, text = populations[index], clean_answer(answer.text)
         known = {member.text for member in population.members} | set(children[index])
-        required = required_terms(population.prompt)
+        required = required_terms(population.prompt, limits=limits)
         if text in known or find_answer_problems(required, answer, wording):
             population.dropped += 1
         else:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from customize.concepts.tokens.token_limit import TokenLimit
 from customize.errors import ConfigError, DataError, EndpointError, PipelineError
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Completion
@@ -92,6 +94,13 @@ def test_populations_grow_by_faithful_new_rewritings(tmp_path):
     assert {job.prompt for job in renderer.jobs} == {DOG, REX}
     failed = next(member for member in dog.members if member.text == "zzz dog")
     assert (failed.total, failed.failure) == (None, "zzz")
+
+
+def test_rewritings_that_the_text_encoder_would_cut_off_are_dropped(tmp_path):
+    words = TokenLimit("text_encoder", lambda text, **_: SimpleNamespace(input_ids=text.split()), 5)
+    (dog,) = evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, SETTINGS, limits=[words])
+    assert "a dog on the beach" in [member.text for member in dog.members]
+    assert "a photo of a dog at sea" not in [member.text for member in dog.members]
 
 
 def test_the_model_sees_the_parents_with_their_scores(tmp_path):

@@ -51,8 +51,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2000, help="most pairs of a DPO")
     parser.add_argument("--margin", type=float, default=0.05)
     parser.add_argument("--sft-rate", type=float, default=2e-3)
-    parser.add_argument("--dpo-rate", type=float, default=5e-4)
-    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--dpo-rate", type=float, default=3e-4)
+    parser.add_argument("--beta", type=float, default=0.5, help="of DPO")
+    parser.add_argument("--sft-epochs", type=float, default=3.0)
+    parser.add_argument("--dpo-epochs", type=float, default=1.0)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--merge", action="store_true", help="write the taught model to merged/")
     parser.add_argument("--system", help="system message of the chats (default: the student's)")
     args = parser.parse_args()
@@ -111,10 +114,15 @@ def train(
         return
     output.mkdir(parents=True, exist_ok=True)
     rows = data.read_text().splitlines(keepends=True)
-    stride = -(-len(rows) // args.pairs)  # prompts stand in turns, so all kinds stay
+    # Kinds of prompts stand in turns, so all of them stay.
+    stride = -(-len(rows) // args.pairs) if method == "dpo" else 1
     write_atomic(output / "rows.jsonl", "".join(rows[::stride]).encode())
     flags = {"model": model, "method": method, "data": output / "rows.jsonl", "output": output}
-    flags |= {"learning-rate": rate, "epochs": args.epochs, "max-length": 512}
+    epochs = args.sft_epochs if method == "sft" else args.dpo_epochs
+    flags |= {"learning-rate": rate, "epochs": epochs, "max-length": 512}
+    flags |= {"batch-size": args.batch}
+    if method == "dpo":
+        flags["beta"] = args.beta
     if args.system is not None:
         flags["system"] = args.system
     run("train", flags)

@@ -6,7 +6,9 @@ The stages of Prompt-A-Video, each a command of `customize`, which is printed:
    scripts/train_storybook_clip.py);
 2. sft: the student learns the best rewritings;
 3. dpo-1, dpo-2: it learns from pairs of its own rewritings, drawn and scored anew each time;
-4. dpo-alone: preferences without supervised training, from the pairs of the evolution.
+4. dpo-alone: preferences without supervised training, from the pairs of the evolution;
+5. grpo, with `--online`: rewritings of the student after sft are sampled, drawn and scored as it
+   learns.
 
 Run the script again to resume. The LoRA of each stage is in `--folder`, with settings and losses
 (training.json); `--merge` also writes the student with the LoRA of dpo-2 in it.
@@ -40,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/teach-rewriter"))
-    parser.add_argument("--student", default=str(assets_folder() / "rewriter"))
+    parser.add_argument("--student", default="runs/storybook-rewriter/model")
     parser.add_argument("--writer", help="model that evolves prompts (default: the student)")
     parser.add_argument("--evolution", type=Path, help="finished evolution to learn from")
     parser.add_argument("--reward", type=Path, default=Path("runs/storybook-clip/model"))
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--sft-epochs", type=float, default=3.0)
     parser.add_argument("--dpo-epochs", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--online", action="store_true", help="also train by GRPO")
     parser.add_argument("--merge", action="store_true", help="write the taught model to merged/")
     parser.add_argument("--system", help="system message of the chats (default: the student's)")
     args = parser.parse_args()
@@ -74,6 +77,8 @@ def main() -> None:
         train(args, "dpo", str(before), samples / "pairs.jsonl", stage, args.dpo_rate)
         before = args.folder / stage
     train(args, "dpo", args.student, evolution / "pairs.jsonl", "dpo-alone", args.dpo_rate)
+    if args.online:
+        train_online(args)
     if args.merge:
         merge(before, args.folder / "merged")
 
@@ -90,14 +95,8 @@ def evolve(args: argparse.Namespace, writer: str, output: Path, count: int, roun
     """Evolve the first training prompts; pictures that an earlier stage drew are drawn once."""
     if (output / "pairs.jsonl").is_file():
         return
-    prompts = args.folder / f"prompts-{count}.txt"
-    texts = [prompt.text for prompt in training_prompts(count)]
-    write_atomic(prompts, ("\n".join(texts) + "\n").encode())
-    pictures = args.folder / "pictures"
-    pictures.mkdir(exist_ok=True)
-    output.mkdir(parents=True, exist_ok=True)
-    if not (output / "pictures").exists():
-        (output / "pictures").symlink_to(pictures.resolve())
+    prompts = write_prompts(args, count)
+    link_pictures(args, output)
     flags = {"base": args.base, "prompts": prompts, "rewriter": writer, "output": output}
     flags |= {"reward": "clip=1", "reward-model": f"clip={args.reward}", "margin": args.margin}
     flags |= {"rounds": rounds, "children": args.children, "parents": 2, "operator": "rewrite"}
@@ -126,6 +125,37 @@ def train(
     if args.system is not None:
         flags["system"] = args.system
     run("train", flags)
+
+
+def train_online(args: argparse.Namespace) -> None:
+    """Train the LoRA of sft by GRPO, four rewritings of eight prompts in each step."""
+    output = args.folder / "grpo"
+    if (output / "training.json").is_file():
+        return
+    link_pictures(args, output)
+    flags = {"model": args.folder / "sft", "method": "grpo", "output": output}
+    flags |= {"data": write_prompts(args, args.prompts), "base": args.base}
+    flags |= {"reward": "clip=1", "reward-model": f"clip={args.reward}", "penalty": 0.2}
+    flags |= {"pictures": 1, "sampling-steps": STEPS, "guidance": GUIDANCE, "max-length": 512}
+    flags |= {"num-generations": 4, "batch-size": 8, "epochs": 2, "learning-rate": 5e-4}
+    run("train", flags)
+
+
+def write_prompts(args: argparse.Namespace, count: int) -> Path:
+    """Write the first training prompts."""
+    prompts: Path = args.folder / f"prompts-{count}.txt"
+    texts = [prompt.text for prompt in training_prompts(count)]
+    write_atomic(prompts, ("\n".join(texts) + "\n").encode())
+    return prompts
+
+
+def link_pictures(args: argparse.Namespace, output: Path) -> None:
+    """Let a stage share the pictures of all stages."""
+    pictures = args.folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / "pictures").exists():
+        (output / "pictures").symlink_to(pictures.resolve())
 
 
 def run(command: str, flags: dict[str, object]) -> None:

@@ -108,6 +108,8 @@ def load_trainable(source: str | Path) -> tuple[Any, LocalModel, TrainedSettings
     else:
         whole = _load_whole(path, torch.float32, False)
         model = whole.model
+        if source in NAMES:  # which its LoRA names, as another machine has another folder
+            model.name_or_path = source
     whole.check_words(settings.instructions.messages(""))
     return model, whole, settings, is_lora
 

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from customize.errors import ConfigError, DataError, SettingsError
+from customize.rewriting.cached_models import SMOLLM2
 from customize.rewriting.instructions import Instructions
+from customize.rewriting.language_model import Chat, Message, Sampling
 from customize.rewriting.load_model import (
     SETTINGS_FILE,
     TrainedSettings,
@@ -117,6 +119,18 @@ def test_a_system_message_of_its_own_goes_with_the_lora(model, tmp_path, system)
     data = sft_rows(tmp_path / "rows.jsonl")
     folder = train_rewriter(config(model, data, tmp_path / "lora", epochs=1, system=system))
     assert load_model(folder)[1].instructions == Instructions(system, "{prompt}:")
+
+
+def test_a_lora_of_a_downloaded_model_names_it_without_its_folder(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUSTOMIZE_CACHE", str(tmp_path))
+    shutil.copytree(model, tmp_path / SMOLLM2)
+    data = sft_rows(tmp_path / "rows.jsonl")
+    first = train_rewriter(config(Path(SMOLLM2), data, tmp_path / "first", epochs=1))
+    again = train_rewriter(config(first, data, tmp_path / "again", epochs=1))
+    for folder in (first, again):
+        values = json.loads((folder / "adapter_config.json").read_text())
+        assert values["base_model_name_or_path"] == SMOLLM2
+    assert load_model(again)[0].complete([Chat((Message("user", "puppy"),))], Sampling(0.0, 4))
 
 
 def test_preferences_without_supervised_training(model, tmp_path):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,9 @@ from customize.errors import ConfigError
 
 if TYPE_CHECKING:
     from customize.training.rewriting.evolution import Population
+    from customize.training.rewriting.load_renderer import RendererSettings
+    from customize.training.rewriting.picture_renderer import PictureRenderer
+    from customize.training.rewriting.ray_renderer import RayRenderer
 
 
 @on_interrupt("interrupted: run the same command again to go on")
@@ -101,6 +105,24 @@ def evolve(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Random seed")] = 0,
     device: Device = None,
     dtype: Dtype = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="local|auto|ADDRESS",
+            help="Draw and score in several processes by Ray: local starts a cluster on this"
+            " machine, auto finds the one that runs here",
+            show_default=False,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Processes of --ray, each on a GPU if the cluster has GPUs (default: 2)",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     r"""Find better prompts for a base by drawing them and scoring the pictures.
 
@@ -115,10 +137,9 @@ def evolve(
     from customize.cli.rewriter_source import check_rewriter_flags, load_rewriter
     from customize.cli.terminal import print_line
     from customize.concepts.io.output_folder import check_writable
-    from customize.stages.token_limits import default_token_limits
     from customize.training.rewriting import evolution
     from customize.training.rewriting.evolution_sheet import write_sheet
-    from customize.training.rewriting.load_renderer import RendererSettings, load_renderer
+    from customize.training.rewriting.load_renderer import RendererSettings
     from customize.training.rewriting.rows import read_prompts
 
     check_rewriter_flags(rewriter, endpoint_model, "--rewriter")
@@ -127,33 +148,65 @@ def evolve(
     least = parse_numbers(floors or [], "--floor")
     models = dict(split_pair(text, "--reward-model") for text in reward_models or [])
     settings = evolution.EvolutionSettings(rounds, children, parents, operator, seed=seed)  # type: ignore[arg-type]
+    if workers is not None and ray is None:
+        raise ConfigError(
+            "--workers was given without --ray", where="--workers", fix="add --ray local"
+        )
     check_writable(output)
     torch_device = choose_device(device, "--device")
     hide_loading_bars()
     drawing = RendererSettings(
         base, weights, least, models, range(pictures), steps, guidance, dtype
     )
-    renderer = load_renderer(drawing, output / "pictures", torch_device)
-    loaded = load_rewriter(rewriter, endpoint_model)
-    with loaded.model.use(torch_device):
-        populations = evolution.evolve(
-            texts,
-            loaded.model,
-            renderer,
-            output / "prompts",
-            settings,
-            loaded.instructions,
-            loaded.sampling.max_new_tokens,
-            default_token_limits(renderer.pipe),
-            on_round=lambda number, batch: print_line(
-                f"round {number} of {rounds}: {len(batch)} prompts", stderr=True
-            ),
-        )
+    with open_renderer(drawing, output / "pictures", device, ray, workers or 2) as renderer:
+        loaded = load_rewriter(rewriter, endpoint_model)
+        with loaded.model.use(torch_device):
+            populations = evolution.evolve(
+                texts,
+                loaded.model,
+                renderer,
+                output / "prompts",
+                settings,
+                loaded.instructions,
+                loaded.sampling.max_new_tokens,
+                renderer.token_limits,
+                on_round=lambda number, batch: print_line(
+                    f"round {number} of {rounds}: {len(batch)} prompts", stderr=True
+                ),
+            )
     write_sheet(output / "index.html", populations)
     good, pairs = write_training_data(output, populations, least, margin)
     print_line(
         f"Wrote index.html, good.jsonl ({good} prompts) and pairs.jsonl ({pairs} pairs) to {output}"
     )
+
+
+@contextmanager
+def open_renderer(
+    drawing: RendererSettings, folder: Path, device: str | None, ray: str | None, workers: int
+) -> Iterator[PictureRenderer | RayRenderer]:
+    """Load base and rewards in this process, or in each worker of a Ray cluster.
+
+    Args:
+        drawing: How rewritings are drawn and scored.
+        folder: Folder of the pictures.
+        device: The flag --device.
+        ray: The flag --ray; None: this process.
+        workers: Number of workers of a Ray cluster.
+
+    Raises:
+        CustomizeError: A flag is invalid, a model cannot be loaded, or Ray does not start.
+    """
+    if ray is None:
+        from customize.base.device import choose_device
+        from customize.training.rewriting.load_renderer import load_renderer
+
+        yield load_renderer(drawing, folder, choose_device(device, "--device"))
+    else:
+        from customize.training.rewriting.ray_renderer import open_ray_renderer
+
+        with open_ray_renderer(drawing, folder, device, ray, workers) as renderer:
+            yield renderer
 
 
 def split_pair(text: str, flag: str) -> tuple[str, str]:

@@ -54,6 +54,27 @@ def test_prompts_are_drawn_scored_and_written_as_training_data(
         assert totals[row["prompt"], row["chosen"]] > totals[row["prompt"], row["rejected"]]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_ray_gives_the_same_evolution(run: Run, world: World, clip: str, tmp_path: Path) -> None:
+    populations = []
+    for name, flags in (("one", ()), ("ray", ("--ray", "local", "--workers", 2))):
+        (tmp_path / name).mkdir()
+        answers = ["a dog on the beach", "two cats", "a red dog", "a photo of two cats"]
+        with serve(*(send(completion(text)) for text in answers)) as server:
+            model = ("--rewriter", server.url, "--endpoint-model", "llama")
+            result = run(*arguments(world, clip, tmp_path / name), *model, *flags)
+        assert result.code == 0, result.err
+        files = (tmp_path / name / "out" / "prompts").iterdir()
+        read = [json.loads(path.read_text()) for path in files]
+        populations.append({each["prompt"]: each["members"] for each in read})
+    one, ray = populations
+    for prompt in USERS:
+        assert [m["pictures"] for m in ray[prompt]] == [m["pictures"] for m in one[prompt]]
+        totals = [m["total"] for m in one[prompt]]
+        assert [m["total"] for m in ray[prompt]] == pytest.approx(totals, rel=1e-3, abs=1e-3)
+
+
 def test_bad_flags_are_refused(run: Run, world: World, clip: str, tmp_path: Path) -> None:
     given = (*arguments(world, clip, tmp_path), "--rewriter", "http://localhost:1/v1")
     model = ("--endpoint-model", "llama")
@@ -64,6 +85,7 @@ def test_bad_flags_are_refused(run: Run, world: World, clip: str, tmp_path: Path
         ((*model, "--reward-model", "blip=x"), "belongs to no reward"),
         ((*model, "--floor", "blip_itm=1"), "has no weight"),
         ((*model, "--operator", "cross"), "unknown operator"),
+        ((*model, "--workers", 2), "without --ray"),
     ):
         refused(run(*given, *flags), problem)
     (tmp_path / "prompts.txt").write_text("\n \n")

@@ -93,8 +93,8 @@ class _Death:
 class RayRenderer:
     """Draws and scores rewritings by several workers.
 
-    Ratings are those of the renderer that each worker builds, except for rounding: the batches of
-    the pipeline have other prompts.
+    Ratings are those of the renderer that each worker builds. They differ by rounding, as batches
+    of the pipeline have other prompts, and ratings without a total may lack their pictures.
 
     If a worker dies, another is started, and each of its jobs becomes a task. A job during which
     :data:`MAX_DEATHS` workers die gets a rating without a total. Workers that still load, or that

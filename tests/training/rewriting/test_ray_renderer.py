@@ -10,39 +10,54 @@ from functools import partial
 import pytest
 
 from customize.errors import ConfigError, PipelineError
-from customize.training.rewriting.picture_renderer import Job
+from customize.training.rewriting.picture_renderer import Job, Rating
 from customize.training.rewriting.ray_renderer import MAX_DEATHS, RayRenderer, connect
-from tests.training.rewriting.test_picture_renderer import make
 
-slow = [pytest.mark.slow, pytest.mark.timeout(3000)]
-TEXTS = ("a dog", "a cat", "a red hat", "a blue cup", "two cats on the beach")
+TEXTS = ("a dog", "a cat", "a red hat", "a blue cup", "two cats on the beach", "a cup")
 
 
-class Deadly:
-    """A renderer that kills its process for some texts, and notes that in a folder.
+def kill_worker(notes, deaths):
+    """Kill this process, the first times that it is called with a folder of notes."""
+    count = len(list(notes.iterdir()))
+    if count < deaths:
+        (notes / str(count)).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    It does so once for "a cat", always for "a striped car".
-    """
+
+class DiesOnce:
+    """A renderer whose first process that draws "a cat" is killed."""
 
     def __init__(self, renderer, notes):
         self.renderer, self.notes, self.digest = renderer, notes, renderer.digest
 
     def __call__(self, jobs):
-        deadly = {"a cat": 1, "a striped car": 1000}
-        for job in jobs:
-            died = len(list(self.notes.glob(f"{job.text}*")))
-            if died < deadly.get(job.text, 0):
-                (self.notes / f"{job.text} {died}").touch()
-                os.kill(os.getpid(), signal.SIGKILL)
+        if any(job.text == "a cat" for job in jobs):
+            kill_worker(self.notes, 1)
         return self.renderer(jobs)
 
 
-def build_deadly(pictures, notes):
-    return Deadly(make(pictures)[0], notes)
+class Plain:
+    """A renderer without a pipeline; "deadly" kills each process that draws it."""
+
+    digest = "plain"
+
+    def __init__(self, notes):
+        self.notes = notes
+
+    def __call__(self, jobs):
+        texts = [job.text for job in jobs]
+        if "deadly" in texts:
+            kill_worker(self.notes, 1000)
+        if texts == ["failing"]:
+            raise PipelineError("no reward works", where="rewards", fix="choose others")
+        pictures = ("lost.png",) if "lost" in texts else ()
+        return [Rating(float(len(text)), {}, True, pictures) for text in texts]
 
 
-def build_picture_renderer(pictures):
-    return make(pictures)[0]
+def build_dying_renderer(pictures, notes):
+    from tests.training.rewriting.test_picture_renderer import make
+
+    return DiesOnce(make(pictures)[0], notes)
 
 
 def build_nothing():
@@ -61,56 +76,49 @@ def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):
         RayRenderer(build_nothing, 2, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 class TestWithACluster:
-    pytestmark = slow
+    def test_a_killed_worker_loses_nothing(self, cluster, tmp_path):
+        from tests.training.rewriting.test_picture_renderer import make
 
-    def test_killed_workers_lose_nothing(self, cluster, tmp_path):
-        folders = [tmp_path / name for name in ("one", "ray", "notes")]
+        one, pictures, notes = folders = [tmp_path / name for name in ("one", "ray", "notes")]
         for folder in folders:
             folder.mkdir()
-        one, pictures, notes = folders
         local, _ = make(one)
-        jobs = [
-            *(Job("puppy", text) for text in TEXTS),
-            Job("fail", "a dog"),
-            Job("kitty", "a cup"),
-        ]
+        jobs = [*(Job("puppy", text) for text in TEXTS), Job("fail", "a dog")]
         jobs.append(jobs[0])
-        renderer = RayRenderer(partial(build_deadly, pictures, notes), 2, pictures)
+        renderer = RayRenderer(partial(build_dying_renderer, pictures, notes), 2, pictures)
+        ratings = renderer(jobs)
+        renderer.close()
         assert renderer.digest == local.digest
-        deadly = Job("puppy", "a striped car")
-        *ratings, failed = renderer([*jobs, deadly])
-        deaths = [len(list(notes.glob(f"{text}*"))) for text in ("a cat", deadly.text)]
-        assert deaths == [1, 1 + MAX_DEATHS]  # the first with the other jobs of the task
-        assert failed.total is None and "3 workers died" in failed.failure
+        assert len(list(notes.iterdir())) == 1
         for rating, expected in zip(ratings, local(jobs), strict=True):
             assert rating.total == pytest.approx(expected.total, rel=1e-3)
             assert rating.rewards == pytest.approx(expected.rewards, rel=1e-3)
             assert rating.passes == expected.passes
             assert rating.pictures == expected.pictures or "brightness" in rating.failure
-        assert [rating.total is None for rating in ratings] == [
-            job.prompt == "fail" for job in jobs
-        ]
+        assert [r.total is None for r in ratings] == [job.prompt == "fail" for job in jobs]
         assert {p.name for p in pictures.iterdir()} == {p.name for p in one.iterdir()}
-        renderer.close()
-        with pytest.raises(PipelineError, match="brightness"):  # by new workers
-            renderer([Job("fail", "a dog")])
-        renderer.close()
 
-    def test_errors_of_workers_are_those_of_the_renderer(self, cluster, tmp_path):
+    def test_jobs_that_kill_or_fail_do_so_alone(self, cluster, tmp_path):
+        notes = tmp_path / "notes"
+        notes.mkdir()
+        renderer = RayRenderer(partial(Plain, notes), 1, tmp_path)
+        jobs = [Job("puppy", text) for text in ("a dog", "deadly", "a hat", "failing", "a red cup")]
+        ratings = renderer(jobs)
+        assert [rating.total for rating in ratings] == [5, None, 5, None, 9]
+        assert "3 workers died" in ratings[1].failure and "no reward" in ratings[3].failure
+        assert len(list(notes.iterdir())) == 1 + MAX_DEATHS  # once with the jobs of its task
+        with pytest.raises(PipelineError, match="no reward works"):
+            renderer([Job("puppy", "failing")])
+        with pytest.raises(PipelineError, match="share"):
+            renderer([Job("puppy", "lost")])
+
+    def test_errors_of_workers_are_raised(self, cluster, tmp_path):
         with pytest.raises(ConfigError, match="no such base"):
             RayRenderer(build_nothing, 1, tmp_path)
         with pytest.raises(ConfigError, match="workers is 0"):
             RayRenderer(build_nothing, 0, tmp_path)
-
-    def test_machines_must_share_the_folder_of_the_pictures(self, cluster, tmp_path):
-        there, here = tmp_path / "there", tmp_path / "here"
-        there.mkdir()
-        renderer = RayRenderer(partial(build_picture_renderer, there), 1, here)
-        with pytest.raises(PipelineError, match="share"):
-            renderer([Job("puppy", "a dog")])
-
-    def test_a_cluster_without_room_is_an_error(self, cluster, tmp_path):
-        build = partial(build_picture_renderer, tmp_path)
         with pytest.raises(PipelineError, match="no worker is ready"):
-            RayRenderer(build, 1, tmp_path, num_gpus=1, start_timeout=2.0)
+            RayRenderer(build_nothing, 1, tmp_path, num_gpus=1, start_timeout=2.0)

@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 
 from customize.atomic import write_atomic
+from customize.concepts.tokens.token_limit import TokenLimit
 from customize.errors import ConfigError, DataError, PipelineError
 from customize.evaluation.rewards.weighted_sum import WeightedSum
 from customize.safe_read import MAX_IMAGE_BYTES, path_exists, read_bytes
+from customize.stages.token_limits import default_token_limits
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,11 @@ class PictureRenderer:
     def digest(self) -> str:
         """What identifies base, settings, seeds and rewards, 16 hexadecimal digits."""
         return short_hash(self.base, self._settings(), self.seeds, self.reward.digest)
+
+    @property
+    def token_limits(self) -> list[TokenLimit]:
+        """What each text encoder of the base reads of a prompt."""
+        return default_token_limits(self.pipe)
 
     def __call__(self, jobs: Sequence[Job]) -> list[Rating]:
         """Return the rating of each job; missing and damaged pictures are drawn.

@@ -14,27 +14,40 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from customize.base.device import choose_device
+from customize.concepts.tokens.token_limit import TokenLimit
 from customize.errors import ConfigError, PipelineError, first_line
 from customize.text import plural
 from customize.training.rewriting.load_renderer import RendererSettings, load_renderer
 from customize.training.rewriting.picture_renderer import Job, PictureRenderer, Rating, Renderer
+from customize.training.rewriting.ray_cluster import connect, import_ray
 
 #: Number of deaths in sequence, of workers with the same single job or of one that loads.
 MAX_DEATHS = 3
 #: Most jobs of a task; with two seeds each they fill a batch of the pipeline.
 MAX_JOBS = 4
-#: Memory of a local cluster's object store in bytes; tasks and ratings take a few kilobytes.
-_OBJECT_STORE_BYTES = 100 << 20
+
+
+class PipelineRenderer(Renderer, Protocol):
+    """A renderer that knows what the text encoders of its base read.
+
+    Attributes:
+        token_limits: What each text encoder reads of a prompt.
+    """
+
+    @property
+    def token_limits(self) -> list[TokenLimit]: ...  # noqa: D102
 
 
 class RenderWorker:
     """What runs in the process of a worker."""
 
-    def load(self, build: Callable[[], Renderer], folder: str) -> str:
-        """Build the renderer and return its digest.
+    def load(
+        self, build: Callable[[], PipelineRenderer], folder: str
+    ) -> tuple[str, list[TokenLimit]]:
+        """Build the renderer and return its digest and token limits.
 
         Args:
             build: Returns the renderer.
@@ -43,7 +56,7 @@ class RenderWorker:
         with suppress(OSError):
             os.chdir(folder)
         self.renderer = build()
-        return self.renderer.digest
+        return self.renderer.digest, self.renderer.token_limits
 
     def rate(self, jobs: Sequence[Job]) -> list[Rating] | PipelineError:
         """Return the ratings of jobs, or the error if none was rated."""
@@ -115,7 +128,7 @@ class RayRenderer:
 
     def __init__(
         self,
-        build: Callable[[], Renderer],
+        build: Callable[[], PipelineRenderer],
         workers: int,
         folder: Path,
         num_gpus: int = 0,
@@ -130,6 +143,7 @@ class RayRenderer:
             )
         self._build, self._size, self._folder = build, workers, folder
         self._start_timeout, self._digest = start_timeout, ""
+        self._token_limits: list[TokenLimit] = []
         self._actor_class = self._ray.remote(RenderWorker).options(num_cpus=1, num_gpus=num_gpus)
         self._workers: list[_Worker] = []
         with self._close_after_errors():
@@ -141,6 +155,11 @@ class RayRenderer:
     def digest(self) -> str:
         """The digest of the workers' renderers."""
         return self._digest
+
+    @property
+    def token_limits(self) -> list[TokenLimit]:
+        """What each text encoder of the base reads of a prompt."""
+        return self._token_limits
 
     def __call__(self, jobs: Sequence[Job]) -> list[Rating]:
         """Return the rating of each job; equal jobs are rated once.
@@ -248,7 +267,7 @@ class RayRenderer:
         if task is not None:
             return task, result
         worker.deaths = 0
-        self._check_digest(result)
+        self._check_digest(*result)
         return None
 
     def _replace(self, worker: _Worker, is_loading: bool, reason: str) -> None:
@@ -264,8 +283,9 @@ class RayRenderer:
             self._ray.kill(worker.actor)  # one that is only out of reach
         self._workers[self._workers.index(worker)] = self._start_worker(deaths)
 
-    def _check_digest(self, digest: str) -> None:
-        self._digest = self._digest or digest
+    def _check_digest(self, digest: str, limits: list[TokenLimit]) -> None:
+        if not self._digest:
+            self._digest, self._token_limits = digest, limits
         if digest != self._digest:
             raise PipelineError(
                 "the workers have different models, dtypes or settings",
@@ -340,57 +360,3 @@ def open_ray_renderer(
 def build_renderer(settings: RendererSettings, folder: Path, device: str | None) -> PictureRenderer:
     """Load the renderer of a worker, on a device of its process."""
     return load_renderer(settings, folder, choose_device(device, "--device"))
-
-
-@contextmanager
-def connect(address: str, workers: int) -> Iterator[Any]:
-    """Connect to a cluster until the context ends.
-
-    Args:
-        address: "local": start one on this machine, which ends with the context; "auto": the one
-            that runs on this machine; or the address of one, such as ``"10.0.0.1:6379"``.
-        workers: CPUs of a local cluster.
-
-    Returns:
-        The package ray.
-
-    Raises:
-        PipelineError: Ray is missing, or the cluster cannot be started or reached.
-    """
-    ray = import_ray()
-    options: dict[str, Any] = {}
-    if address == "local":
-        options = {"num_cpus": workers, "object_store_memory": _OBJECT_STORE_BYTES}
-        options["include_dashboard"] = False
-    try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
-    except Exception as error:  # Ray raises that class too
-        raise PipelineError(
-            f"the Ray cluster cannot be {'started' if options else 'reached'}: {first_line(error)}",
-            where=f"--ray {address}",
-            fix="start one with ray start --head, and give --ray auto",
-        ) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def import_ray() -> Any:
-    """Import Ray; unless the environment says otherwise, it reports no usage to its makers.
-
-    Raises:
-        PipelineError: It cannot be imported.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Workers without GPUs keep CUDA_VISIBLE_DEVICES, as in future versions of Ray; else it warns.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise PipelineError(
-            f"--ray needs Ray, which cannot be imported: {error}",
-            where="--ray",
-            fix="pip install 'diffusers-customize[cluster]'",
-        ) from error
-    return ray

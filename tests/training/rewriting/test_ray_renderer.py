@@ -11,7 +11,8 @@ import pytest
 
 from customize.errors import ConfigError, PipelineError
 from customize.training.rewriting.picture_renderer import Job, Rating
-from customize.training.rewriting.ray_renderer import MAX_DEATHS, RayRenderer, connect
+from customize.training.rewriting.ray_cluster import connect
+from customize.training.rewriting.ray_renderer import MAX_DEATHS, RayRenderer
 
 TEXTS = ("a dog", "a cat", "a red hat", "a blue cup", "two cats on the beach", "a cup")
 
@@ -28,7 +29,8 @@ class DiesOnce:
     """A renderer whose first process that draws "a cat" is killed."""
 
     def __init__(self, renderer, notes):
-        self.renderer, self.notes, self.digest = renderer, notes, renderer.digest
+        self.renderer, self.notes = renderer, notes
+        self.digest, self.token_limits = renderer.digest, renderer.token_limits
 
     def __call__(self, jobs):
         if any(job.text == "a cat" for job in jobs):
@@ -39,7 +41,7 @@ class DiesOnce:
 class Plain:
     """A renderer without a pipeline; "deadly" kills each process that draws it."""
 
-    digest = "plain"
+    digest, token_limits = "plain", ()
 
     def __init__(self, notes):
         self.notes = notes
@@ -92,6 +94,8 @@ class TestWithACluster:
         ratings = renderer(jobs)
         renderer.close()
         assert renderer.digest == local.digest
+        (limit,), (expected,) = renderer.token_limits, local.token_limits
+        assert limit.tokens == expected.tokens and limit.count("a dog") == expected.count("a dog")
         assert len(list(notes.iterdir())) == 1
         for rating, expected in zip(ratings, local(jobs), strict=True):
             assert rating.total == pytest.approx(expected.total, rel=1e-3)

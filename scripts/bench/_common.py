@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,7 @@ def command() -> str:
             next(arguments, None)
         elif not word.startswith("--json="):
             words.append(Path(word).name if Path(word).is_absolute() else word)
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def apart(call: Callable[[], Any]) -> Any:

@@ -97,6 +97,17 @@ def report(
     write_result(bench, args, rows, figures)
 
 
+def measured_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of an earlier run that `--resume` keeps."""
+    if not args.resume or args.json is None or not args.json.exists():
+        return []
+    earlier = json.loads(args.json.read_text())
+    if ("--quick" in earlier["command"]) != args.quick:
+        raise SystemExit(f"{args.json} was measured with another --quick")
+    rows: list[dict[str, Any]] = earlier["rows"]
+    return rows
+
+
 def write_result(
     bench: str, args: argparse.Namespace, rows: Sequence[Row], figures: Mapping[str, float]
 ) -> None:

@@ -26,7 +26,6 @@ run takes hours: the file of `--json` is written after every row, and `--resume`
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -208,7 +207,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     """All rows and figures."""
     protocol = QUICK if args.quick else FULL
     judges = load_judges(args.judges)
-    rows = measured_rows(args)
+    rows = _common.measured_rows(args)
     identities = range(protocol.identities)
 
     def add(
@@ -241,17 +240,6 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
         add(trained, OUTLIER_IMAGES, groups, calls, words=lambda concept: concept.trigger)
         rows[-1]["training_seconds"] = median(seconds)
     return rows, figures(rows)
-
-
-def measured_rows(args: argparse.Namespace) -> list[Row]:
-    """The rows of an earlier run that `--resume` keeps."""
-    if not args.resume or args.json is None or not args.json.exists():
-        return []
-    earlier = json.loads(args.json.read_text())
-    if ("--quick" in earlier["command"]) != args.quick:
-        raise SystemExit(f"{args.json} was measured with another --quick")
-    rows: list[Row] = earlier["rows"]
-    return rows
 
 
 def systems(

@@ -162,7 +162,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
         **{name: partial(best_of, source, pictures, prompts) for name, source in best.items()},
         CEILING: lambda: ([[prompt.caption for prompt in prompts]] * SEEDS, {}),
     }
-    kept = {row["drawn from"]: row for row in earlier_rows(args)}
+    kept = {row["drawn from"]: row for row in _common.measured_rows(args)}
     rows: list[Row] = []
     for name, call in calls.items():
         if name in kept:
@@ -183,17 +183,6 @@ def save_texts(file: Path, name: str, prompts: Sequence[UserPrompt], texts: Sequ
     with file.open("a") as lines:
         for prompt, text in zip(prompts, texts, strict=True):
             lines.write(json.dumps({"row": name, "prompt": prompt.text, "text": text}) + "\n")
-
-
-def earlier_rows(args: argparse.Namespace) -> list[Row]:
-    """The rows of an earlier run that `--resume` keeps."""
-    if not args.resume or args.json is None or not args.json.exists():
-        return []
-    earlier = json.loads(args.json.read_text())
-    if ("--quick" in earlier["command"]) != args.quick:
-        raise SystemExit(f"{args.json} was measured with another --quick")
-    rows: list[Row] = earlier["rows"]
-    return rows
 
 
 def figures(rows: Sequence[Row]) -> dict[str, float]:

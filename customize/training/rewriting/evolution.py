@@ -27,7 +27,7 @@ from customize.rewriting.clean_answer import clean_answer
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Chat, LanguageModel, Message, Sampling
 from customize.rewriting.preference_pairs import Candidate
-from customize.rewriting.required_terms import required_terms
+from customize.rewriting.required_terms import find_problems, required_terms
 from customize.rewriting.rewrite_prompts import find_answer_problems
 from customize.text import quote
 from customize.training.rewriting.picture_renderer import Job, Renderer, short_hash, try_render
@@ -118,12 +118,15 @@ class Population:
         rounds: Finished rounds; -1 before the prompt itself is scored.
         members: The rewritings, in the order in which they were written.
         dropped: Number of answers that were dropped, as they were faulty or known.
+        unfaithful: Those of them that lose what the prompt asks for. They are not drawn, and serve
+            as the rejected ones of pairs.
     """
 
     prompt: str
     rounds: int = -1
     members: list[Member] = field(default_factory=list)
     dropped: int = 0
+    unfaithful: list[str] = field(default_factory=list)
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
 
@@ -133,9 +136,12 @@ class Population:
         return sorted(scored, key=lambda member: member.total or 0.0, reverse=True)[:count]
 
     def candidates(self) -> list[Candidate]:
-        """Return the scored members as candidates for pairs."""
+        """Return the scored members, and below them the unfaithful ones, for pairs."""
         scored = [member for member in self.members if member.total is not None]
-        return [Candidate(m.text, m.rewards, m.total or 0.0) for m in scored]
+        return [
+            *(Candidate(m.text, m.rewards, m.total or 0.0) for m in scored),
+            *(Candidate(text, {}, float("-inf")) for text in self.unfaithful),
+        ]
 
 
 _POPULATION = TypeAdapter(Population)
@@ -241,6 +247,9 @@ def _write_children(
         required = required_terms(population.prompt, limits=limits)
         if text in known or find_answer_problems(required, answer, wording):
             population.dropped += 1
+            is_lossy = text and answer.is_complete and find_problems(required, text)
+            if is_lossy and text not in population.unfaithful:
+                population.unfaithful.append(text)
         else:
             children[index].append(text)
     return children

@@ -197,6 +197,17 @@ def test_populations_become_training_data(tmp_path):
     assert all(pair.rejected in ("a dog", "dog", DOG) for pair in pairs)
 
 
+def test_answers_that_lose_a_trigger_are_rejected_in_pairs_and_not_drawn(tmp_path):
+    renderer = LetterCount()
+    (rex,) = evolve([REX], Counting(ANSWERS), renderer, tmp_path, SETTINGS)
+    assert rex.unfaithful == ["a dog at sea", "I'm sorry, no"]
+    assert not {job.text for job in renderer.jobs} & set(rex.unfaithful)
+    pairs = make_pairs(REX, rex.candidates(), PairRule(0.1))
+    assert {pair.rejected for pair in pairs} > set(rex.unfaithful)
+    assert all("<rex>" in pair.chosen for pair in pairs)
+    assert best_rewritings({REX: rex.candidates()}, {}) == [(REX, "<rex> on a beach")]
+
+
 def test_the_page_shows_texts_as_text(tmp_path):
     prompt = "<script>alert(1)</script> & <rex>"
     answer = f"{prompt}, a dog <b x"

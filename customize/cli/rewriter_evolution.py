@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from customize.cli.shared_options import BaseModel, Device, Dtype, EndpointModel
 from customize.errors import ConfigError
 
 if TYPE_CHECKING:
+    from customize.rewriting.preference_pairs import PairRule
     from customize.training.rewriting.evolution import Population
     from customize.training.rewriting.load_renderer import RendererSettings
     from customize.training.rewriting.picture_renderer import PictureRenderer
@@ -137,6 +139,7 @@ def evolve(
     from customize.cli.rewriter_source import check_rewriter_flags, load_rewriter
     from customize.cli.terminal import print_line
     from customize.concepts.io.output_folder import check_writable
+    from customize.rewriting.preference_pairs import PairRule
     from customize.training.rewriting import evolution
     from customize.training.rewriting.evolution_sheet import write_sheet
     from customize.training.rewriting.load_renderer import RendererSettings
@@ -151,6 +154,11 @@ def evolve(
     if workers is not None and ray is None:
         raise ConfigError(
             "--workers was given without --ray", where="--workers", fix="add --ray local"
+        )
+    rule = PairRule(margin, least)
+    if guidance is not None and not math.isfinite(guidance):
+        raise ConfigError(
+            f"the guidance scale is {guidance}", where="--guidance", fix="give a number such as 7.5"
         )
     check_writable(output)
     torch_device = choose_device(device, "--device")
@@ -175,7 +183,7 @@ def evolve(
                 ),
             )
     write_sheet(output / "index.html", populations)
-    good, pairs = write_training_data(output, populations, least, margin)
+    good, pairs = write_training_data(output, populations, rule)
     print_line(
         f"Wrote index.html, good.jsonl ({good} prompts) and pairs.jsonl ({pairs} pairs) to {output}"
     )
@@ -240,16 +248,16 @@ def parse_numbers(texts: Sequence[str], flag: str) -> dict[str, float]:
 
 
 def write_training_data(
-    folder: Path, populations: Sequence[Population], floors: dict[str, float], margin: float
+    folder: Path, populations: Sequence[Population], rule: PairRule
 ) -> tuple[int, int]:
     """Write the rows for supervised training and for DPO, and return their numbers."""
     from customize.cli.output_files import storage_errors
-    from customize.rewriting.preference_pairs import PairRule, best_rewritings, make_pairs
+    from customize.rewriting.preference_pairs import best_rewritings, make_pairs
 
-    rule = PairRule(margin, floors)
     candidates = {each.prompt: each.candidates() for each in populations}
     good = [
-        {"prompt": prompt, "text": text} for prompt, text in best_rewritings(candidates, floors)
+        {"prompt": prompt, "text": text}
+        for prompt, text in best_rewritings(candidates, rule.floors)
     ]
     pairs = [
         {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}

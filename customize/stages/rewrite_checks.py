@@ -58,6 +58,15 @@ def check_best_of(best_of: int, reward: Reward | None, temperature: float) -> No
             where="best_of",
             fix="give a number from 1 to 64",
         )
+    if reward is not None and not (
+        callable(reward) and isinstance(getattr(reward, "name", None), str)
+    ):
+        raise ConfigError(
+            f"reward={quote(reward)} is no reward",
+            where="reward",
+            fix='give customize.evaluation.rewards.load_reward("clip"), or an object with a name '
+            "and a digest that scores pictures for prompts",
+        )
     if (best_of > 1) != (reward is not None):
         raise ConfigError(
             "best_of= and reward= belong together, and one of them is missing",

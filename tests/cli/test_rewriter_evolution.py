@@ -51,7 +51,8 @@ def test_prompts_are_drawn_scored_and_written_as_training_data(
     totals = {(p["prompt"], m["text"]): m["total"] for p in populations for m in p["members"]}
     assert rows
     for row in rows:
-        assert totals[row["prompt"], row["chosen"]] > totals[row["prompt"], row["rejected"]]
+        rejected = totals.get((row["prompt"], row["rejected"]), float("-inf"))  # unfaithful
+        assert totals[row["prompt"], row["chosen"]] > rejected
 
 
 @pytest.mark.slow
@@ -87,6 +88,8 @@ def test_bad_flags_are_refused(run: Run, world: World, clip: str, tmp_path: Path
         ((*model, "--floor", "blip_itm=1"), "has no weight"),
         ((*model, "--operator", "cross"), "unknown operator"),
         ((*model, "--workers", 2), "without --ray"),
+        ((*model, "--guidance", "inf"), "guidance scale is inf"),
+        ((*model, "--margin", "nan"), "margin is nan"),
     ):
         refused(run(*given, *flags), problem)
     (tmp_path / "prompts.txt").write_text("\n \n")

@@ -368,6 +368,12 @@ def test_the_best_is_chosen_for_each_prompt_and_with_other_stages(pipe):
     assert reward.prompts[:4] == ["dog", "dog", "a big dog", "a big dog"]
 
 
+@pytest.mark.parametrize("reward", ["clip", lambda pictures, prompts: 0.0])
+def test_a_reward_that_is_none_is_refused_before_anything_is_drawn(reward):
+    with pytest.raises(ConfigError, match="is no reward"):
+        Rewriter(OfSeeds({}), temperature=1.0, best_of=3, reward=reward)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from customize.atomic import write_atomic
+from customize.concepts.io.output_folder import check_writable
 from customize.errors import PipelineError, SettingsError, TrainingError
 from customize.rewriting.load_model import SETTINGS_FILE, load_trainable, write_settings
 from customize.safe_read import MAX_TEXT_BYTES, read_bytes, read_json
@@ -77,6 +78,13 @@ def train_rewriter(config: RewriterTrainConfig) -> Path:
         raise TrainingError(
             f"the loss is {result.training_loss}", where=output, fix="lower learning_rate"
         )
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    if rates and max(rates) == 0:
+        raise TrainingError(
+            "nothing was learned, as warmup gives the only step a learning rate of 0",
+            where=output,
+            fix="add rows or epochs, or set warmup to 0",
+        )
     trainer.model.save_pretrained(str(output), selected_adapters=["default"])
     whole.tokenizer.save_pretrained(str(output))
     write_atomic(output / SETTINGS_FILE, write_settings(settings).encode())
@@ -134,8 +142,10 @@ def _check_output(config: RewriterTrainConfig, settings: Mapping[str, Any]) -> s
 
     Raises:
         SettingsError: The folder has checkpoints of other settings or data.
+        StorageError: The folder cannot be written to.
     """
     output = config.output
+    check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
     record = output / "settings.json"
     checkpoint = _last_whole_checkpoint(output) if config.resume else None

@@ -74,7 +74,14 @@ def _parse_lines(path: Path, fields: Sequence[str]) -> Iterator[dict[str, str]]:
             isinstance(values.get(name), str) and values[name].strip() for name in fields
         ):
             raise DataError(f"line {number} is {quote(line, 80)}", where=path, fix=_example(fields))
-        yield {name: values[name] for name in fields}
+        row = {name: values[name] for name in fields}
+        if "chosen" in row and row["chosen"] == row.get("rejected"):
+            raise DataError(
+                f"line {number} prefers {quote(row['chosen'], 80)} to itself",
+                where=path,
+                fix="give another rejected text, or leave the line out",
+            )
+        yield row
 
 
 def _example(fields: Sequence[str]) -> str:

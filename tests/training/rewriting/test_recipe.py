@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from customize.errors import ConfigError, DataError, SettingsError
+from customize.errors import ConfigError, DataError, SettingsError, StorageError, TrainingError
 from customize.rewriting.cached_models import SMOLLM2
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Chat, Message, Sampling
@@ -131,6 +131,27 @@ def test_a_lora_of_a_downloaded_model_names_it_without_its_folder(model, tmp_pat
         values = json.loads((folder / "adapter_config.json").read_text())
         assert values["base_model_name_or_path"] == SMOLLM2
     assert load_model(again)[0].complete([Chat((Message("user", "puppy"),))], Sampling(0.0, 4))
+
+
+def test_a_training_of_one_step_at_a_rate_of_0_is_an_error(model, tmp_path):
+    settings = config(model, sft_rows(tmp_path / "rows.jsonl"), tmp_path / "lora", epochs=1)
+    with pytest.raises(TrainingError, match="nothing was learned"):
+        train_rewriter(settings.model_copy(update={"warmup": 0.1}))
+    assert not (tmp_path / "lora" / WEIGHTS).exists()
+
+
+def test_an_output_that_is_a_file_is_refused(model, tmp_path):
+    data = sft_rows(tmp_path / "rows.jsonl")
+    for output in (data, data / "lora"):
+        with pytest.raises(StorageError):
+            train_rewriter(config(model, data, output))
+    assert read_rows(data, ("prompt", "text"))
+
+
+def test_a_text_that_is_preferred_to_itself_is_refused(tmp_path):
+    data = write(tmp_path / "rows.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    with pytest.raises(DataError, match="line 1 prefers 'b' to itself"):
+        read_rows(data, ("prompt", "chosen", "rejected"))
 
 
 def test_preferences_without_supervised_training(model, tmp_path):

@@ -30,8 +30,9 @@ from customize.pipeline.stage import CallContext
 from customize.pipeline.state import get_state
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Sampling
-from customize.stages.rewrite import Rewriter, rewrite_for_call, warn_about_notes
+from customize.stages.rewrite import Rewriter, rewrite_for_call
 from customize.stages.rewrite_requests import call_requests, check_prompts
+from customize.stages.rewrite_warnings import warn_about_notes
 from customize.text import quote
 
 

@@ -39,8 +39,8 @@ from customize.stages.rewrite_requests import (
     call_seeds,
     check_prompts,
 )
+from customize.stages.rewrite_warnings import leave_unanswered, warn_about_notes
 from customize.text import quote
-from customize.user_warnings import warn_user
 
 #: All that a rewriting depends on: request, seed, sampling, class words and instructions.
 _Key = tuple[RequiredTerms, int, Sampling, tuple[tuple[str, str], ...], Instructions]
@@ -50,7 +50,6 @@ _MAX_KEPT = 4096
 _MADE_ANEW = ("_lock", "_kept", "_latest")
 #: Argument of steps that rewrite the prompt: this package's, and diffusers' of LTX-2.
 _STEP_ARGUMENT = "enable_prompt_enhancement"
-_NO_ANSWER = "not rewritten, as the endpoint does not answer"
 
 
 class Rewriter(StageSetting):
@@ -393,37 +392,3 @@ def rewrite_for_call(
     device = getattr(context.pipe, "_execution_device", None) or "cpu"
     found = setting.rewrite_call(requests, seeds, class_words, device, instructions, sampling)
     return leave_unanswered(requests, found)
-
-
-def leave_unanswered(
-    requests: Sequence[RequiredTerms], found: Sequence[Rewriting | EndpointError]
-) -> list[Rewriting]:
-    """Leave each prompt that an endpoint does not answer as it is, with a warning for each reason.
-
-    Args:
-        requests: The prompts.
-        found: The rewriting of each, or why there is none.
-    """
-    result, unanswered = [], dict[str, dict[str, None]]()
-    for request, each in zip(requests, found, strict=True):
-        if isinstance(each, EndpointError):
-            unanswered.setdefault(str(each), {})[request.prompt] = None
-            each = Rewriting(request.prompt, request.prompt, note=_NO_ANSWER)
-        result.append(each)
-    for reason, prompts in unanswered.items():
-        first, count = quote(next(iter(prompts)), 80), len(prompts)
-        if count == 1:
-            text = f"the prompt {first} is drawn as it is, because it could not be rewritten"
-        else:
-            text = (
-                f"{count} prompts, such as {first}, could not be rewritten, and are drawn as given"
-            )
-        warn_user(f"{text}: {reason}")
-    return result
-
-
-def warn_about_notes(rewritings: Sequence[Rewriting]) -> None:
-    """Warn about prompts whose rewriting is repaired, or that stay as they are."""
-    for each in rewritings:
-        if each.note not in ("", _NO_ANSWER):  # of which leave_unanswered has warned
-            warn_user(f"the prompt {quote(each.prompt, 80)} is {each.note}")

@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
     parser.add_argument("--prompts", type=int, default=240)
     parser.add_argument("--own-prompts", type=int, help="prompts of dpo-1 and dpo-2 (default: all)")
+    parser.add_argument("--workers", type=int, help="processes that draw, by Ray (default: none)")
     parser.add_argument("--children", type=int, default=4, help="rewritings of a prompt and round")
     parser.add_argument("--pairs", type=int, default=2000, help="most pairs of a DPO")
     parser.add_argument("--margin", type=float, default=0.05)
@@ -101,6 +102,8 @@ def evolve(args: argparse.Namespace, writer: str, output: Path, count: int, roun
     flags |= {"reward": "clip=1", "reward-model": f"clip={args.reward}", "margin": args.margin}
     flags |= {"rounds": rounds, "children": args.children, "parents": 2, "operator": "rewrite"}
     flags |= {"pictures": 1, "steps": STEPS, "guidance": GUIDANCE}
+    if args.workers is not None:
+        flags |= {"ray": "local", "workers": args.workers}
     run("evolve", flags)
 
 

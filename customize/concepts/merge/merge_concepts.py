@@ -270,8 +270,9 @@ def _layer_settings(
     """The settings for one layer, with seeds that differ between layers."""
     layer_settings = dict(settings)
     for setting in method.settings:
-        if setting.is_seed and setting.name in settings:
-            text = f"{settings[setting.name]} {component}.{module}"
+        if setting.is_seed:
+            seed = settings.get(setting.name, setting.default)
+            text = f"{seed} {component}.{module}"
             digest = hashlib.sha256(text.encode()).digest()
             layer_settings[setting.name] = int.from_bytes(digest[:7], "little")
     return layer_settings

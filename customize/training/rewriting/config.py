@@ -77,7 +77,10 @@ class RewriterTrainConfig(SettingsModel):
         + ")",
     )
     warmup: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of the steps with a rising learning rate"
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="Share of the steps with a rising learning rate, rounded down",
     )
     beta: float | None = Field(
         default=None,

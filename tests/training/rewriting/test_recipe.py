@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from customize.errors import ConfigError, DataError, SettingsError, StorageError, TrainingError
+from customize.errors import ConfigError, DataError, SettingsError, StorageError
 from customize.rewriting.cached_models import SMOLLM2
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Chat, Message, Sampling
@@ -133,11 +133,27 @@ def test_a_lora_of_a_downloaded_model_names_it_without_its_folder(model, tmp_pat
     assert load_model(again)[0].complete([Chat((Message("user", "puppy"),))], Sampling(0.0, 4))
 
 
-def test_a_training_of_one_step_at_a_rate_of_0_is_an_error(model, tmp_path):
-    settings = config(model, sft_rows(tmp_path / "rows.jsonl"), tmp_path / "lora", epochs=1)
-    with pytest.raises(TrainingError, match="nothing was learned"):
-        train_rewriter(settings.model_copy(update={"warmup": 0.1}))
-    assert not (tmp_path / "lora" / WEIGHTS).exists()
+@pytest.mark.parametrize(
+    ("warmup", "epochs", "rates"),
+    [
+        (None, 1, [1e-2]),  # the default
+        (0.999, 1, [1e-2]),
+        (0.5, 2, [0, 1e-2]),
+        (0.999, 3, [0, 5e-3, 1e-2]),
+        (0.5, 5, [0, 5e-3, 1e-2, 6.667e-3, 3.333e-3]),
+    ],
+)
+def test_warmup_leaves_a_step_that_learns(model, tmp_path, warmup, epochs, rates):
+    """Three rows in batches of three make one step of each epoch."""
+    default = RewriterTrainConfig.model_fields["warmup"].default
+    warmup = default if warmup is None else warmup
+    data = sft_rows(tmp_path / "rows.jsonl")
+    folder = train_rewriter(config(model, data, tmp_path / "lora", epochs=epochs, warmup=warmup))
+    log = json.loads((folder / "training.json").read_text())["log"]
+    logged = [row["learning_rate"] for row in log if "learning_rate" in row]
+    assert logged == pytest.approx(rates, rel=0.01)
+    weights = load_file(folder / WEIGHTS)
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
 
 
 def test_an_output_that_is_a_file_is_refused(model, tmp_path):

@@ -28,10 +28,7 @@ from customize.families import Family
 from customize.families.denoiser_inputs import select_rows
 from customize.families.pipeline_components import uncompiled
 from customize.pipeline.call_scope import capture_call_scope
-
-#: Largest relative difference of two encodings of one prompt. Rounding in bfloat16 stays below it;
-#: the encodings of other prompts differ more.
-MATCH_TOLERANCE = 0.02
+from customize.stages.prompt_rows import PromptRows
 
 #: Bootstrapping ends at this noise level, where 1 is pure noise.
 BOOTSTRAP_NOISE_LEVEL = 0.5
@@ -158,9 +155,8 @@ class _RegionalDenoiser:
         self.has_matched = False
         self._in_this_call = capture_call_scope()
         self._text_argument = next(iter(inputs[0]))
-        self._encoded_prompts = [kwargs[self._text_argument][0] for kwargs in inputs]
+        self._prompt_rows = PromptRows([kwargs[self._text_argument][0] for kwargs in inputs])
         self._running: list[_DenoiserCall | None] = []
-        self._matches: dict[int, tuple[Any, dict[int, list[int]]]] = {}
         self._layers: dict[tuple[int, int], list[list[_Layer]]] = {}
         self._count = 0
         # With more input than output channels the latents contain other inputs, such as masks.
@@ -195,24 +191,8 @@ class _RegionalDenoiser:
         texts = arguments[self._text_argument]
         batch = len(arguments[self.family.latents_argument])
         texts_per_row = max(1, len(texts) // batch)
-        # The comparison synchronizes with a GPU, so tensors of earlier steps are not compared
-        # again; they are stored, so that their ids are not reused.
-        if id(texts) not in self._matches:
-            matches = {
-                row: [
-                    index
-                    for index, encoded in enumerate(self._encoded_prompts)
-                    if is_same_prompt(texts[row * texts_per_row], encoded)
-                ]
-                for row in range(len(texts) // texts_per_row)
-            }
-            # Without rows of other prompts, such as the empty one.
-            self._matches[id(texts)] = (
-                texts,
-                {row: candidates for row, candidates in matches.items() if candidates},
-            )
-        matches = self._matches[id(texts)][1]
-        if not matches:
+        prompts = self._prompt_rows.match(texts, texts_per_row)
+        if not prompts:
             return None
         self.has_matched, self._count = True, self._count + 1
         grid = self.family.latent_grid(arguments)
@@ -222,10 +202,7 @@ class _RegionalDenoiser:
             ]
         layers = self._layers[grid]
         passes: list[dict[int, _Layer]] = []
-        for position, (row, candidates) in enumerate(matches.items()):
-            # Images of one prompt are adjacent rows; equal prompts are distinguished by position.
-            expected = position * len(layers) // len(matches)
-            prompt = expected if expected in candidates else candidates[0]
+        for row, prompt in prompts.items():
             for index, layer in enumerate(layers[prompt]):
                 if index == len(passes):
                     passes.append({})
@@ -319,17 +296,6 @@ def _rows_of_pass(call: _DenoiserCall, index: int) -> list[tuple[int, str | None
     has_all_rows = index == 0 or len(layers) == call.batch
     rows = range(call.batch) if has_all_rows else layers
     return [layers[row].source if row in layers else None for row in rows]
-
-
-def is_same_prompt(text: Tensor, expected: Tensor) -> bool:
-    """Whether encodings (tokens, ...) are of one prompt; the shorter one is zero-padded."""
-    a, b = text.float(), expected.to(text.device, torch.float32)
-    if a.shape[1:] != b.shape[1:]:
-        return False
-    length = min(len(a), len(b))
-    squares = (a[:length] - b[:length]).square().sum()
-    squares = squares + a[length:].square().sum() + b[length:].square().sum()
-    return bool(squares.sqrt() <= MATCH_TOLERANCE * b.square().sum().sqrt())
 
 
 def _replace_rows(

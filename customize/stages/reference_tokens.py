@@ -26,7 +26,8 @@ from customize.references.group import ReferenceGroup
 from customize.references.model import ReferenceModel
 from customize.references.seams import seam_of
 from customize.references.seams.attachment import RowTokens, Scale
-from customize.stages.multidiffusion import REGION_ROWS, is_same_prompt
+from customize.stages.multidiffusion import REGION_ROWS
+from customize.stages.prompt_rows import is_same_prompt
 
 #: Arguments that replace the prompt, or change how it is encoded.
 _ENCODED_OTHERWISE = ("prompt_embeds", "prompt_2", "prompt_3", "clip_skip")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from customize.stages.decor.kv_updates import RowMatcher
-from customize.stages.multidiffusion import is_same_prompt
+from customize.stages.prompt_rows import is_same_prompt
 
 
 def encoding(tokens=7, width=16):

@@ -43,7 +43,7 @@ from customize.pipeline.call_scope import capture_call_scope
 from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.state import AttachedState
 from customize.stages.decor.phrase_rows import mean_phrase_rows
-from customize.stages.multidiffusion import MATCH_TOLERANCE
+from customize.stages.prompt_rows import MATCH_TOLERANCE
 
 #: Concepts keep the directions in which the values of these words differ.
 COLOURS = ("red", "yellow", "green", "blue", "purple", "white")

@@ -61,7 +61,8 @@ def load_custom(
 
     Calls of every pipeline also accept ``regions=``, a dict from words of the prompt to the box
     (left, top, right, bottom, as fractions of the image) or the mask that they are restricted to,
-    and ``avoid=``, words that the prompt is cleaned of.
+    ``together=True``, which keeps several concepts of a prompt apart, and ``avoid=``, words that
+    the prompt is cleaned of.
 
     The call waits until no other call uses the models, and other calls wait for it.
 

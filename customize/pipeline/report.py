@@ -45,7 +45,8 @@ class Customization:
         attention: Backend that took effect in each component; empty if none was chosen.
         memory: What was done to fit the model into memory; empty if nothing was.
         reports: Name of a stage -> report of its setting in one line, for stages that have a
-            setting: "library" with its folder, "avoid" with the words that it projects out.
+            setting: "library" with its folder, "avoid" with the words that it projects out; or of
+            the latest call: "together" with the parts of the picture that concepts had.
     """
 
     rows: tuple[ConceptRow, ...]
@@ -133,7 +134,8 @@ def report_customization(pipe: Any, stages: Sequence[Stage]) -> Customization:
             stage.name: state.stage_settings[stage.setting].report(state)
             for stage in stages
             if stage.setting in state.stage_settings
-        },
+        }
+        | state.call_reports,
     )
 
 

@@ -147,6 +147,8 @@ class AttachedState:
         layerwise_hooks: Handles of the hooks for tokens with an embedding for each layer.
         components: Key -> every changed model and tokenizer, also if a pipeline replaced it since.
         tag: Tag on these components.
+        call_reports: Name of a stage -> what it did in the latest call that it acted on, in one
+            line; dropped when what is attached changes.
     """
 
     attached: dict[str, AttachedConcept] = field(default_factory=dict)
@@ -159,6 +161,7 @@ class AttachedState:
     layerwise_hooks: list[Any] = field(default_factory=list)
     components: dict[str, Any] = field(default_factory=dict)
     tag: OwnershipTag = field(default_factory=OwnershipTag)
+    call_reports: dict[str, str] = field(default_factory=dict)
 
     def get_setting(self, kind: type[S]) -> S | None:
         """Return the stage setting of this type; None if there is none."""

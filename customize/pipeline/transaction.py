@@ -213,6 +213,7 @@ def _rebuild(
                     layer.set_adapter(active, inference_mode=True)
     set_tokens(family, state, attached)
     state.attached = attached
+    state.call_reports.clear()
     set_state(family, state)
 
 

@@ -18,7 +18,7 @@ from customize.pipeline.stage import Stage
 #: Library routing is first, since the others need the prompt's concepts attached. Prompts are
 #: rewritten with the concepts known, and checked as they are drawn. References and regions encode
 #: prompts of their own, which ``avoid=`` cleans too, and references of regions need to be attached
-#: outside of these.
+#: outside of these. So does ``together=``, which is combined with neither.
 ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("library_routing", ()),
     ("rewrite", ("rewrite", "keep")),
@@ -26,6 +26,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("avoid", ("avoid",)),
     ("references", ("reference_images", "reference_scale")),
     ("regions", ("regions",)),
+    ("together", ("together", "return_masks")),
 )
 
 #: All keyword arguments that stages add to the calls of pipelines.

@@ -24,12 +24,15 @@ def test_the_table_has_the_order_of_the_stages_and_their_arguments():
         "avoid",
         "references",
         "regions",
+        "together",
     ]
     for (module, arguments), stage in zip(ORDER, load_stages(), strict=True):
         assert stage.run.__module__ == f"customize.stages.{module}"
         assert stage.arguments == arguments
-    arguments = ["avoid", "keep", "reference_images", "reference_scale", "regions", "rewrite"]
-    assert list(CALL_ARGUMENTS) == arguments
+    assert list(CALL_ARGUMENTS) == [
+        *("avoid", "keep", "reference_images", "reference_scale", "regions", "return_masks"),
+        *("rewrite", "together"),
+    ]
 
 
 @pytest.mark.parametrize("stage", load_stages(), ids=lambda stage: stage.name)

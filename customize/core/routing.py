@@ -1,0 +1,158 @@
+"""Routing: each concept of a merged update acts at its own positions.
+
+The down-projection of a merged update stacks those of the concepts, so the activation between the
+two projections, (positions, ranks), has columns of one concept each. A mask of the same shape
+multiplies it::
+
+    y = x W^T + (x A^T * M) B^T,    M[p, r] = m_c(p),  c = owner of rank r
+
+and confines each concept's update to its mask m_c, at no further call of the denoiser. Masks come
+from cross-attention: the concept whose tokens a position attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from customize.core.precision import full_precision
+
+# The relative difference of factors that rounding to bfloat16 explains.
+_ROUNDING = 1e-2
+
+
+@full_precision()
+def rank_owners(up: Tensor, parts: Sequence[Tensor]) -> list[int] | None:
+    """Find which part of a merge each column of its up-projection is.
+
+    Args:
+        up: (out, ranks), of the merged update.
+        parts: For each concept its up-projection, (out, rank of the concept).
+
+    Returns:
+        For each column the index of its part; None if the columns are not multiples of the parts
+        one after another, in any order.
+    """
+    if up.shape[1] != sum(part.shape[1] for part in parts):
+        return None
+    remaining = [index for index, part in enumerate(parts) if part.shape[1]]
+    owners: list[int] = []
+    while remaining:
+        for index in remaining:
+            part = parts[index].float()
+            columns = up[:, len(owners) : len(owners) + part.shape[1]].to(part)
+            if columns.shape == part.shape and _is_multiple(columns, part):
+                owners += [index] * part.shape[1]
+                remaining.remove(index)
+                break
+        else:
+            return None
+    return owners
+
+
+def _is_multiple(columns: Tensor, part: Tensor) -> bool:
+    square = part.square().sum()
+    factor = (columns * part).sum() / square if square > 0 else square
+    return bool((columns - factor * part).norm() <= _ROUNDING * columns.norm())
+
+
+def rank_mask(masks: Tensor, owners: Sequence[int]) -> Tensor:
+    """Return the mask M of a mid-activation.
+
+    Args:
+        masks: (batch, concepts, positions), in [0, 1].
+        owners: For each rank the index of its concept.
+
+    Returns:
+        (batch, positions, ranks).
+    """
+    return masks[:, list(owners)].transpose(1, 2).contiguous()
+
+
+@full_precision()
+def resize_masks(masks: Tensor, rows: int, columns: int) -> Tensor:
+    """Resize masks to another grid of the same picture; masks of ones stay exactly ones.
+
+    Args:
+        masks: (..., rows, columns), floating, in [0, 1].
+        rows: Of the grid.
+        columns: Of the grid.
+
+    Returns:
+        (..., rows, columns), float32, in [0, 1]: means over cells, linear between smaller ones.
+    """
+    # The complement is resized, since the weights of a linear interpolation add up to nearly 1.
+    rest = 1.0 - masks.float().reshape(-1, 1, *masks.shape[-2:])
+    if rows < masks.shape[-2] or columns < masks.shape[-1]:
+        rest = functional.interpolate(rest, (rows, columns), mode="area")
+    else:
+        rest = functional.interpolate(rest, (rows, columns), mode="bilinear", align_corners=False)
+    return (1.0 - rest).clamp(0.0, 1.0).reshape(*masks.shape[:-2], rows, columns)
+
+
+def grid_of_tokens(tokens: int, rows: int, columns: int) -> tuple[int, int] | None:
+    """Return the grid of a UNet's layer, which halves that of the latents k times.
+
+    Args:
+        tokens: Positions of the layer.
+        rows: Of the latents.
+        columns: Of the latents.
+
+    Returns:
+        (rows, columns) of the layer; None if no number of halvings gives as many positions.
+    """
+    while rows * columns > tokens and rows * columns > 1:
+        rows, columns = -(-rows // 2), -(-columns // 2)
+    return (rows, columns) if rows * columns == tokens else None
+
+
+@full_precision()
+def attention_to_tokens(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
+    """Return how much each position attends to each token, in the mean over the heads.
+
+    Args:
+        query: (batch, positions, width), any floating dtype.
+        key: (batch, tokens, width).
+        heads: Number of attention heads, which share the width.
+        scale: Factor of the scores, usually 1 / sqrt(width of a head).
+
+    Returns:
+        (batch, positions, tokens), float32; each position's sum is 1.
+    """
+    q, k = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+    return (scale * q @ k.transpose(-1, -2)).softmax(-1).mean(1)
+
+
+@full_precision()
+def smooth_maps(maps: Tensor) -> Tensor:
+    """Return the means over neighbourhoods of 3 x 3; borders repeat.
+
+    Args:
+        maps: (..., rows, columns), floating.
+    """
+    flat = maps.float().reshape(-1, 1, *maps.shape[-2:])
+    padded = functional.pad(flat, (1, 1, 1, 1), mode="replicate")
+    return functional.avg_pool2d(padded, 3, stride=1).reshape(maps.shape)
+
+
+@full_precision()
+def competing_masks(maps: Tensor, temperature: float) -> Tensor:
+    """Return soft masks by which concepts share the picture: m_c = softmax_c(s_c / temperature).
+
+    s_c is the concept's smoothed map relative to its mean over the picture, so that tokens that
+    are attended to little everywhere have their place too. For two concepts this is the sigmoid of
+    the difference.
+
+    Args:
+        maps: (concepts, rows, columns), not negative: what positions attend to each concept.
+        temperature: Above 0: the difference at which one concept has e times the other's weight.
+
+    Returns:
+        (concepts, rows, columns), float32; the sum over the concepts is 1 everywhere.
+    """
+    smooth = smooth_maps(maps)
+    mean = smooth.mean((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.softmax(smooth / mean / temperature, dim=0)

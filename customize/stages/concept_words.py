@@ -1,0 +1,262 @@
+"""The concepts that a prompt names, and encodings in which each is read by its own words.
+
+CLIP reads each word in the light of those before it: behind ``<rex>``, the rows of ``<tom>`` carry
+what makes ``<rex>`` too. So a prompt is encoded anew, twice:
+
+- for keys, which say where a concept is: the rows of each trigger are taken from the prompt in
+  which the other concepts are their class ("a photo of a dog and <tom>"), which keeps their number
+  and order;
+- for values, which say what it is: from the prompt that ends with it as the first thing
+  ("a photo of <tom>"), as concepts are learned. In keys these rows draw all things in one place.
+
+The rows of a trigger are encoded with its concept's update alone. All other rows are taken from the
+prompt in which every concept is its class, encoded without their updates. The pooled prompt of SDXL
+stays that of the whole prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customize.concepts.tokens.prompt_phrases import find_phrase
+from customize.core.routing import rank_mask
+from customize.errors import ConfigError
+from customize.families import Family
+from customize.pipeline.rank_channels import RankChannels
+from customize.pipeline.state import AttachedState
+from customize.stages.decor.phrase_rows import count_tokens
+
+_DETERMINER = re.compile(
+    r"(^|\s)(a|an|the|this|that|my|your|his|her|its|our|their)\s+$", re.IGNORECASE
+)
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class NamedConcept:
+    """A concept that a prompt names.
+
+    Attributes:
+        index: Of the concept among the attached ones.
+        name: The concept's name.
+        class_word: Its class; empty if unknown.
+        spans: (start, end) of its words in the prompt.
+    """
+
+    index: int
+    name: str
+    class_word: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedPrompt:
+    """One prompt of a call.
+
+    Attributes:
+        prompt: As given to the pipeline.
+        named: The concepts that it names; empty if they are fewer than two: nothing is routed.
+        encoded: (length, width), as the pipeline encodes it.
+        keys: (length, width), the encoding in its place, for the keys of cross-attention.
+        values: (length, width), that for its values.
+        tokens: For each named concept the positions of its tokens.
+    """
+
+    prompt: str
+    named: tuple[NamedConcept, ...]
+    encoded: Tensor
+    keys: Tensor
+    values: Tensor
+    tokens: tuple[tuple[int, ...], ...]
+
+
+def named_concepts(prompt: str, state: AttachedState) -> tuple[NamedConcept, ...]:
+    """Find the attached concepts whose words a prompt contains.
+
+    Raises:
+        ConfigError: Two concepts share words of the prompt.
+    """
+    named: list[NamedConcept] = []
+    for index, (name, attached) in enumerate(state.attached.items()):
+        info = attached.concept.info
+        phrases = dict.fromkeys(filter(None, (*info.triggers, info.trigger_words)))
+        spans = tuple(dict.fromkeys(s for phrase in phrases for s in find_phrase(phrase, prompt)))
+        for other in named:
+            if any(a < d and c < b for a, b in spans for c, d in other.spans):
+                raise ConfigError(
+                    f"the concepts {other.name} and {name} share words of the prompt {prompt!r}",
+                    where="together",
+                    fix="load one of them with a name of its own: names=",
+                )
+        if spans:
+            named.append(NamedConcept(index, name, info.class_word, spans))
+    return tuple(named)
+
+
+def with_classes(
+    prompt: str, named: Sequence[NamedConcept], kept: NamedConcept | None
+) -> tuple[str, tuple[tuple[Span, ...], ...]]:
+    """Replace concepts in a prompt by their classes: ``<rex> and <tom>``, ``a dog and <tom>``.
+
+    Args:
+        prompt: The prompt.
+        named: All concepts that it names. One without a class stays as it is.
+        kept: The concept that stays; None to replace all.
+
+    Returns:
+        The text, and the spans of each named concept, or of its class, in it.
+    """
+    words = {
+        span: each.class_word if each is not kept else "" for each in named for span in each.spans
+    }
+    text, stop, moved = "", 0, {}
+    for span in sorted(words):
+        text += prompt[stop : span[0]]
+        word = words[span]
+        if not word:
+            word = prompt[slice(*span)]
+        elif not _DETERMINER.search(text):
+            word = ("an " if word[0] in "aeiou" else "a ") + word
+        moved[span] = (len(text), len(text) + len(word))
+        text, stop = text + word, span[1]
+    return text + prompt[stop:], tuple(tuple(moved[s] for s in each.spans) for each in named)
+
+
+def token_positions(family: Family, prompt: str, spans: Sequence[Span]) -> tuple[int, ...]:
+    """Return the positions of words among the tokens that the text encoders read.
+
+    Args:
+        family: The models of the pipeline.
+        prompt: The prompt.
+        spans: (start, end) of the words.
+
+    Raises:
+        ConfigError: The text encoders do not read all of these words, or at different positions.
+    """
+    found: set[tuple[int, ...]] = set()
+    for dictionary in family.token_dictionaries():
+        tokenizer = dictionary.tokenizer
+        positions: list[int] = []
+        for start, end in spans:
+            counts = (count_tokens(tokenizer, prompt[:stop]) for stop in (start, end))
+            positions += range(*(1 + count for count in counts))  # behind the token of begin
+        if not positions or positions[-1] >= tokenizer.model_max_length - 1:
+            raise ConfigError(
+                f"the prompt {prompt!r} is longer than the text encoder reads",
+                where="together",
+                fix="shorten it, or name the concepts nearer to its beginning",
+            )
+        found.add(tuple(positions))
+    if len(found) != 1:
+        raise ConfigError(
+            f"the text encoders split the prompt {prompt!r} into different tokens",
+            where="together",
+            fix="name the concepts by their triggers",
+        )
+    return found.pop()
+
+
+def encode_routed(
+    family: Family, state: AttachedState, channels: Sequence[RankChannels], prompts: Sequence[str]
+) -> list[RoutedPrompt]:
+    """Encode prompts with each concept read by its own words.
+
+    Args:
+        family: The models of the pipeline.
+        state: The concepts attached to them.
+        channels: The ranks of their layers.
+        prompts: The prompts of a call.
+
+    Raises:
+        ConfigError: See :func:`named_concepts` and :func:`token_positions`.
+    """
+    with torch.no_grad():
+        encoded = family.encode_prompts(list(prompts))["prompt_embeds"]
+    return [
+        _encode_routed(family, state, channels, prompt, rows)
+        for prompt, rows in zip(prompts, encoded, strict=True)
+    ]
+
+
+def _encode_routed(
+    family: Family,
+    state: AttachedState,
+    channels: Sequence[RankChannels],
+    prompt: str,
+    encoded: Tensor,
+) -> RoutedPrompt:
+    named = named_concepts(prompt, state)
+    if len(named) < 2:
+        return RoutedPrompt(prompt, (), encoded, encoded, encoded, ())
+    tokens = tuple(token_positions(family, prompt, each.spans) for each in named)
+    length = family.token_dictionaries()[0].tokenizer.model_max_length
+
+    def encode(text: str, concept: NamedConcept | None) -> Tensor:
+        index = None if concept is None else concept.index
+        with only_concept(channels, index, len(state.attached)), torch.no_grad():
+            (rows,) = family.encode_prompts([text])["prompt_embeds"]
+        return rows
+
+    def copy(rows: Tensor, to: Sequence[int], source: Tensor, positions: Sequence[int]) -> None:
+        for start in range(0, len(rows), length):  # of each layer with tokens of its own
+            shared = start % len(source)  # the tokens may be the same for all layers
+            rows[[start + p for p in to]] = source[[shared + p for p in positions]]
+
+    keys = encoded.clone()
+    text, spans = with_classes(prompt, named, None)
+    rest = _without(length, tokens)
+    others = _without(length, [token_positions(family, text, each) for each in spans])
+    others += others[-1:] * (len(rest) - len(others))  # more padding
+    copy(keys, rest, encode(text, None), others[: len(rest)])
+    for index, each in enumerate(named):
+        text, spans = with_classes(prompt, named, each)
+        copy(keys, tokens[index], encode(text, each), token_positions(family, text, spans[index]))
+    values = keys.clone()
+    before = prompt[: min(start for each in named for start, _ in each.spans)]
+    for each, positions in zip(named, tokens, strict=True):
+        text = before + prompt[slice(*each.spans[0])]
+        at = token_positions(family, text, [(len(before), len(text))])
+        repeats = -(-len(positions) // len(at))
+        copy(values, positions, encode(text, each), (at * repeats)[: len(positions)])
+    return RoutedPrompt(prompt, named, encoded, keys, values, tokens)
+
+
+def _without(length: int, positions: Sequence[Sequence[int]]) -> list[int]:
+    taken = {position for each in positions for position in each}
+    return [position for position in range(length) if position not in taken]
+
+
+@contextmanager
+def only_concept(
+    channels: Sequence[RankChannels], index: int | None, concepts: int
+) -> Iterator[None]:
+    """Make the text encoders compute with the update of one concept alone.
+
+    Args:
+        channels: The ranks of all adapted layers.
+        index: Of the concept among the attached ones; None for no concept.
+        concepts: The number of attached concepts.
+    """
+    masks = torch.zeros(1, concepts, 1)
+    if index is not None:
+        masks[:, index] = 1.0
+    with ExitStack() as stack:
+        for channel in channels:
+            if channel.component.startswith("text_encoder"):
+                mask = rank_mask(masks, channel.owners)
+                hook = channel.down.register_forward_hook(partial(_multiply, mask))
+                stack.callback(hook.remove)
+        yield
+
+
+def _multiply(mask: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:
+    return output * mask.to(output)

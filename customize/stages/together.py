@@ -1,0 +1,239 @@
+"""The stage that keeps several concepts of one picture apart: ``together=``.
+
+Where a prompt names two or more attached concepts, each is read by its own words
+(:mod:`customize.stages.concept_words`) and acts on its own part of the picture, which is found
+while the picture is drawn (:mod:`customize.stages.concept_routing`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from customize.errors import ConfigError, PipelineError
+from customize.families import Family
+from customize.families.pipeline_components import is_compiled, uncompiled
+from customize.pipeline.rank_channels import RankChannels, rank_channels
+from customize.pipeline.stage import CallArguments, CallContext, Stage
+from customize.pipeline.state import AttachedState
+from customize.pipeline.validation import check_text_encoders_loaded
+from customize.stages.areas import WeightFunction, weight_function
+from customize.stages.avoid import Decor
+from customize.stages.concept_routing import ConceptRouter, GivenMasks
+from customize.stages.concept_words import RoutedPrompt, encode_routed, named_concepts
+from customize.text import quote
+from customize.user_warnings import warn_user
+
+#: The families that concepts can be routed in.
+FAMILIES = ("sd", "sdxl")
+# Arguments that replace the prompt, or change how it is encoded.
+_INCOMPATIBLE_ARGUMENTS = ("prompt_embeds", "prompt_2", "clip_skip")
+# Other stages' arguments that change what each part of the picture reads.
+_INCOMPATIBLE_STAGES = ("regions", "reference_images")
+
+
+@contextmanager
+def _run(
+    context: CallContext, call: CallArguments, together: Any = None, return_masks: Any = None
+) -> Iterator[CallArguments]:
+    areas = _check_arguments(together, return_masks)
+    if not together:
+        yield call
+        return
+    prompts = _prompts(context, call)
+    state = context.state
+    if not any(len(named_concepts(prompt, state)) > 1 for prompt in prompts):
+        message = "no prompt names two attached concepts, so together= has no effect"
+        warn_user(message)
+        state.call_reports[STAGE.name] = f"together: {message}"
+        yield call
+        return
+    components = dict(context.pipe.components)
+    family = type(context.family)(components, context.family.pipeline_config)
+    channels = rank_channels(family, state)
+    _check_routable(family, channels)
+    routed = encode_routed(family, state, channels, prompts)
+    given = None if areas is None else _given_masks(areas, routed, state)
+    router = ConceptRouter(family, channels, len(state.attached), routed, given)
+    masks: list[dict[str, Image.Image]] = []  # filled when the call ends
+    if return_masks:
+        context.results["masks"] = masks
+    with router.attach():
+        yield call
+    state.call_reports[STAGE.name] = _report(router)
+    masks += _mask_images(router)
+
+
+#: Adds ``together=`` and ``return_masks=`` to the arguments of pipelines.
+STAGE = Stage("together", _run, arguments=("together", "return_masks"))
+
+
+def _check_arguments(together: Any, return_masks: Any) -> Mapping[str, Any] | None:
+    """Check the stage's arguments, and return the areas of concepts if the call gives some."""
+    if not isinstance(return_masks, bool | None):
+        raise ConfigError(
+            f"invalid return_masks={quote(return_masks)}",
+            where="return_masks",
+            fix="give True or False",
+        )
+    if return_masks and not together:
+        raise ConfigError(
+            "return_masks=True needs together=True, which finds the masks",
+            where="return_masks",
+            fix="give both, or neither",
+        )
+    if isinstance(together, bool | None):
+        return None
+    if not isinstance(together, Mapping) or not together:
+        raise ConfigError(
+            f"invalid together={quote(together)}",
+            where="together",
+            fix='give True or False, or areas such as {"<rex>": (0, 0, 0.5, 1), ...}',
+        )
+    return together
+
+
+def _given_masks(
+    areas: Mapping[str, Any], prompts: Sequence[RoutedPrompt], state: AttachedState
+) -> list[GivenMasks]:
+    """Return the masks of each prompt's concepts from areas that a call gives.
+
+    Raises:
+        ConfigError: An area is invalid or of no concept in the prompts, or a concept has none or
+            several.
+    """
+    weights: dict[str, WeightFunction] = {}
+    for key, area in areas.items():
+        where = f"together[{quote(key)}]"
+        names = [
+            name
+            for name, attached in state.attached.items()
+            if key in (name, attached.concept.info.trigger_words, *attached.concept.info.triggers)
+        ]
+        if not names or names[0] in weights:
+            raise ConfigError(
+                f"{quote(key)} is given two areas" if names else f"{quote(key)} is no concept",
+                where=where,
+                fix=f"give one area for each of {', '.join(state.attached)}",
+            )
+        weights[names[0]] = weight_function(area, where)
+    missing = {each.name for p in prompts for each in p.named if each.name not in weights}
+    if missing:
+        raise ConfigError(
+            f"the prompt names {' and '.join(sorted(missing))}, without an area",
+            where="together",
+            fix="give an area for each concept of the prompt, or together=True to find them",
+        )
+
+    def masks(prompt: RoutedPrompt, rows: int, columns: int) -> torch.Tensor:
+        return torch.stack([weights[each.name](rows, columns) for each in prompt.named])
+
+    return [partial(masks, prompt) for prompt in prompts]
+
+
+def _prompts(context: CallContext, call: CallArguments) -> list[str]:
+    """Return the prompts of a call, refusing calls that cannot be routed."""
+    pipe, family = context.pipe, context.family
+    if family.name not in FAMILIES or family.output != "images":
+        raise PipelineError(
+            f"family {family.name} does not support together=",
+            where="together",
+            fix=f"leave it out, or use pictures of {' or '.join(FAMILIES)}",
+        )
+    arguments = [name for name in _INCOMPATIBLE_ARGUMENTS if call.get(name) is not None]
+    arguments += [name for name in _INCOMPATIBLE_STAGES if name in context.requested]
+    if arguments:
+        raise ConfigError(
+            f"{' and '.join(arguments)} cannot be combined with together=",
+            where="together",
+            fix="leave out one of them",
+        )
+    denoiser = pipe.components[family.denoiser_key]
+    if is_compiled(denoiser) or getattr(denoiser, "_compiled_call_impl", None) is not None:
+        raise PipelineError(
+            "the denoiser is compiled, so together= cannot hook its layers",
+            where=family.denoiser_key,
+            fix="draw with together= before it is compiled",
+        )
+    if getattr(uncompiled(denoiser), "is_cache_enabled", False):
+        raise PipelineError(
+            "the denoiser caches outputs from step to step, and together= changes them between",
+            where=family.denoiser_key,
+            fix="call disable_cache() on it first",
+        )
+    settings = context.state.get_setting(Decor)
+    avoids = "avoid" in context.requested or (settings is not None and settings.avoid is not None)
+    prompt = call.get("prompt")
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    is_texts = isinstance(prompts, list | tuple) and all(isinstance(p, str) for p in prompts)
+    if not prompts or not is_texts:
+        raise ConfigError(
+            "together= needs the prompt as text",
+            where="prompt",
+            fix="give prompt= a text or a list of texts",
+        )
+    if avoids and len(set(prompts)) > 1:
+        raise ConfigError(
+            "avoid= cannot be combined with together= for several prompts",
+            where="together",
+            fix="draw each prompt in a call of its own",
+        )
+    check_text_encoders_loaded(family, "together= encodes prompts of its own", "together")
+    return list(prompts)
+
+
+def _check_routable(family: Family, channels: Sequence[RankChannels]) -> None:
+    """Refuse concepts in layers of the denoiser that have no positions."""
+    for channel in channels:
+        base = channel.layer.get_base_layer()
+        if channel.component == family.denoiser_key and not (
+            isinstance(base, nn.Conv2d) or ".attentions." in channel.module
+        ):
+            raise PipelineError(
+                "a concept changes a layer without positions, which acts on the whole picture",
+                where=f"{channel.component}.{channel.module}",
+                fix="leave together= out, or give the concept's block a weight of 0",
+            )
+
+
+def _report(router: ConceptRouter) -> str:
+    """Return the line of ``pipe.custom`` on the latest call, and warn where nothing was found."""
+    parts = []
+    for picture in router.pictures.values():
+        names = [each.name for each in picture.routed.named]
+        if picture.masks is not None:
+            shares = picture.masks.flatten(1).mean(1).tolist()
+            found = zip(names, shares, strict=True)
+            areas = ", ".join(f"{name} in {100 * share:.0f} %" for name, share in found)
+            parts.append(f"{areas} of the picture")
+        elif names:
+            parts.append(f"{' and '.join(names)} not told apart, and not confined")
+            warn_user(
+                f"{' and '.join(names)} were not found in different parts of the picture, so they "
+                "acted on all of it"
+            )
+    return f"together: {'; '.join(dict.fromkeys(parts))}"
+
+
+def _mask_images(router: ConceptRouter) -> list[dict[str, Image.Image]]:
+    """Return for each picture: name of a concept -> its mask, white where the concept acts."""
+    return [
+        {
+            each.name: _image(mask)
+            for each, mask in zip(picture.routed.named, picture.masks, strict=True)
+        }
+        if picture.masks is not None
+        else {}
+        for picture in router.pictures.values()
+    ]
+
+
+def _image(mask: torch.Tensor) -> Image.Image:
+    return Image.fromarray((255 * mask.cpu().numpy()).round().astype(np.uint8))

@@ -6,6 +6,7 @@ the last third of the list of synonyms, which only definitions name.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -17,34 +18,47 @@ TRAINING_SEED, TUNING_SEED, HELD_OUT_SEED = 61_000, 62_000, 63_000
 
 
 def training_prompts(count: int) -> list[UserPrompt]:
-    """Prompts of all kinds in turn; half of the last kind have a trigger, a different one each."""
-    return _prompts(TRAINING_SEED, count, random_trigger)
+    """Prompts of all kinds in turn.
+
+    Of three prompts of the last kind one excludes something, one has a trigger, and one both; each
+    trigger is another one.
+    """
+    return _prompts(TRAINING_SEED, count, _training_prompt)
 
 
 def tuning_prompts(count: int) -> list[UserPrompt]:
     """Further ones, by which settings are chosen."""
-    return _prompts(TUNING_SEED, count, random_trigger)
+    return _prompts(TUNING_SEED, count, _training_prompt)
 
 
 def held_out_prompts(count: int, trigger: str = "") -> list[UserPrompt]:
     """Held-out prompts of all kinds in turn; half of the last kind have the trigger."""
-    return _prompts(HELD_OUT_SEED, count, lambda rng: trigger, held_out=True)
+
+    def write(rng: np.random.Generator, kind: str, turn: int) -> UserPrompt:
+        return write_user_prompt(rng, kind, held_out=True, trigger="" if turn % 2 else trigger)
+
+    return _prompts(HELD_OUT_SEED, count, write)
+
+
+def _training_prompt(rng: np.random.Generator, kind: str, turn: int) -> UserPrompt:
+    if kind != KINDS[-1] or turn % 3 == 0:
+        return write_user_prompt(rng, kind)
+    prompt = write_user_prompt(rng, kind, trigger=random_trigger(rng))
+    if turn % 3 == 1:
+        return prompt
+    text, _, _ = prompt.text.rpartition(", ")  # what follows is what it excludes
+    return dataclasses.replace(prompt, text=text, excluded={})
 
 
 def _prompts(
-    seed: int,
-    count: int,
-    write_trigger: Callable[[np.random.Generator], str],
-    held_out: bool = False,
+    seed: int, count: int, write: Callable[[np.random.Generator, str, int], UserPrompt]
 ) -> list[UserPrompt]:
+    """Distinct prompts; `write` takes a generator, the kind and the number of its turn."""
     prompts: dict[str, UserPrompt] = {}
     number = 0
     while len(prompts) < count:
-        rng = np.random.default_rng((seed, number))
-        kind = KINDS[len(prompts) % len(KINDS)]
-        has_trigger = kind == KINDS[-1] and len(prompts) // len(KINDS) % 2 == 0
-        trigger = write_trigger(rng) if has_trigger else ""
-        prompt = write_user_prompt(rng, kind, held_out, trigger=trigger)
+        turn, kind = divmod(len(prompts), len(KINDS))
+        prompt = write(np.random.default_rng((seed, number)), KINDS[kind], turn)
         prompts.setdefault(prompt.text, prompt)
         number += 1
     return list(prompts.values())

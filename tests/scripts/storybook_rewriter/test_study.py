@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from customize.rewriting.required_terms import required_terms
 from customize.storybook.caption_grammar import PromptRequest, RequestedThing
 from customize.storybook.user_prompts import HELD_OUT_WORDS, KINDS, UserPrompt, is_held_out
 from storybook_rewriter.study_prompts import held_out_prompts, training_prompts, tuning_prompts
@@ -36,6 +37,17 @@ def test_prompts_are_distinct_in_turns_of_kinds_and_the_same_again():
     assert set(Counter(prompt.kind for prompt in prompts).values()) == {8}
     assert sum(bool(prompt.trigger) for prompt in prompts) == 4
     assert prompts == held_out_prompts(48, "<rex>")
+
+
+def test_training_prompts_have_triggers_with_and_without_exclusions():
+    last = [prompt for prompt in training_prompts(180) if prompt.kind == KINDS[-1]]
+    kinds = Counter((bool(prompt.trigger), bool(prompt.excluded)) for prompt in last)
+    assert kinds == {(False, True): 10, (True, True): 10, (True, False): 10}
+    triggers = [prompt.trigger for prompt in last if prompt.trigger]
+    assert len(set(triggers)) == 20
+    for prompt in last:
+        assert prompt.trigger in prompt.text and prompt.trigger in prompt.caption
+        assert bool(required_terms(prompt.text).excluded) == bool(prompt.excluded)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from customize.cli.interrupts import on_interrupt
 from customize.cli.shared_options import Device, EndpointModel, Json
+from customize.errors import ConfigError
+
+if TYPE_CHECKING:
+    from customize.rewriting.rewrite_prompts import Rewriting
+
+#: Candidates that are written at once; a local model writes as many together.
+_BATCH_SIZE = 16
 
 
 @on_interrupt("interrupted")
@@ -42,8 +49,18 @@ def rewrite(
         list[str] | None,
         typer.Option(
             metavar="TEXT",
-            help="Words to keep, besides triggers, numbers, quoted text and what is excluded."
+            help="Words to keep, besides <triggers>, numbers, quoted text and what is excluded."
             " Repeatable",
+            show_default=False,
+        ),
+    ] = None,
+    concepts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--concept",
+            metavar="CONCEPT",
+            help="Concept, merge or LoRA whose triggers to keep, such as sks dog: a folder,"
+            " .safetensors file or hub id. Repeatable",
             show_default=False,
         ),
     ] = None,
@@ -63,17 +80,36 @@ def rewrite(
     from customize.cli.output_files import check_output_file, write_json
     from customize.cli.rewriter_source import check_rewriter_flags, load_rewriter
     from customize.cli.terminal import print_line
+    from customize.cli.waiting import report_waiting
+    from customize.concepts.formats.open_adaptation import open_adaptations
+    from customize.stages.rewrite_requests import check_prompts, find_class_words
+    from customize.text import plural
 
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ConfigError(f"prompt {number} is empty", where="PROMPT", fix="leave it out")
+    check_prompts(prompts)
     if json_file is not None:
         check_output_file(json_file)
     check_rewriter_flags(rewriter, endpoint_model, "--rewriter")
+    class_words = find_class_words(open_adaptations(concepts or []))
     torch_device = choose_device(device, "--device")
     hide_loading_bars()
-    loaded = load_rewriter(rewriter, endpoint_model)
-    with loaded.model.use(torch_device):
-        rewritings = loaded.rewrite(
-            prompts, seed=seed, keep=keep or (), n=n, temperature=temperature
-        )
+    rewritings: list[Rewriting] = []
+    doing = "loading the language model"
+    with report_waiting(lambda: doing):
+        loaded = load_rewriter(rewriter, endpoint_model)
+        with loaded.model.use(torch_device):
+            for first in range(0, len(prompts), size := max(1, _BATCH_SIZE // n)):
+                doing = f"rewriting, {first} of {plural(len(prompts), 'prompt')} done"
+                rewritings += loaded.rewrite(
+                    prompts[first : first + size],
+                    seed=seed,
+                    keep=keep or (),
+                    n=n,
+                    temperature=temperature,
+                    class_words=class_words,
+                )
     for number, each in enumerate(rewritings):
         if len(prompts) > 1 and number % n == 0:
             print_line(f"{each.prompt}:", stderr=True)

@@ -16,7 +16,7 @@ from customize.concepts.tokens.prompt_phrases import FUNCTION_WORDS, content_wor
 from customize.concepts.tokens.token_limit import TokenLimit
 from customize.rewriting.language import same_language
 from customize.rewriting.numbers import find_counts, find_numbers
-from customize.rewriting.word_forms import pattern_of_forms, stem
+from customize.rewriting.word_forms import pattern_of_forms, root
 
 _QUOTED = re.compile(
     r"(?<!\d)\"([^\"\n]+)\"|“([^”\n]+)”|„([^“”\n]+)[“”]|«([^»\n]+)»|「([^」\n]+)」|‘([^’\n]+)’"
@@ -158,9 +158,12 @@ def added_counts(prompt: str, text: str) -> list[str]:
 
 
 def added_words(prompt: str, text: str) -> list[str]:
-    """Return the content words of a rewriting that the prompt does not have."""
-    known = {stem(word) for word in content_words(prompt)}
-    return [word for word in content_words(text) if stem(word) not in known]
+    """Return the content words of a rewriting that the prompt has in no inflected form.
+
+    Verbs and adjectives are among them: what is a noun only a part-of-speech tagger could tell.
+    """
+    known = {root(word) for word in content_words(prompt)}
+    return [word for word in content_words(text) if root(word) not in known]
 
 
 def has_quotation(text: str) -> bool:

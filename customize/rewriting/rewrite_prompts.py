@@ -40,7 +40,8 @@ class Rewriting:
     Attributes:
         prompt: The user's prompt.
         text: The prompt to draw.
-        added: Content words of the text that the prompt does not have.
+        added: Content words of the text that the prompt has in no inflected form: nouns, adjectives
+            and verbs.
         note: Why the text is repaired, or the prompt itself; empty if the model's answer is drawn.
     """
 
@@ -124,11 +125,11 @@ def find_answer_problems(required: RequiredTerms, answer: Completion, wording: s
         answer: The answer.
         wording: The text of the instructions, which an answer must not repeat.
     """
-    unusable = _unusable(required.prompt, answer, wording)
-    return [unusable] if unusable else find_problems(required, clean_answer(answer.text))
+    fault = find_fault(required.prompt, answer, wording)
+    return [fault] if fault else find_problems(required, clean_answer(answer.text))
 
 
-def _unusable(prompt: str, answer: Completion, wording: str) -> str:
+def find_fault(prompt: str, answer: Completion, wording: str) -> str:
     """Return why an answer contains no prompt; empty if it does.
 
     Args:
@@ -159,7 +160,7 @@ def _accept(
 ) -> Rewriting:
     """Return an answer without problems, a repaired one, or the prompt."""
     text, note = clean_answer(answer.text), ""
-    if problems and not _unusable(required.prompt, answer, wording):
+    if problems and not find_fault(required.prompt, answer, wording):
         text, note = repair(required, text, class_words), f"repaired, as {problems[0]}"
         problems = problems if find_problems(required, text) else []
     if problems:

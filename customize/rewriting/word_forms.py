@@ -1,4 +1,4 @@
-"""Singular and plural of English nouns, by endings and a list of irregular ones."""
+"""Inflected forms of English words, by endings and a list of irregular plurals."""
 
 from __future__ import annotations
 
@@ -33,6 +33,21 @@ def stem(word: str) -> str:
         if word.endswith(ending) and len(word) > length + 2 and not word.endswith("ss"):
             return word[:-length] + ("y" if ending == "ies" else "")
     return word
+
+
+def root(word: str) -> str:
+    """Return what regular inflected forms of an English word share: "wears", "wearing" -> "wear".
+
+    It need not be a word: "smile", "smiles" and "smiling" share "smil".
+    """
+    word = stem(word.removesuffix("'s"))
+    for ending in ("ing", "ed"):
+        base = word.removesuffix(ending)
+        if base != word and len(base) >= 3 and re.search("[aeiouy]", base):
+            is_doubled = len(base) > 3 and base[-1] == base[-2] and base[-1] not in "aeiouls"
+            word = base[:-1] if is_doubled else base  # "sitting"
+            break
+    return word.removesuffix("e") if len(word) > 3 else word
 
 
 def is_plural(word: str) -> bool:

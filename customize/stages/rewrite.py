@@ -30,10 +30,12 @@ from customize.stages.best_rewriting import choose_best
 from customize.stages.rewrite_checks import (
     check_after_call,
     check_best_of,
+    check_count,
     check_instructions,
     parse_keep,
 )
 from customize.stages.rewrite_requests import (
+    attached_class_words,
     call_prompts,
     call_requests,
     call_seeds,
@@ -167,6 +169,7 @@ class Rewriter(StageSetting):
         keep: str | Sequence[str] = (),
         n: int = 1,
         temperature: float | None = None,
+        class_words: Mapping[str, str] | None = None,
     ) -> list[Rewriting]:
         """Rewrite prompts without drawing.
 
@@ -176,6 +179,8 @@ class Rewriter(StageSetting):
             keep: Phrases to keep besides those of the setting.
             n: Rewritings of each prompt; they have the seeds ``seed``, ``seed + 1`` and so on.
             temperature: None: that of the setting, or 1 for several rewritings.
+            class_words: Trigger words of concepts, which are kept -> their class word, for repairs.
+                Words in angle brackets are kept without it.
 
         Returns:
             The rewritings, those of one prompt one after another.
@@ -184,18 +189,16 @@ class Rewriter(StageSetting):
             ConfigError: A prompt is not text, or a value is out of its range.
             EndpointError: The endpoint answered for none of the prompts.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ConfigError(
-                f"invalid number of rewritings {quote(n)}", where="n", fix="give 1 or more"
-            )
+        check_count(n)
+        words = class_words or {}
         texts = check_prompts([prompts] if isinstance(prompts, str) else prompts)
         kept = (*self.keep, *parse_keep(keep))
-        requests = [required_terms(text, keep=kept) for text in texts for _ in range(n)]
+        requests = [required_terms(text, words, kept) for text in texts for _ in range(n)]
         if temperature is None:
             temperature = self.sampling.temperature or float(n > 1)
         sampling = Sampling(temperature, self.sampling.max_new_tokens)
         seeds = [seed + k for _ in texts for k in range(n)]
-        found = self._rewrite(requests, seeds, sampling, {}, self.instructions)
+        found = self._rewrite(requests, seeds, sampling, words, self.instructions)
         errors = [each for each in found if isinstance(each, EndpointError)]
         if len(errors) == len(found):
             raise errors[0]
@@ -387,8 +390,7 @@ def rewrite_for_call(
         instructions: The text around the prompt. None: that of the setting.
         sampling: How answers are generated. None: as in the setting.
     """
-    infos = [attached.concept.info for attached in context.state.attached.values()]
-    class_words = {info.trigger_words: info.class_word for info in infos}
+    class_words = attached_class_words(context)
     device = getattr(context.pipe, "_execution_device", None) or "cpu"
     found = setting.rewrite_call(requests, seeds, class_words, device, instructions, sampling)
     return leave_unanswered(requests, found)

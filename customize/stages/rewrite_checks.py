@@ -46,6 +46,18 @@ def parse_keep(keep: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(" ".join(phrase.split()) for phrase in phrases))
 
 
+def check_count(n: int) -> None:
+    """Refuse an impossible number of rewritings.
+
+    Raises:
+        ConfigError: It is not a whole number from 1.
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ConfigError(
+            f"invalid number of rewritings {quote(n)}", where="n", fix="give 1 or more"
+        )
+
+
 def check_best_of(best_of: int, reward: Reward | None, temperature: float) -> None:
     """Refuse several rewritings that cannot be compared, or would be equal.
 

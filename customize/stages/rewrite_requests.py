@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from customize.concepts.tokens.token_limit import TokenLimit
 from customize.errors import ConfigError, PipelineError
 from customize.pipeline.stage import CallArguments, CallContext
+from customize.rewriting.prompt_characters import find_control_character
 from customize.rewriting.required_terms import RequiredTerms, required_terms
 from customize.stages.token_limits import own_argument, token_limits
 from customize.text import quote
+
+if TYPE_CHECKING:
+    from customize.concepts.formats.lora_file import LoraFile
+    from customize.concepts.types import Adaptation
 
 #: The longest prompt that is rewritten, in characters.
 MAX_PROMPT_LENGTH = 4000
@@ -40,11 +45,25 @@ def call_requests(
     ]
     avoid = context.requested.get("avoid") or ()
     avoid = avoid.split(",") if isinstance(avoid, str) else avoid
-    infos = [attached.concept.info for attached in context.state.attached.values()]
-    triggers = [word for info in infos for word in (info.trigger_words, *info.triggers) if word]
+    triggers = attached_class_words(context)
     avoided = [phrase for phrase in avoid if isinstance(phrase, str) and phrase != "auto"]
     kept, limits = (*keep, *named), _limits(context, call)
     return [required_terms(prompt, triggers, kept, avoided, limits) for prompt in prompts]
+
+
+def attached_class_words(context: CallContext) -> dict[str, str]:
+    """Return the trigger words of the attached concepts -> their class word."""
+    return find_class_words(entry.concept for entry in context.state.attached.values())
+
+
+def find_class_words(concepts: Iterable[Adaptation | LoraFile]) -> dict[str, str]:
+    """Return the trigger words of concepts -> their class word; empty where that is unknown."""
+    words: dict[str, str] = {}
+    for concept in concepts:
+        info = concept.info
+        words |= {word: info.class_word for word in (info.trigger_words, *info.triggers) if word}
+        words |= {subject.trigger: subject.class_word for subject in concept.subjects}
+    return words
 
 
 def _limits(context: CallContext, call: CallArguments) -> list[TokenLimit]:
@@ -84,7 +103,8 @@ def check_prompts(prompts: Any) -> list[str]:
     """Return prompts as a list of texts.
 
     Raises:
-        ConfigError: They are no texts, or one is longer than :data:`MAX_PROMPT_LENGTH`.
+        ConfigError: They are no texts, or one has control characters or is longer than
+            :data:`MAX_PROMPT_LENGTH`.
     """
     is_list = isinstance(prompts, list | tuple) and len(prompts) > 0
     if not is_list or not all(isinstance(text, str) for text in prompts):
@@ -99,6 +119,13 @@ def check_prompts(prompts: Any) -> list[str]:
                 f"a prompt of {len(text):,} characters is too long to be rewritten",
                 where="prompt",
                 fix=f"give at most {MAX_PROMPT_LENGTH:,} characters, or leave rewrite= out",
+            )
+        char = find_control_character(text)
+        if char is not None:
+            raise ConfigError(
+                f"the prompt {quote(text, 80)} has the control character {quote(char)}",
+                where="prompt",
+                fix="remove it",
             )
     return list(prompts)
 

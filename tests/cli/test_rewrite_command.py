@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from customize import Rewriter
+from customize.cli import waiting
 from tests.cli.making import Run, World, refused
-from tests.rewriting.local_server import completion, send, serve
+from tests.rewriting.local_server import Handler, completion, drip, send, serve
 from tests.tiny_rewriter import save_tiny_llama
 
 BETTER = "a photo of a dog on the beach"
@@ -42,6 +45,42 @@ def test_what_is_not_drawn_is_said_on_the_error_output(run: Run) -> None:
     assert "not rewritten, as it declines" in result.err
 
 
+def test_triggers_of_concepts_are_kept(run: Run, world: World, tmp_path: Path) -> None:
+    """A LoRA of another program names its trigger; a concept has a class word too, for repairs."""
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{key}.lora_A.weight": torch.ones(2, 4), f"{key}.lora_B.weight": torch.ones(4, 2)}
+    lora = tmp_path / "lora.safetensors"
+    save_file(tensors, lora, metadata={"modelspec.trigger_phrase": "sks dog"})
+    with serve(send(completion(BETTER))) as server:
+        flags = ("--rewriter", server.url, "--endpoint-model", "llama")
+        assert run("rewrite", "sks dog at sea", *flags).out == f"{BETTER}\n"
+        kept = run("rewrite", "sks dog at sea", *flags, "--concept", lora)
+        assert kept.out == "sks dog at sea\n" and "it lacks sks dog" in kept.err
+        both = ("--concept", lora, "--concept", world.rex)
+        repaired = run("rewrite", "<rex> at sea", *flags, *both)
+        assert repaired.out == "a photo of <rex> on the beach\n"
+        assert "it lacks <rex>" in repaired.err
+        refused(run("rewrite", "a dog", *flags, "--concept", tmp_path / "none"), "does not exist")
+
+
+def test_a_slow_model_shows_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST", "INTERVAL"):
+        monkeypatch.setattr(waiting, name, 0.1)
+    body = json.dumps(completion(BETTER)).encode()
+    slow = drip(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    def answer(handler: Handler) -> None:
+        slow(handler)
+        handler.wfile.write(body)
+
+    with serve(answer) as server:
+        flags = ("--rewriter", server.url, "--endpoint-model", "llama", "--n", 9)
+        result = run("rewrite", "puppy at sea", "puppy at lunch", *flags)
+    assert (result.code, result.out) == (0, f"{BETTER}\n" * 18)
+    assert "rewriting, 0 of 2 prompts done (0 s)" in result.err
+    assert "rewriting, 1 of 2 prompts done (" in result.err
+
+
 def test_a_local_model(run: Run, model: str) -> None:
     expected = Rewriter.from_pretrained(model).rewrite("a dog", n=2, seed=5)
     result = run("rewrite", "a dog", "--rewriter", model, "--n", 2, "--seed", 5)
@@ -70,6 +109,12 @@ def test_bad_flags_are_refused(run: Run, model: str, tmp_path: Path) -> None:
         (("--rewriter", model, "--temperature", 9), "invalid temperature"),
     ):
         refused(run("rewrite", "a dog", *flags), problem)
+    for prompt, problem in (
+        ("", "prompt 2 is empty"),
+        ("a \x1b[31mred\x1b[0m dog", "has the control character '\\x1b'"),
+        ("a \udcff dog", "has the control character '\\udcff'"),
+    ):
+        refused(run("rewrite", "a dog", prompt, "--rewriter", model), problem)
     with serve(send(b"{", 401)) as server:
         flags = ("--rewriter", server.url, "--endpoint-model", "x")
         refused(run("rewrite", "a dog", *flags), "OPENAI_API_KEY")

@@ -401,6 +401,8 @@ def test_settings_of_the_best_that_do_not_fit_are_refused(settings):
         ({"rewrite": True, "keep": "umbrella"}, "no prompt contains 'umbrella'"),
         ({"rewrite": True, "prompt": [USERS, None]}, "neither a text nor a list of texts"),
         ({"rewrite": True, "prompt": []}, "neither a text nor a list of texts"),
+        ({"rewrite": True, "prompt": "a \x1b[31mdog"}, "has the control character '.x1b'"),
+        ({"rewrite": True, "prompt": "a \ud800 dog"}, "has the control character '.ud800'"),
         ({"rewrite": True, "prompt": {0: USERS}}, "neither a text nor a list of texts"),
         ({"rewrite": True, "prompt": "dog " * 2000}, "8,000 characters is too long"),
         ({"rewrite": True, "prompt": None, "prompt_embeds": torch.zeros(1, 4, 8)}, "as text"),

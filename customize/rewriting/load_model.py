@@ -20,12 +20,19 @@ from customize.rewriting.cached_models import NAMES, cached_model
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.local_model import LocalModel
 from customize.safe_read import as_path, check_regular_files, path_exists
-from customize.text import plural, quote
+from customize.text import one_line, plural, quote, shorten
 
 #: Instructions and number of tokens that a model was trained with, beside its weights.
 SETTINGS_FILE = "rewriter.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+#: Names of files of tokenizers.
+_TOKENIZERS = ("tokenizer*", "vocab*", "spiece*", "*.tiktoken")
+#: The fix for other folders and files.
+_WANTED = (
+    "give a folder or hub id of a causal language model of transformers with safetensors weights, "
+    "or a GGUF file of an architecture that transformers converts"
+)
 #: Bytes of weights from which 4 bits are chosen on a GPU.
 _LARGE = 4 * 2**30
 
@@ -188,6 +195,7 @@ def _load_whole(path: Path | str, dtype: torch.dtype | None, in_4bit: bool | Non
     elif isinstance(path, Path):
         check_regular_files(path)
         refuse_pickles(path)
+        _check_folder(path)
     if file is None:
         options["use_safetensors"] = True
     if _wants_4bit(path, in_4bit):
@@ -207,11 +215,10 @@ def _load_whole(path: Path | str, dtype: torch.dtype | None, in_4bit: bool | Non
         )
     except Exception as error:  # missing or damaged files, unknown architectures, offline
         reason = first_line(error)
+        if reason.endswith(":"):  # which announces the next lines
+            reason = shorten(one_line(str(error)), 400)
         raise ConceptError(
-            f"the language model cannot be loaded: {reason}",
-            where=path,
-            fix="give a folder or hub id of a causal language model of transformers with "
-            "safetensors weights, or a GGUF file of an architecture that transformers converts",
+            f"the language model cannot be loaded: {reason}", where=path, fix=_WANTED
         ) from error
     missing = sorted(notes["missing_keys"])
     if missing:
@@ -221,6 +228,23 @@ def _load_whole(path: Path | str, dtype: torch.dtype | None, in_4bit: bool | Non
             fix="download it again",
         )
     return LocalModel(model, tokenizer, name)
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse a folder that obviously holds no language model.
+
+    Raises:
+        ConceptError: It has no configuration or no tokenizer.
+    """
+    if path_exists(path / "model_index.json"):
+        problem = "the folder has an image pipeline of diffusers, and no language model"
+    elif not path_exists(path / "config.json"):
+        problem = f"the folder has neither config.json nor {ADAPTER_CONFIG}, so no language model"
+    elif not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
+        problem = "the folder has a model without a tokenizer"
+    else:
+        return
+    raise ConceptError(problem, where=path, fix=_WANTED)
 
 
 def _load_adapter(

@@ -19,6 +19,7 @@ from customize.rewriting.load_model import (
     write_settings,
 )
 from customize.rewriting.local_model import LocalModel
+from customize.storybook.bundled_assets import assets_folder
 from tests.tiny_rewriter import save_tiny_llama, tiny_llama, tiny_llama_tokenizer
 
 CHAT = Chat((Message("user", "a dog"),))
@@ -132,6 +133,24 @@ def test_other_models_and_paths_are_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ConceptError, match="cannot be loaded"):
         load_model(tmp_path / "model.gguf")
+
+
+def test_messages_about_wrong_folders_are_whole(folder, copied, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "bare")
+    for path, problem in (
+        (tmp_path / "empty", "neither config.json nor adapter_config.json"),
+        (tmp_path / "bare", "a model without a tokenizer"),
+        (assets_folder() / "storybook", "an image pipeline of diffusers, and no language model"),
+    ):
+        with pytest.raises(ConceptError, match=problem):
+            load_model(path)
+    (copied / "tokenizer.json").write_text("{}")
+    (copied / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ConceptError) as caught:
+        load_model(copied)
+    assert not caught.value.problem.endswith(":")
 
 
 def test_a_model_that_was_not_downloaded_names_the_command(monkeypatch, tmp_path):

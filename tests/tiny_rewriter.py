@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from customize.errors import EndpointError, PipelineError
-from customize.rewriting.language_model import AfterUse, Chat, Completion, Sampling
+from customize.rewriting.language_model import AfterUse, Chat, Completion, Message, Sampling
 from tests.tiny import qwen_tokenizer
 from tests.tiny_llm import CHAT
 
@@ -66,6 +66,9 @@ class ScriptedModel:
         self.chats += chats
         self.samplings.append(sampling)
         return [self._answer(chat) for chat in chats]
+
+    def check_length(self, messages: Sequence[Message], max_new_tokens: int) -> None:
+        pass
 
     def use(self, device: object = None, after: AfterUse = "keep") -> AbstractContextManager[None]:
         self.uses.append((device and str(device), after))

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from customize.cli.interrupts import on_interrupt
 from customize.cli.shared_options import BaseModel, Device, Dtype, EndpointModel
 from customize.errors import ConfigError
-
-if TYPE_CHECKING:
-    from customize.rewriting.preference_pairs import PairRule
-    from customize.training.rewriting.evolution import Population
-    from customize.training.rewriting.load_renderer import RendererSettings
-    from customize.training.rewriting.picture_renderer import PictureRenderer
-    from customize.training.rewriting.ray_renderer import RayRenderer
 
 
 @on_interrupt("interrupted: run the same command again to go on")
@@ -136,20 +128,28 @@ def evolve(
     """
     from customize.base.device import choose_device
     from customize.cli.base_pipeline import hide_loading_bars
+    from customize.cli.output_files import storage_errors
     from customize.cli.rewriter_source import check_rewriter_flags, load_rewriter
     from customize.cli.terminal import print_line
     from customize.concepts.io.output_folder import check_writable
     from customize.rewriting.preference_pairs import PairRule
+    from customize.training.field_values import parse_names
     from customize.training.rewriting import evolution
-    from customize.training.rewriting.evolution_sheet import write_sheet
+    from customize.training.rewriting.evolution_results import (
+        check_results,
+        describe_models,
+        describe_run,
+        write_results,
+    )
     from customize.training.rewriting.load_renderer import RendererSettings
+    from customize.training.rewriting.open_renderer import open_renderer
     from customize.training.rewriting.rows import read_prompts
 
     check_rewriter_flags(rewriter, endpoint_model, "--rewriter")
-    texts = read_prompts(prompts)
-    weights = parse_numbers(rewards, "--reward")
-    least = parse_numbers(floors or [], "--floor")
-    models = dict(split_pair(text, "--reward-model") for text in reward_models or [])
+    lines = read_prompts(prompts)
+    weights = read_numbers(rewards, "--reward")
+    least = read_numbers(floors or [], "--floor")
+    models = read_pairs(parse_names, reward_models or [], "--reward-model")
     settings = evolution.EvolutionSettings(rounds, children, parents, operator, seed=seed)  # type: ignore[arg-type]
     if workers is not None and ray is None:
         raise ConfigError(
@@ -166,9 +166,14 @@ def evolve(
     drawing = RendererSettings(
         base, weights, least, models, range(pictures), steps, guidance, dtype
     )
-    with open_renderer(drawing, output / "pictures", device, ray, workers or 2) as renderer:
+    texts = list(lines.values())
+    record = describe_run(texts, settings, drawing, margin)
+    check_results(output, record)
+    with open_renderer(drawing, output / "pictures", device, ray, workers) as renderer:
         loaded = load_rewriter(rewriter, endpoint_model)
         with loaded.model.use(torch_device):
+            record |= describe_models(loaded, renderer)
+            check_results(output, record)
             populations = evolution.evolve(
                 texts,
                 loaded.model,
@@ -178,101 +183,50 @@ def evolve(
                 loaded.instructions,
                 loaded.sampling.max_new_tokens,
                 renderer.token_limits,
+                {text: f"{prompts}, line {number}" for number, text in lines.items()},
                 on_round=lambda number, batch: print_line(
                     f"round {number} of {rounds}: {len(batch)} prompts", stderr=True
                 ),
             )
-    write_sheet(output / "index.html", populations)
-    good, pairs = write_training_data(output, populations, rule)
+    with storage_errors(output):
+        good, pairs = write_results(output, populations, rule, record)
     print_line(
         f"Wrote index.html, good.jsonl ({good} prompts) and pairs.jsonl ({pairs} pairs) to {output}"
     )
 
 
-@contextmanager
-def open_renderer(
-    drawing: RendererSettings, folder: Path, device: str | None, ray: str | None, workers: int
-) -> Iterator[PictureRenderer | RayRenderer]:
-    """Load base and rewards in this process, or in each worker of a Ray cluster.
-
-    Args:
-        drawing: How rewritings are drawn and scored.
-        folder: Folder of the pictures.
-        device: The flag --device.
-        ray: The flag --ray; None: this process.
-        workers: Number of workers of a Ray cluster.
+def read_pairs(
+    parse: Callable[[Sequence[str]], dict[str, str]], texts: Sequence[str], flag: str
+) -> dict[str, str]:
+    """Parse ``["name=value"]``.
 
     Raises:
-        CustomizeError: A flag is invalid, a model cannot be loaded, or Ray does not start.
+        ConfigError: One has another form, or a name has several values.
     """
-    if ray is None:
-        from customize.base.device import choose_device
-        from customize.training.rewriting.load_renderer import load_renderer
-
-        yield load_renderer(drawing, folder, choose_device(device, "--device"))
-    else:
-        from customize.training.rewriting.ray_renderer import open_ray_renderer
-
-        with open_ray_renderer(drawing, folder, device, ray, workers) as renderer:
-            yield renderer
+    try:
+        return parse(texts) if texts else {}
+    except ValueError as error:
+        raise ConfigError(
+            f"{flag} {error}",
+            where=f"{flag} {' '.join(texts)}",
+            fix=f"give each name once, such as {flag} clip=...",
+        ) from None
 
 
-def split_pair(text: str, flag: str) -> tuple[str, str]:
-    """Split ``"name=value"``.
-
-    Raises:
-        ConfigError: It has another form.
-    """
-    name, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or not name or not value:
-        raise ConfigError(f"invalid value {text!r}", where=flag, fix="write for example clip=1")
-    return name, value
-
-
-def parse_numbers(texts: Sequence[str], flag: str) -> dict[str, float]:
+def read_numbers(texts: Sequence[str], flag: str) -> dict[str, float]:
     """Parse ``["name=number"]``.
 
     Raises:
-        ConfigError: One has another form.
+        ConfigError: One has another form, or a name has several numbers.
     """
-    result = {}
-    for text in texts:
-        name, value = split_pair(text, flag)
+    from customize.training.field_values import parse_weights
+
+    numbers = {}
+    for name, text in read_pairs(partial(parse_weights, example="clip=1"), texts, flag).items():
         try:
-            result[name] = float(value)
+            numbers[name] = float(text)
         except ValueError:
             raise ConfigError(
-                f"{value!r} is no number", where=f"{flag} {text}", fix="write for example clip=1"
+                f"{text!r} is not a number", where=f"{flag} {name}={text}", fix=f"give {name}=1"
             ) from None
-    return result
-
-
-def write_training_data(
-    folder: Path, populations: Sequence[Population], rule: PairRule
-) -> tuple[int, int]:
-    """Write the rows for supervised training and for DPO, and return their numbers."""
-    from customize.cli.output_files import storage_errors
-    from customize.rewriting.preference_pairs import best_rewritings, make_pairs
-
-    candidates = {each.prompt: each.candidates() for each in populations}
-    good = [
-        {"prompt": prompt, "text": text}
-        for prompt, text in best_rewritings(candidates, rule.floors)
-    ]
-    pairs = [
-        {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-        for prompt, found in candidates.items()
-        for pair in make_pairs(prompt, found, rule)
-    ]
-    for name, rows in (("good.jsonl", good), ("pairs.jsonl", pairs)):
-        with storage_errors(folder / name):
-            write_lines(folder / name, rows)
-    return len(good), len(pairs)
-
-
-def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Write rows as .jsonl."""
-    from customize.atomic import write_atomic
-
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(path, text.encode())
+    return numbers

@@ -26,7 +26,7 @@ from customize.rewriting.api_key import (
 from customize.rewriting.base_url import is_local_host, normalize_base_url
 from customize.rewriting.bounded_http import MAX_RESPONSE_BYTES, Response, post
 from customize.rewriting.chat_completions import decode_completion, decode_error, encode_request
-from customize.rewriting.language_model import AfterUse, Chat, Completion, Sampling
+from customize.rewriting.language_model import AfterUse, Chat, Completion, Message, Sampling
 from customize.text import plural, quote
 from customize.user_warnings import warn_user
 
@@ -147,6 +147,9 @@ class Endpoint:
             return [complete_chat(chat) for chat in chats]
         with ThreadPoolExecutor(min(MAX_CONNECTIONS, len(chats)), "endpoint") as pool:
             return list(pool.map(complete_chat, chats))
+
+    def check_length(self, messages: Sequence[Message], max_new_tokens: int) -> None:
+        """Do nothing: the server refuses chats that are too long."""
 
     def use(self, device: object = None, after: AfterUse = "keep") -> AbstractContextManager[None]:
         """Do nothing: the model runs on its server."""

@@ -111,6 +111,14 @@ class LanguageModel(Protocol):
         """
         ...
 
+    def check_length(self, messages: Sequence[Message], max_new_tokens: int) -> None:
+        """Refuse a chat that is too long to be completed; those that run elsewhere refuse none.
+
+        Raises:
+            PipelineError: It has more tokens than the model reads, with those of the answer.
+        """
+        ...
+
     def use(self, device: object = None, after: AfterUse = "keep") -> AbstractContextManager[None]:
         """Return a context that holds the weights on a device, and locks them for one thread.
 

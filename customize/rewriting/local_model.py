@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from customize.core.precision import full_precision
 from customize.errors import PipelineError
 from customize.rewriting.language_model import AfterUse, Chat, Completion, Message, Sampling
-from customize.text import plural
+from customize.text import plural, quote
 
 #: Chats that are completed at once.
 _BATCH_SIZE = 16
@@ -96,6 +96,20 @@ class LocalModel:
         """Return the number of tokens of a text, with those that the tokenizer adds."""
         return len(self.tokenizer(text).input_ids)
 
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens that the model reads, with those of its answer; None: unknown."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        return None if limit is None else int(limit)
+
+    def check_length(self, messages: Sequence[Message], max_new_tokens: int) -> None:
+        """Refuse a chat that is too long to be completed.
+
+        Raises:
+            PipelineError: It has more tokens than the model reads, with those of the answer.
+        """
+        self._read_chat(messages, max_new_tokens)
+
     def read_answer(self, tokens: Sequence[int]) -> Completion:
         """Return the completion that generated tokens are, up to the token that ends it."""
         end = next((k for k, token in enumerate(tokens) if token in self._ends), None)
@@ -132,7 +146,7 @@ class LocalModel:
                 refuses it.
         """
         with self._lock:
-            texts = [self._tokenize(self.render(chat.messages)) for chat in chats]
+            texts = [self._read_chat(chat.messages, sampling.max_new_tokens) for chat in chats]
             result = []
             for first in range(0, len(chats), _BATCH_SIZE):
                 seeds = [chat.seed for chat in chats[first : first + _BATCH_SIZE]]
@@ -208,8 +222,20 @@ class LocalModel:
             )
         )
 
-    def _tokenize(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+    def _read_chat(self, messages: Sequence[Message], max_new_tokens: int) -> list[int]:
+        """Return the tokens of a chat, which is short enough to be completed."""
+        text = self.render(messages)
+        tokens = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        limit = self.context_length
+        if limit is not None and len(tokens) + max_new_tokens > limit:
+            raise PipelineError(
+                f"the chat {quote(messages[-1].content, 100)} has {len(tokens):,} tokens, and with "
+                f"{max_new_tokens:,} new ones it exceeds the {limit:,} that the language model "
+                "reads",
+                where=self.name,
+                fix="give a shorter prompt, shorter instructions or a smaller max_new_tokens",
+            )
+        return tokens
 
     def _plain(self, text: str) -> str:
         """Break the tokens of the chat format in a text, so that no prompt ends its own message."""
@@ -223,15 +249,7 @@ class LocalModel:
     def _complete(
         self, rows: Sequence[Sequence[int]], seeds: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
-        limit = getattr(self.model.config, "max_position_embeddings", None)
         length = max(map(len, rows))
-        if limit is not None and length + sampling.max_new_tokens > limit:
-            raise PipelineError(
-                f"the chat has {length:,} tokens, and with {sampling.max_new_tokens:,} new ones it "
-                f"exceeds the {limit:,} that the language model reads",
-                where=self.name,
-                fix="give a shorter prompt, shorter instructions or a smaller max_new_tokens",
-            )
         device, padding = self.model.device, min(self._ends)
         ids = torch.tensor([[padding] * (length - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])

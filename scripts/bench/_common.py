@@ -37,6 +37,35 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def add_rewriters(made: argparse.ArgumentParser) -> None:
+    """Add the flag ``--rewriter NAME=MODEL``, which is repeatable."""
+    made.add_argument(
+        "--rewriter",
+        action="append",
+        type=_pair,
+        metavar="NAME=MODEL",
+        help='row and language model, such as "miniature sft=runs/teach/sft" (default: the bundled '
+        "miniature)",
+    )
+
+
+def rewriters(args: argparse.Namespace, bundled: str) -> dict[str, str]:
+    """Name of a row -> language model.
+
+    Args:
+        args: The flags.
+        bundled: Name of the bundled miniature, where no other model is given.
+    """
+    return dict(args.rewriter or [(bundled, str(ROOT / "assets" / "rewriter"))])
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=MODEL")
+    return name, value
+
+
 def command() -> str:
     """The command of this result, with absolute paths shortened to their last part."""
     words = ["python", f"scripts/bench/{Path(sys.argv[0]).name}"]

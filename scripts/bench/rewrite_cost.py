@@ -57,8 +57,7 @@ class Clock:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for text in args.rewriter:
-        name, source = text.split("=", 1)
+    for name, source in _common.rewriters(args, "miniature").items():
         pipe = open_quietly(args.base)
         rewriter = customize.Rewriter.from_pretrained(source, max_new_tokens=64)
         pipe.load_custom(rewriter)
@@ -93,15 +92,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument(
-        "--rewriter",
-        action="append",
-        metavar="NAME=MODEL",
-        help="name and language model (default: the bundled one)",
-    )
+    _common.add_rewriters(parser)
     parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
     args = parser.parse_args()
-    args.rewriter = args.rewriter or [f"miniature={assets_folder() / 'rewriter'}"]
     rows = measure(args)
     figures = {
         f"{row['cache']}_cost_{row['prompts']}_{row['model'].lower()}": row["of_a_picture"]

@@ -42,7 +42,14 @@ from customize.errors import EndpointError
 from customize.evaluation.rewards import load_reward
 from customize.image_tensors import images_to_tensor
 from customize.rewriting.clean_answer import clean_answer
-from customize.rewriting.language_model import AfterUse, Chat, Completion, LanguageModel, Sampling
+from customize.rewriting.language_model import (
+    AfterUse,
+    Chat,
+    Completion,
+    LanguageModel,
+    Message,
+    Sampling,
+)
 from customize.storybook.bundled_assets import assets_folder
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import load_judges
@@ -77,6 +84,9 @@ class FirstAnswers:
             if is_first and isinstance(answer, Completion):
                 self.answers.setdefault(chat.messages, clean_answer(answer.text))
         return found
+
+    def check_length(self, messages: Sequence[Message], max_new_tokens: int) -> None:
+        self.model.check_length(messages, max_new_tokens)
 
     def use(self, device: object = None, after: AfterUse = "keep") -> AbstractContextManager[None]:
         return self.model.use(device, after)
@@ -153,7 +163,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     """All rows; those of an earlier run are kept with `--resume`."""
     prompts = held_out_prompts(QUICK_PROMPTS if args.quick else PROMPTS, TRIGGER)
     pictures = open_pictures(args)
-    sources = dict(text.split("=", 1) for text in args.rewriter)
+    sources = _common.rewriters(args, "miniature dpo-2")
     best = {BEST_OF.format(name): sources[name] for name in args.best_of}
     calls: dict[str, Callable[[], tuple[list[list[str]], Row]]] = {
         USER: lambda: ([[prompt.text for prompt in prompts]] * SEEDS, {}),
@@ -209,12 +219,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument(
-        "--rewriter",
-        action="append",
-        metavar="NAME=MODEL",
-        help='row and model, such as "miniature sft=runs/teach/sft" (default: the bundled ones)',
-    )
+    _common.add_rewriters(parser)
     parser.add_argument(
         "--best-of", action="append", default=[], metavar="NAME", help="a row of --rewriter"
     )
@@ -232,7 +237,6 @@ def main() -> None:
         "--resume", action="store_true", help="keep the rows that the file of --json has"
     )
     args = parser.parse_args()
-    args.rewriter = args.rewriter or [f"miniature dpo-2={assets_folder() / 'rewriter'}"]
     rows = measure(args)
     _common.report("rewriting", args, rows, figures(rows))
 

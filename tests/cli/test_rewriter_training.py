@@ -29,7 +29,10 @@ def test_online_training_takes_prompts_base_and_rewards(
     )
     refused(run(*given), "reward is missing")
     rewards = ("--reward", "clip=10", "--reward-model", f"clip={clip}")
-    refused(run(*given, *rewards, "--floor", "aesthetic=1"), "has no weight")
+    refused(
+        run(*given, *rewards, "--floor", "aesthetic=1"),
+        "the floor aesthetic=1.0 belongs to no reward",
+    )
     assert not output.exists()
     result = run(*given, *rewards)
     assert result.code == 0, result.err

@@ -58,12 +58,31 @@ def load_reward(
         ConfigError: The name or device is unknown, or the kind needs a model or takes none.
         PipelineError: The model cannot be loaded, or a package is missing.
     """
+    kind, variant = find_reward(name)
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"the device {quote(device)} is unknown or missing",
+            where="device",
+            fix='give "cpu", or "cuda" on a machine with a GPU',
+        ) from error
+    chosen = kind.model if model is None else model
+    return kind.load(chosen, device, variant) if variant else kind.load(chosen, device)
+
+
+def find_reward(name: str) -> tuple[RewardKind, str]:
+    """Return the kind of a reward and its variant, empty for none, without loading it.
+
+    Raises:
+        ConfigError: The name is unknown, or its variant is missing or one too many.
+    """
     kind_name, colon, variant = name.partition(":") if isinstance(name, str) else (name, "", "")
     kind = REWARDS.get(kind_name) if isinstance(kind_name, str) else None
     if kind is None:
         raise ConfigError(
             f"unknown reward {quote(name)}",
-            where="name",
+            where="reward",
             fix=suggest_names(kind_name, list(REWARDS)),
         )
     if kind.variant == "none" and colon:
@@ -78,13 +97,4 @@ def load_reward(
             where=name,
             fix=f"give {quote(kind.name + ':NAME')}",
         )
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise ConfigError(
-            f"the device {quote(device)} is unknown or missing",
-            where="device",
-            fix='give "cpu", or "cuda" on a machine with a GPU',
-        ) from error
-    chosen = kind.model if model is None else model
-    return kind.load(chosen, device, variant) if variant else kind.load(chosen, device)
+    return kind, variant

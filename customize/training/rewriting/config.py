@@ -122,6 +122,18 @@ class RewriterTrainConfig(SettingsModel):
         default=None, ge=0, le=100, description="Guidance scale (default: the pipeline's)"
     )
 
+    ray: str | None = Field(
+        default=None,
+        description="Draw and score in several processes by Ray: local starts a cluster on this"
+        " machine, auto finds the one that runs here, or the address of one",
+    )
+    workers: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Processes of ray, each on a GPU if the cluster has GPUs (default: 2)",
+    )
+
     # Sampling of rewritings in online training
     num_generations: int = Field(
         default=8, ge=2, le=256, description="Rewritings of a prompt in each step, 2 or more"
@@ -195,9 +207,12 @@ class RewriterTrainConfig(SettingsModel):
                 problems.append(
                     Problem(name, f"{name} is missing", f"set {name}. {field.description}")
                 )
-            if name in _SPECIAL - has and value != field.default:
+            is_given = name in self.model_fields_set and value not in (None, {})
+            if name in _SPECIAL - has and is_given:  # also one that equals the default
                 text = f"{name} is {format_value(value)}: method {self.method} does not use it"
                 problems.append(Problem(name, text, f"leave {name} out"))
+        if self.workers is not None and self.ray is None and "workers" in has:
+            problems.append(Problem("workers", "workers was given without ray", "set ray to local"))
         if problems:
             raise join_problems(problems)
         return self

@@ -12,7 +12,7 @@ round: an evolution that was cut off goes on from there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
@@ -22,13 +22,14 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from customize.atomic import write_atomic
 from customize.concepts.io.data_files import read_file_bytes
 from customize.concepts.tokens.token_limit import TokenLimit
-from customize.errors import ConceptError, ConfigError, DataError, EndpointError
+from customize.errors import ConceptError, ConfigError, DataError, EndpointError, PipelineError
 from customize.rewriting.clean_answer import clean_answer
 from customize.rewriting.instructions import Instructions
 from customize.rewriting.language_model import Chat, LanguageModel, Message, Sampling
 from customize.rewriting.preference_pairs import Candidate
+from customize.rewriting.prompt_characters import find_control_character
 from customize.rewriting.required_terms import find_problems, required_terms
-from customize.rewriting.rewrite_prompts import find_answer_problems
+from customize.rewriting.rewrite_prompts import find_fault
 from customize.text import quote
 from customize.training.rewriting.picture_renderer import Job, Renderer, short_hash, try_render
 
@@ -156,6 +157,7 @@ def evolve(
     instructions: Instructions | None = None,
     max_new_tokens: int = 160,
     limits: Sequence[TokenLimit] = (),
+    places: Mapping[str, str] | None = None,
     on_round: Callable[[int, Sequence[Population]], None] | None = None,
 ) -> list[Population]:
     """Evolve prompts, or resume.
@@ -170,26 +172,41 @@ def evolve(
         max_new_tokens: Largest number of tokens of a rewriting.
         limits: What each text encoder of the base reads; a rewriting that none reads to its end is
             dropped.
+        places: Prompt -> where it was read, for errors. None: errors quote the prompt.
         on_round: Called with the round and the batch that finished it.
 
     Returns:
         The population of each distinct prompt.
 
     Raises:
-        ConfigError: There are no prompts.
+        ConfigError: There are no prompts, or one is no text, has control characters, or is longer
+            than the model reads.
         DataError: A population's file is damaged.
         EndpointError: The model runs elsewhere and cannot be reached; what was finished stays.
     """
     settings = settings or EvolutionSettings()
     instructions = instructions or Instructions()
+    places = places or {}
     for prompt in prompts:
-        if not isinstance(prompt, str) or any("\ud800" <= char <= "\udfff" for char in prompt):
+        if not isinstance(prompt, str) or find_control_character(prompt) is not None:
             raise ConfigError(
-                f"the prompt {quote(prompt)} is not text", where="prompts", fix="give texts"
+                f"the prompt {quote(prompt)} is not text",
+                where=places.get(prompt, "prompts"),
+                fix="give texts without control characters",
             )
     distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
     if not distinct:
         raise ConfigError("there are no prompts", where="prompts", fix="give at least one")
+    for prompt in distinct:
+        own = Population(prompt, members=[Member(prompt, 0)])
+        try:
+            model.check_length(
+                _messages(own, own.members, 0, settings, instructions), max_new_tokens
+            )
+        except PipelineError as error:
+            raise ConfigError(
+                error.problem, where=places.get(prompt, "prompts"), fix=error.fix
+            ) from error
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(model, renderer, settings, instructions, max_new_tokens)
     files = {prompt: folder / f"{short_hash(prompt, identity)}.json" for prompt in distinct}
@@ -228,13 +245,10 @@ def _write_children(
     """Return the new faithful rewritings of each population."""
     chats, owners = [], []
     for index, population in enumerate(populations):
-        parents = population.best(settings.parents) or population.members[:1]
+        parents = _choose_parents(population, model, settings, instructions, sampling)
         for child in range(settings.children):
             seed = int(short_hash(population.prompt, settings.seed, number, child), 16) % 2**31
-            if settings.operator == "scored":
-                messages = scored_messages(instructions, population, parents)
-            else:
-                messages = instructions.messages(parents[child % len(parents)].text)
+            messages = _messages(population, parents, child, settings, instructions)
             chats.append(Chat(messages, seed))
             owners.append(index)
     wording = " ".join((instructions.system, SCORED_RULES, instructions.user))
@@ -245,14 +259,51 @@ def _write_children(
         population, text = populations[index], clean_answer(answer.text)
         known = {member.text for member in population.members} | set(children[index])
         required = required_terms(population.prompt, limits=limits)
-        if text in known or find_answer_problems(required, answer, wording):
+        lost = find_problems(required, text)
+        if text in known or lost or find_fault(population.prompt, answer, wording):
             population.dropped += 1
-            is_lossy = text and answer.is_complete and find_problems(required, text)
-            if is_lossy and text not in population.unfaithful:
+            if lost and text and answer.is_complete and text not in population.unfaithful:
                 population.unfaithful.append(text)
         else:
             children[index].append(text)
     return children
+
+
+def _choose_parents(
+    population: Population,
+    model: LanguageModel,
+    settings: EvolutionSettings,
+    instructions: Instructions,
+    sampling: Sampling,
+) -> Sequence[Member]:
+    """Return the best members, without the longest where the model cannot read them all."""
+    parents = population.best(settings.parents)
+    while parents:
+        chats = {
+            _messages(population, parents, child, settings, instructions)
+            for child in range(len(parents))
+        }
+        try:
+            for chat in chats:
+                model.check_length(chat, sampling.max_new_tokens)
+        except PipelineError:
+            parents.remove(max(parents, key=lambda member: len(member.text)))
+        else:
+            return parents
+    return population.members[:1]  # the prompt itself, which evolve() has checked
+
+
+def _messages(
+    population: Population,
+    parents: Sequence[Member],
+    child: int,
+    settings: EvolutionSettings,
+    instructions: Instructions,
+) -> tuple[Message, ...]:
+    """Return the chat that asks for one child."""
+    if settings.operator == "scored":
+        return scored_messages(instructions, population, parents)
+    return instructions.messages(parents[child % len(parents)].text)
 
 
 def scored_messages(

@@ -10,8 +10,9 @@ import torch
 
 from customize.base.standard_pipeline import check_steps, load_standard_pipeline
 from customize.errors import ConfigError
-from customize.evaluation.rewards.registry import load_reward
+from customize.evaluation.rewards.registry import find_reward, load_reward
 from customize.evaluation.rewards.weighted_sum import WeightedSum
+from customize.near_names import did_you_mean
 from customize.training.rewriting.picture_renderer import PictureRenderer
 
 
@@ -83,12 +84,15 @@ def load_rewards(
         ConfigError: A name is unknown, or a model or floor belongs to no weight.
         PipelineError: A model cannot be loaded.
     """
-    for name in models:
-        if name not in weights:
-            raise ConfigError(
-                f"the model {models[name]} belongs to no reward",
-                where=f"reward model {name}",
-                fix=f"add the reward {name}=1",
-            )
+    for name in weights:
+        find_reward(name)
+    for where, given in (("reward model", models), ("floor", floors)):
+        for name in given:
+            if name not in weights:
+                raise ConfigError(
+                    f"the {where} {name}={given[name]} belongs to no reward",
+                    where=f"{where} {name}",
+                    fix=did_you_mean(name, weights) or f"add the reward {name}=1",
+                )
     loaded = {name: load_reward(name, models.get(name), device) for name in weights}
     return WeightedSum(weights, floors, loaded)

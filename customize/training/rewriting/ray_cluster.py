@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
-from customize.errors import PipelineError, first_line
+from customize.errors import ConfigError, PipelineError, first_line
+from customize.text import quote
 
 #: Memory of a local cluster's object store in bytes; tasks and ratings take a few kilobytes.
 _OBJECT_STORE_BYTES = 100 << 20
+#: Most seconds until a cluster answers.
+_TIMEOUT = 10.0
 
 
 @contextmanager
@@ -26,9 +31,11 @@ def connect(address: str, workers: int) -> Iterator[Any]:
         The package ray.
 
     Raises:
+        ConfigError: The address has another form.
         PipelineError: Ray is missing, or the cluster cannot be started or reached.
     """
     ray = import_ray()
+    _check_reachable(address)
     options: dict[str, Any] = {}
     if address == "local":
         options = {"num_cpus": workers, "object_store_memory": _OBJECT_STORE_BYTES}
@@ -45,6 +52,40 @@ def connect(address: str, workers: int) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nothing answers: Ray itself tries for minutes, and logs each try.
+
+    Raises:
+        ConfigError: The address has another form.
+        PipelineError: No connection is made in :data:`_TIMEOUT` seconds.
+    """
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"  # which Ray prefers
+    if address in ("local", "auto"):
+        return
+    try:
+        parts = urlsplit(address if "://" in address else f"gcs://{address}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    port = 10001 if port is None and address.startswith("ray://") else port
+    if not host or not port:
+        raise ConfigError(
+            f"{quote(address)} is not the address of a Ray cluster",
+            where=f"--ray {address}",
+            fix="give local, auto, or a host and a port such as 10.0.0.1:6379",
+        )
+    try:
+        socket.create_connection((host, port), _TIMEOUT).close()
+    except OSError as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        raise PipelineError(
+            f"the Ray cluster cannot be reached: {reason}",
+            where=f"--ray {address}",
+            fix="start one with ray start --head, and give the address that it prints",
+        ) from error
 
 
 def import_ray() -> Any:

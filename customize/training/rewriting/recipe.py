@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,24 @@ import torch
 
 from customize.atomic import write_atomic
 from customize.concepts.io.output_folder import check_writable
-from customize.errors import PipelineError, SettingsError, TrainingError
+from customize.errors import PipelineError, TrainingError
 from customize.rewriting.load_model import SETTINGS_FILE, load_trainable, write_settings
-from customize.safe_read import MAX_TEXT_BYTES, read_bytes, read_json
+from customize.safe_read import read_bytes, read_json
 from customize.training.rewriting.config import RewriterTrainConfig
 from customize.training.rewriting.methods import METHODS
-from customize.training.rewriting.methods.method import RewriterRun
+from customize.training.rewriting.methods.method import RewriterRun, TrainerParts
 from customize.training.rewriting.rows import MAX_BYTES, read_rows
+from customize.training.rewriting.settings_record import check_record, write_record
 
 #: The settings and losses of a training, beside its LoRA.
 FACTS_FILE = "training.json"
 #: Files of a whole checkpoint, besides the trainer's state.
 _CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
-#: Settings that may differ between a run and its resumption.
-_FREE_SETTINGS = {"output", "resume", "device", "checkpoint_every", "keep_checkpoints"}
+#: Settings that may differ between a run and its resumption; of the data the content counts.
+_FREE_SETTINGS = {
+    *("data", "output", "resume", "device", "ray", "workers"),
+    *("checkpoint_every", "keep_checkpoints"),
+}
 
 
 def train_rewriter(config: RewriterTrainConfig) -> Path:
@@ -51,29 +56,13 @@ def train_rewriter(config: RewriterTrainConfig) -> Path:
         settings = replace(settings, instructions=instructions)
     if config.max_new_tokens is not None:
         settings = replace(settings, max_new_tokens=config.max_new_tokens)
-    parts = method.prepare(RewriterRun(config, rows, whole, settings))
-    output, described = config.output, _describe(config)
-    resumed = _check_output(config, described)
-
-    from datasets import Dataset
-    from peft import LoraConfig
-
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(config.seed)
-    trainer = _round_warmup_down(parts.trainer, config.warmup)(
-        model=model,
-        args=parts.arguments(**{**_arguments(config), **parts.options}),
-        train_dataset=Dataset.from_list(parts.texts),
-        processing_class=whole.tokenizer,
-        peft_config=None if is_lora else lora,
-        **parts.keywords,
-    )
-    result = trainer.train(resume_from_checkpoint=resumed)
+    output = config.output
+    with ExitStack() as resources:
+        parts = method.prepare(RewriterRun(config, rows, whole, settings, resources))
+        described = _describe(config)
+        resumed = _check_output(config, described)
+        trainer = _make_trainer(config, parts, model, whole.tokenizer, is_lora)
+        result = trainer.train(resume_from_checkpoint=resumed)
     if not torch.isfinite(torch.tensor(result.training_loss)):
         raise TrainingError(
             f"the loss is {result.training_loss}", where=output, fix="lower learning_rate"
@@ -100,6 +89,38 @@ def _check_trl() -> None:
             where="customize rewriter train",
             fix="pip install 'diffusers-customize[rewrite]'",
         ) from error
+
+
+def _make_trainer(
+    config: RewriterTrainConfig, parts: TrainerParts, model: Any, tokenizer: Any, is_lora: bool
+) -> Any:
+    """Return trl's trainer.
+
+    Args:
+        config: The settings.
+        parts: What the method trains with.
+        model: The model to train.
+        tokenizer: Its tokenizer.
+        is_lora: Whether the model has the LoRA already that is trained on.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    return _round_warmup_down(parts.trainer, config.warmup)(
+        model=model,
+        args=parts.arguments(**{**_arguments(config), **parts.options}),
+        train_dataset=Dataset.from_list(parts.texts),
+        processing_class=tokenizer,
+        peft_config=None if is_lora else lora,
+        **parts.keywords,
+    )
 
 
 def _arguments(config: RewriterTrainConfig) -> dict[str, Any]:
@@ -157,23 +178,14 @@ def _check_output(config: RewriterTrainConfig, settings: Mapping[str, Any]) -> s
     output = config.output
     check_writable(output)
     output.mkdir(parents=True, exist_ok=True)
-    record = output / "settings.json"
     checkpoint = _last_whole_checkpoint(output) if config.resume else None
     if checkpoint is not None:
-        before = read_json(record, MAX_TEXT_BYTES) if record.is_file() else {}
-        differing = sorted(
-            name for name in settings.keys() - _FREE_SETTINGS if before.get(name) != settings[name]
-        )
-        if differing:
-            raise SettingsError(
-                f"the checkpoints were made with another {', '.join(differing)}",
-                where=output,
-                fix="choose another output, or resume=false",
-            )
+        fixed = {name: settings[name] for name in settings.keys() - _FREE_SETTINGS}
+        check_record(output, fixed, "the checkpoints", "choose another output, or resume=false")
         return str(checkpoint)
     for old in _checkpoints(output):  # of which a later run must not resume
         shutil.rmtree(old)
-    write_atomic(record, (json.dumps(settings, indent=1) + "\n").encode())
+    write_record(output, settings)
     return None
 
 

@@ -59,6 +59,9 @@ class Counting:
             return answers[-1]
         return Completion(answers[-1], True)
 
+    def check_length(self, messages, max_new_tokens):
+        pass
+
     def use(self, device=None, after="keep"):
         return nullcontext()
 
@@ -183,6 +186,46 @@ def test_a_round_whose_rewards_all_fail_is_kept_and_passed(tmp_path):
         evolve([DOG], Counting(ANSWERS), Broken(), tmp_path / "other", SETTINGS)
 
 
+class ShortReader(Counting):
+    """Reads chats of up to a number of words."""
+
+    def __init__(self, answers, limit):
+        super().__init__(answers)
+        self.limit = limit
+
+    def check_length(self, messages, max_new_tokens):
+        words = sum(len(message.content.split()) for message in messages)
+        if words > self.limit:
+            raise PipelineError(f"the chat has {words} words", where="reader", fix="shorten it")
+
+
+@pytest.mark.parametrize("operator", ["scored", "rewrite"])
+def test_a_prompt_that_the_model_cannot_read_is_named_before_anything_is_drawn(tmp_path, operator):
+    model, renderer = ShortReader(ANSWERS, 300), LetterCount()
+    prompts = [DOG, "a dog " * 200]
+    places = {prompts[1]: "prompts.txt, line 7"}
+    settings = EvolutionSettings(operator=operator)
+    with pytest.raises(ConfigError, match=r"the chat has \d+ words") as caught:
+        evolve(prompts, model, renderer, tmp_path / "out", settings, places=places)
+    assert caught.value.where == "prompts.txt, line 7"
+    assert not renderer.jobs and not model.chats and not (tmp_path / "out").exists()
+
+
+def test_parents_that_the_model_cannot_read_are_left_out(tmp_path):
+    """Of two parents the chat has only the shorter one where it has no room for the longer."""
+    long = "a dog on sand with " + ", ".join(f"shade {chr(97 + k)} of grey" for k in range(20))
+    model = ShortReader({"": [long, "a dog", "a dog at sea"]}, 10_000)
+    settings = EvolutionSettings(rounds=2, children=1, parents=2)
+    evolve([DOG], model, LetterCount(), tmp_path / "a", settings)
+    assert long.strip() in model.chats[-1].messages[-1].content
+    words = sum(len(message.content.split()) for message in model.chats[0].messages)
+    short = ShortReader({"": [long, "a dog", "a dog at sea"]}, words + 20)
+    evolve([DOG], short, LetterCount(), tmp_path / "b", settings)
+    assert len(short.chats) == 2
+    assert long.strip() not in short.chats[-1].messages[-1].content
+    assert f"0.500: {DOG}" in short.chats[-1].messages[-1].content
+
+
 def test_other_settings_evolve_anew(tmp_path):
     evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, SETTINGS)
     evolve([DOG], Counting(ANSWERS), LetterCount(), tmp_path, EvolutionSettings(rounds=1))
@@ -226,7 +269,7 @@ def test_bad_settings_are_refused(tmp_path):
     for values in ({"rounds": 0}, {"children": 1.5}, {"batch": -1}, {"operator": "x"}):
         with pytest.raises(ConfigError):
             EvolutionSettings(**values)
-    for prompt in (None, "a \ud800"):
+    for prompt in (None, "a \ud800", "a \x1b[31mdog"):
         with pytest.raises(ConfigError, match="is not text"):
             evolve([prompt], Counting({}), LetterCount(), tmp_path)
     with pytest.raises(ConfigError, match="no prompts"):

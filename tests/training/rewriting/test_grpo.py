@@ -100,8 +100,32 @@ def test_a_training_that_was_cut_off_resumes_to_the_same_weights(clip, trained, 
     assert all(torch.equal(first[key], second[key]) for key in first)
     rows = zip(read_log(trained), read_log(cut), strict=True)
     assert all(a["reward"] == b["reward"] for a, b in rows if "reward" in a)
-    with pytest.raises(CustomizeError, match="another penalty"):
+    with pytest.raises(CustomizeError, match="other settings: penalty"):
         train_rewriter(config(clip, cut, **same, penalty=3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_ray_gives_the_same_rewards(clip, trained, tmp_path):
+    pytest.importorskip("ray")
+    folder = train_rewriter(config(clip, tmp_path / "out", ray="local", workers=1))
+    rows = [row for row in read_log(trained) if "reward" in row]
+    found = [row for row in read_log(folder) if "reward" in row]
+    assert [row["step"] for row in found] == [1, 2, 3]
+    for row, other in zip(rows, found, strict=True):
+        assert other["reward"] == pytest.approx(row["reward"], rel=1e-2, abs=1e-2)
+    names = {path.name for path in (trained / "pictures").iterdir()}
+    assert {path.name for path in (folder / "pictures").iterdir()} == names
+    # Where pictures are drawn may change between a training and its resumption.
+    shutil.rmtree(folder / "checkpoint-3")
+    train_rewriter(config(clip, tmp_path / "out"))
+
+
+def test_ray_is_refused_with_several_training_processes(clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="ray draws for one training process"):
+        train_rewriter(config(clip, tmp_path / "out", ray="local"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_goes_on_from_a_lora(clip, trained, tmp_path):
@@ -115,11 +139,12 @@ def test_training_goes_on_from_a_lora(clip, trained, tmp_path):
     ("changes", "problem"),
     [
         ({"batch_size": 7}, "all passes over the data have 6 prompts, and one step takes 7"),
-        ({"max_length": 40}, r"row 1 has \d+ tokens"),
+        ({"max_length": 40}, r"line 1 has \d+ tokens"),
         ({"base": str(rewriter_folder())}, "cannot be loaded"),
         ({"reward": {"clap": 1.0}, "reward_model": {}}, "unknown reward 'clap'"),
         ({"reward_model": {"blip_itm": "x"}}, "belongs to no reward"),
-        ({"floor": {"blip_itm": 0.1}}, "has no weight"),
+        ({"reward": {"clop": 1.0}}, r"unknown reward 'clop' .*did you mean clip"),
+        ({"floor": {"blip_itm": 0.1}}, "the floor blip_itm=0.1 belongs to no reward"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(
@@ -139,6 +164,8 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(
         ({"reward_model": "clip"}, "should be names with values"),
         ({"base": "model.ckpt"}, "pickle"),
         ({"num_generations": 1}, "num_generations is 1"),
+        ({"workers": 2}, "workers was given without ray"),
+        ({"reward": ["clip=1", "clip=2"]}, "gives clip more than one weight"),
         ({"method": "dpo"}, "method dpo does not use it"),
         ({"method": "sft"}, "base is .*: method sft does not use it"),
     ],

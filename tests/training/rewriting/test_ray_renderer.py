@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from functools import partial
 
@@ -70,6 +71,27 @@ def build_nothing():
 def cluster():
     with connect("local", 2) as ray:
         yield ray
+
+
+@pytest.mark.timeout(60)
+def test_a_cluster_that_does_not_answer_is_an_error_at_once(monkeypatch):
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"  # that is closed below
+    for given in (address, f"ray://{address}", "auto"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with (
+            pytest.raises(PipelineError, match="cannot be reached: Connection refused") as caught,
+            connect(given, 1),
+        ):
+            pass
+        assert address in caught.value.where
+    for given in ("10.0.0.1", "10.0.0.1:x", ":6379", ""):
+        with (
+            pytest.raises(ConfigError, match="is not the address of a Ray cluster"),
+            connect(given, 1),
+        ):
+            pass
 
 
 def test_without_ray_the_extra_is_named(monkeypatch, tmp_path):

@@ -188,7 +188,7 @@ def test_a_training_that_was_cut_off_resumes_to_the_same_weights(model, tmp_path
     first, second = load_file(whole / WEIGHTS), load_file(cut / WEIGHTS)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    with pytest.raises(SettingsError, match="another learning_rate"):
+    with pytest.raises(SettingsError, match=r"with other settings: learning_rate \("):
         train_rewriter(config(model, data, cut, epochs=6, learning_rate=1e-3))
 
 
@@ -207,8 +207,19 @@ def test_checkpoints_of_other_data_and_of_a_run_before_are_not_resumed(model, tm
     data = sft_rows(tmp_path / "rows.jsonl")
     train_rewriter(config(model, data, tmp_path / "out", epochs=4, checkpoint_every=2))
     write(data, [{"prompt": "puppy", "text": "on the beach"}])
-    with pytest.raises(SettingsError, match="another content of data"):
+    with pytest.raises(SettingsError, match=r"with other settings: content of data \("):
         train_rewriter(config(model, data, tmp_path / "out", epochs=4, checkpoint_every=2))
+    # The path of the data may change, with equal content.
+    moved = sft_rows(tmp_path / "moved.jsonl")
+    train_rewriter(config(model, moved, tmp_path / "out", epochs=4, checkpoint_every=2))
+    # A damaged record of the settings is an error of the folder.
+    record = tmp_path / "out" / "settings.json"
+    for content in ("{", "[]"):
+        kept = record.read_text()
+        record.write_text(content)
+        with pytest.raises(SettingsError, match="cannot be read"):
+            train_rewriter(config(model, moved, tmp_path / "out", epochs=4, checkpoint_every=2))
+        record.write_text(kept)
     # A new run that is killed before its first checkpoint leaves none of the old one.
     again = config(model, data, tmp_path / "out", epochs=1, checkpoint_every=100, resume=False)
     train_rewriter(again)
@@ -217,8 +228,14 @@ def test_checkpoints_of_other_data_and_of_a_run_before_are_not_resumed(model, tm
 
 def test_rows_longer_than_the_limit_are_refused(model, tmp_path):
     data = write(tmp_path / "rows.jsonl", [{"prompt": "a dog " * 40, "text": "a dog"}])
-    with pytest.raises(ConfigError, match=r"row 1 has \d+ tokens"):
+    with pytest.raises(ConfigError, match=r"line 1 has \d+ tokens"):
         train_rewriter(config(model, data, tmp_path / "out", max_length=64))
+    data.write_text('\n{"prompt": "a", "text": "b"}\n' + data.read_text())
+    with pytest.raises(ConfigError, match=r"line 3 has \d+ tokens"):
+        train_rewriter(config(model, data, tmp_path / "out", max_length=64))
+    write(data, [{"prompt": "a dog " * 1500, "text": "a dog"}])
+    with pytest.raises(ConfigError, match="and the language model reads 2,048"):
+        train_rewriter(config(model, data, tmp_path / "out", max_length=65536))
     assert not (tmp_path / "out").exists()
 
 
@@ -232,6 +249,8 @@ def test_rows_longer_than_the_limit_are_refused(model, tmp_path):
         ('{"prompt": "a", "text": " "}', "line 1"),
         ('{"prompt": "a", "text": "b"}\n\nnull', "line 3"),
         ('{"prompt": "a", "text": NaN}', "line 1"),
+        ('{"prompt": "a \\u001b[31m", "text": "b"}', "line 1 has the control character"),
+        ('{"prompt": "a", "text": "b \\ud800"}', "line 1 has the control character"),
         ("[" * 100_000, "line 1"),
     ],
 )
@@ -240,6 +259,16 @@ def test_bad_rows_are_refused(tmp_path, content, problem):
     path.write_text(content)
     with pytest.raises(DataError, match=problem):
         read_rows(path, ("prompt", "text"))
+
+
+def test_rows_are_numbered_by_lines_of_the_file(tmp_path):
+    """U+2028 ends no line of JSON."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\n{"prompt": "a\u2028b"}\r\n\n{"prompt": "c"}\n')
+    assert read_rows(path, ("prompt",)) == {2: {"prompt": "a\u2028b"}, 4: {"prompt": "c"}}
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n a dog \n\na cat")
+    assert read_rows(path, ("prompt",)) == {2: {"prompt": "a dog"}, 4: {"prompt": "a cat"}}
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -259,6 +288,9 @@ def test_bad_settings_are_refused(model, tmp_path):
         {"beta": 0.1},
         {"epochs": -1},
         {"lr": 1},
+        {"method": "dpo", "penalty": 1.0},  # also where it is the default
+        {"pictures": 2},
+        {"beta": 0.1, "method": "sft"},
     ):
         with pytest.raises(ConfigError):
             config(model, tmp_path, tmp_path, **changes)

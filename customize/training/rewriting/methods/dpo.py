@@ -19,21 +19,9 @@ def prepare(run: RewriterRun) -> TrainerParts:
     """
     from trl import DPOConfig, DPOTrainer
 
-    from customize.training.rewriting.rows import check_length, render_prompt
+    from customize.training.rewriting.methods.render_rows import render_rows
 
-    texts = [
-        {
-            "prompt": render_prompt(row["prompt"], run.settings.instructions, run.model),
-            "chosen": row["chosen"] + run.model.end,
-            "rejected": row["rejected"] + run.model.end,
-        }
-        for row in run.rows
-    ]
-    for number, text in enumerate(texts, start=1):
-        length = max(
-            run.model.count_tokens(text["prompt"] + text[name]) for name in ("chosen", "rejected")
-        )
-        check_length(number, length, run.config.max_length, run.config.data)
+    texts = render_rows(run, {"chosen": "chosen", "rejected": "rejected"})
     options = {"max_length": run.config.max_length, "beta": run.config.reference_weight}
     return TrainerParts(texts, DPOTrainer, DPOConfig, options)
 

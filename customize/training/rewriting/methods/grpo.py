@@ -25,19 +25,21 @@ def prepare(run: RewriterRun) -> TrainerParts:
     """Load base and rewards, and return the parts of trl's GRPOTrainer.
 
     Raises:
-        ConfigError: There are fewer prompts than a step has, a prompt is longer than
-            ``max_length`` with its rewriting, or a reward is unknown.
+        ConfigError: Several processes train with a Ray cluster, there are fewer prompts than a step
+            has, a prompt is longer than ``max_length`` or the model's context with its rewriting,
+            or a reward is unknown.
         PipelineError: Base or rewards cannot be loaded, or the tokenizer adds tokens that the chat
             template does not have.
     """
     from trl import GRPOConfig, GRPOTrainer
 
-    from customize.stages.token_limits import default_token_limits
-    from customize.training.rewriting.load_renderer import RendererSettings, load_renderer
+    from customize.training.rewriting.load_renderer import RendererSettings
+    from customize.training.rewriting.methods.render_rows import check_length, render_prompt
+    from customize.training.rewriting.open_renderer import open_renderer
     from customize.training.rewriting.picture_reward import PictureReward
-    from customize.training.rewriting.rows import check_length, render_prompt
 
     config, instructions = run.config, run.settings.instructions
+    _check_one_process(config.ray)
     order = _order_rows(len(run.rows), config.epochs, config.seed)
     _check_number_of_prompts(run, len(order))
     texts = [
@@ -45,27 +47,31 @@ def prepare(run: RewriterRun) -> TrainerParts:
             "prompt": render_prompt(row["prompt"], instructions, run.model),
             "user_prompt": row["prompt"],
         }
-        for row in run.rows
+        for row in run.rows.values()
     ]
-    for number, text in enumerate(texts, start=1):
+    for number, text in zip(run.rows, texts, strict=True):
         length = run.model.count_tokens(text["prompt"]) + run.settings.max_new_tokens
-        check_length(number, length, config.max_length, config.data)
-    renderer = load_renderer(
-        RendererSettings(
-            config.base,
-            config.reward,
-            config.floor,
-            config.reward_model,
-            range(config.pictures),
-            config.sampling_steps,
-            config.guidance,
-            config.dtype,
-        ),
-        config.output / PICTURES,
-        _process_device(config.device),
-        "sampling_steps",
+        check_length(run, number, length)
+    renderer = run.resources.enter_context(
+        open_renderer(
+            RendererSettings(
+                config.base,
+                config.reward,
+                config.floor,
+                config.reward_model,
+                range(config.pictures),
+                config.sampling_steps,
+                config.guidance,
+                config.dtype,
+            ),
+            config.output / PICTURES,
+            config.device if config.ray else str(_process_device(config.device)),
+            config.ray,
+            config.workers,
+            "sampling_steps",
+        )
     )
-    limits = default_token_limits(renderer.pipe)
+    limits = renderer.token_limits
     reward = PictureReward(renderer, run.model, instructions, config.penalty, limits)
     options = {
         "beta": config.reference_weight,
@@ -109,6 +115,17 @@ def _check_number_of_prompts(run: RewriterRun, count: int) -> None:
         )
 
 
+def _check_one_process(ray: str | None) -> None:
+    """Refuse a cluster for each of several training processes."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if ray is not None and count > 1:
+        raise ConfigError(
+            f"ray draws for one training process, and this training has {count}",
+            where="ray",
+            fix="leave ray out: each process draws its own rewritings",
+        )
+
+
 def _process_device(name: str | None) -> torch.device:
     """Return the device of the renderer: that of this process among several."""
     import torch
@@ -130,7 +147,15 @@ GRPO = TrainingMethod(
     beta=0.04,  # DeepSeekMath's
     settings=(
         *("base", "dtype", "reward", "reward_model", "floor", "pictures", "sampling_steps"),
-        *("guidance", "num_generations", "temperature", "max_new_tokens", "penalty"),
+        *(
+            "guidance",
+            "ray",
+            "workers",
+            "num_generations",
+            "temperature",
+            "max_new_tokens",
+            "penalty",
+        ),
     ),
     required=("base", "reward"),
 )

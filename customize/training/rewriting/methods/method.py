@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +18,17 @@ class RewriterRun:
 
     Attributes:
         config: The :class:`customize.training.rewriting.config.RewriterTrainConfig`.
-        rows: The rows of the data, with the fields of the method.
+        rows: Number of a line of the data -> its fields, those of the method.
         model: The language model without a LoRA.
         settings: Its instructions and number of tokens.
+        resources: Closes what the method opens, when the training ends.
     """
 
     config: Any
-    rows: list[dict[str, str]]
+    rows: Mapping[int, Mapping[str, str]]
     model: LocalModel
     settings: TrainedSettings
+    resources: ExitStack
 
 
 @dataclass(frozen=True)

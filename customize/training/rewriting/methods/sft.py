@@ -14,18 +14,9 @@ def prepare(run: RewriterRun) -> TrainerParts:
     """
     from trl import SFTConfig, SFTTrainer
 
-    from customize.training.rewriting.rows import check_length, render_prompt
+    from customize.training.rewriting.methods.render_rows import render_rows
 
-    texts = [
-        {
-            "prompt": render_prompt(row["prompt"], run.settings.instructions, run.model),
-            "completion": row["text"] + run.model.end,
-        }
-        for row in run.rows
-    ]
-    for number, text in enumerate(texts, start=1):
-        length = run.model.count_tokens(text["prompt"] + text["completion"])
-        check_length(number, length, run.config.max_length, run.config.data)
+    texts = render_rows(run, {"completion": "text"})
     return TrainerParts(texts, SFTTrainer, SFTConfig, {"max_length": run.config.max_length})
 
 

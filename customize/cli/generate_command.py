@@ -321,7 +321,9 @@ def generate_images(
         "library": loading.library,
         "attention": loading.attention,
         "memory": loading.memory,
-        "regions": {words: _describe_region(region) for words, region in regions.items()},
+        "regions": {
+            words: generated_images.describe_region(region) for words, region in regions.items()
+        },
         "references": None if references is None else references.describe(),
         "rewriter": language_model,
         "endpoint_model": endpoint_model,
@@ -344,7 +346,11 @@ def generate_images(
         image, settings = generated_images.generate_image(
             pipe, prompt, seed, plan, arguments, family.output
         )
-        settings |= {"guidance": scale, **shared_settings, **_describe_attached(pipe, sources)}
+        settings |= {
+            "guidance": scale,
+            **shared_settings,
+            **generated_images.describe_attached(pipe, sources),
+        }
         numbers.append(generated_images.save_image(output, number, image, settings))
         number = numbers[-1] + 1
     print_line(f"Wrote {generated_images.describe_numbers(numbers)} to {output}")
@@ -370,32 +376,3 @@ def _load_concepts(
         settings["merge"] = loading.merge
     if concepts or stage_settings or any(value is not None for value in settings.values()):
         load_custom(pipe, *concepts, *stage_settings, **settings)
-
-
-def _describe_attached(pipe: Any, sources: Mapping[str, str]) -> dict[str, Any]:
-    """The attached concepts of an image, named ones and a library's, for its settings file."""
-    from customize.pipeline.state import get_state
-
-    state = get_state(pipe)
-    attached = state.attached.values() if state is not None else ()
-    weights = {row.name: row.weight for row in pipe.custom.rows}
-    stored = {n: w if isinstance(w, float) else f"{w}" for n, w in weights.items()}
-    return {
-        "merge": pipe.custom.merge if len(attached) > 1 else None,
-        "concepts": [
-            {
-                "name": entry.name,
-                "trigger": entry.concept.info.trigger,
-                "class_word": entry.concept.info.class_word,
-                "subjects": {s.trigger: s.class_word for s in entry.concept.subjects},
-                "weight": stored[entry.name],
-                "source": sources.get(entry.name) or str(entry.concept.source),
-            }
-            for entry in attached
-        ],
-    }
-
-
-def _describe_region(region: Any) -> Any:
-    """The numbers of a box, or the size of a mask."""
-    return list(region) if isinstance(region, tuple) else f"mask of {region.width}x{region.height}"

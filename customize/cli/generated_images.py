@@ -145,3 +145,32 @@ def describe_numbers(numbers: list[int]) -> str:
     # Numbers in between may belong to another process that generates into the same folder.
     prefix = "" if numbers[-1] - numbers[0] < len(numbers) else f"{len(numbers)} of "
     return f"{prefix}{first} to {last}"
+
+
+def describe_attached(pipe: Any, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Return the attached concepts of an image, named ones and a library's, for its settings."""
+    from customize.pipeline.state import get_state
+
+    state = get_state(pipe)
+    attached = state.attached.values() if state is not None else ()
+    weights = {row.name: row.weight for row in pipe.custom.rows}
+    stored = {n: w if isinstance(w, float) else f"{w}" for n, w in weights.items()}
+    return {
+        "merge": pipe.custom.merge if len(attached) > 1 else None,
+        "concepts": [
+            {
+                "name": entry.name,
+                "trigger": entry.concept.info.trigger,
+                "class_word": entry.concept.info.class_word,
+                "subjects": {s.trigger: s.class_word for s in entry.concept.subjects},
+                "weight": stored[entry.name],
+                "source": sources.get(entry.name) or str(entry.concept.source),
+            }
+            for entry in attached
+        ],
+    }
+
+
+def describe_region(region: Any) -> Any:
+    """Return the numbers of a box, or the size of a mask."""
+    return list(region) if isinstance(region, tuple) else f"mask of {region.width}x{region.height}"

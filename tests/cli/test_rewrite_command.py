@@ -23,6 +23,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_llama(tmp_path_factory.mktemp("llama")))
 
 
+@pytest.fixture(autouse=True)
+def without_lines_about_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine prints none; the test of them sets other times."""
+    monkeypatch.setattr(waiting, "FIRST", 600.0)
+
+
 def test_candidates_are_printed_one_a_line(run: Run, tmp_path: Path) -> None:
     with serve(send(completion(f"**New prompt:** {BETTER}"))) as server:
         flags = ("--rewriter", server.url, "--endpoint-model", "llama")

@@ -119,8 +119,8 @@ def test_trigger_words_phrases_and_avoided_words_of_the_call():
 
 
 def test_inflected_forms_of_the_prompts_words_are_not_added():
-    prompt = "a smiling cat wears a carved mask, sits on the dog's bed, flies, red"
-    text = "smiles, a cat wearing a mask to carve, sitting on the beds of dogs, flying in the reds"
+    prompt = "a smiling cat wears a carved mask, sits on the dog's bed, carries a red hat"
+    text = "smiles, a cat wearing a mask to carve, sitting on the beds of dogs, carrying red hats"
     assert added_words(prompt, text) == []
     assert added_words("a red cat in the evening", "a singing cat rings a bell, bred") == [
         "singing",

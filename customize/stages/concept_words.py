@@ -165,6 +165,25 @@ def token_positions(family: Family, prompt: str, spans: Sequence[Span]) -> tuple
     return found.pop()
 
 
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """Rows to copy from the encoding of another text.
+
+    Attributes:
+        concept: Index of the concept whose update the text is encoded with; None: without any.
+        text: The text.
+        positions: Tokens of the text.
+        to: As many tokens of the prompt.
+        is_value: Whether only the values get them.
+    """
+
+    concept: int | None
+    text: str
+    positions: Sequence[int]
+    to: Sequence[int]
+    is_value: bool = False
+
+
 def encode_routed(
     family: Family, state: AttachedState, channels: Sequence[RankChannels], prompts: Sequence[str]
 ) -> list[RoutedPrompt]:
@@ -179,55 +198,63 @@ def encode_routed(
     Raises:
         ConfigError: See :func:`named_concepts` and :func:`token_positions`.
     """
+    named = [named_concepts(prompt, state) for prompt in prompts]
+    named = [concepts if len(concepts) > 1 else () for concepts in named]
+    tokens = [
+        tuple(token_positions(family, prompt, each.spans) for each in concepts)
+        for prompt, concepts in zip(prompts, named, strict=True)
+    ]
+    copies = [list(_copies(family, *each)) for each in zip(prompts, named, tokens, strict=True)]
+    texts: dict[int | None, dict[str, None]] = {}
+    for copy in (copy for each in copies for copy in each):
+        texts.setdefault(copy.concept, {})[copy.text] = None
+    read: dict[tuple[int | None, str], Tensor] = {}
     with torch.no_grad():
         encoded = family.encode_prompts(list(prompts))["prompt_embeds"]
-    return [
-        _encode_routed(family, state, channels, prompt, rows)
-        for prompt, rows in zip(prompts, encoded, strict=True)
-    ]
-
-
-def _encode_routed(
-    family: Family,
-    state: AttachedState,
-    channels: Sequence[RankChannels],
-    prompt: str,
-    encoded: Tensor,
-) -> RoutedPrompt:
-    named = named_concepts(prompt, state)
-    if len(named) < 2:
-        return RoutedPrompt(prompt, (), encoded, encoded, encoded, ())
-    tokens = tuple(token_positions(family, prompt, each.spans) for each in named)
+        for concept, each in texts.items():
+            with only_concept(channels, concept, len(state.attached)):
+                rows = family.encode_prompts(list(each))["prompt_embeds"]
+            read |= {(concept, text): row for text, row in zip(each, rows, strict=True)}
     length = family.token_dictionaries()[0].tokenizer.model_max_length
+    routed = []
+    for k, rows in enumerate(encoded):
+        keys, values = rows.clone(), rows.clone()
+        for copy in copies[k]:
+            source = read[copy.concept, copy.text]
+            for start in range(0, len(rows), length):  # of each layer with tokens of its own
+                shared = start % len(source)  # the tokens may be the same for all layers
+                copied = source[[shared + p for p in copy.positions]]
+                for target in (values,) if copy.is_value else (keys, values):
+                    target[[start + p for p in copy.to]] = copied
+        routed.append(RoutedPrompt(prompts[k], named[k], rows, keys, values, tokens[k]))
+    return routed
 
-    def encode(text: str, concept: NamedConcept | None) -> Tensor:
-        index = None if concept is None else concept.index
-        with only_concept(channels, index, len(state.attached)), torch.no_grad():
-            (rows,) = family.encode_prompts([text])["prompt_embeds"]
-        return rows
 
-    def copy(rows: Tensor, to: Sequence[int], source: Tensor, positions: Sequence[int]) -> None:
-        for start in range(0, len(rows), length):  # of each layer with tokens of its own
-            shared = start % len(source)  # the tokens may be the same for all layers
-            rows[[start + p for p in to]] = source[[shared + p for p in positions]]
-
-    keys = encoded.clone()
+def _copies(
+    family: Family,
+    prompt: str,
+    named: Sequence[NamedConcept],
+    tokens: Sequence[tuple[int, ...]],
+) -> Iterator[_Copy]:
+    """Yield what replaces the rows of a prompt, in this order; nothing without concepts."""
+    if not named:
+        return
+    length = family.token_dictionaries()[0].tokenizer.model_max_length
     text, spans = with_classes(prompt, named, None)
     rest = _without(length, tokens)
     others = _without(length, [token_positions(family, text, each) for each in spans])
     others += others[-1:] * (len(rest) - len(others))  # more padding
-    copy(keys, rest, encode(text, None), others[: len(rest)])
+    yield _Copy(None, text, others[: len(rest)], rest)
     for index, each in enumerate(named):
         text, spans = with_classes(prompt, named, each)
-        copy(keys, tokens[index], encode(text, each), token_positions(family, text, spans[index]))
-    values = keys.clone()
+        positions = token_positions(family, text, spans[index])
+        yield _Copy(each.index, text, positions, tokens[index])
     before = prompt[: min(start for each in named for start, _ in each.spans)]
-    for each, positions in zip(named, tokens, strict=True):
+    for each, to in zip(named, tokens, strict=True):
         text = before + prompt[slice(*each.spans[0])]
         at = token_positions(family, text, [(len(before), len(text))])
-        repeats = -(-len(positions) // len(at))
-        copy(values, positions, encode(text, each), (at * repeats)[: len(positions)])
-    return RoutedPrompt(prompt, named, encoded, keys, values, tokens)
+        repeats = -(-len(to) // len(at))
+        yield _Copy(each.index, text, (at * repeats)[: len(to)], to, is_value=True)
 
 
 def _without(length: int, positions: Sequence[Sequence[int]]) -> list[int]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
-from customize.families.pipeline_components import is_compiled, uncompiled
+from customize.families.pipeline_components import is_compiled
 from customize.pipeline.rank_channels import RankChannels, rank_channels
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState
@@ -156,13 +156,13 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
             fix="leave out one of them",
         )
     denoiser = pipe.components[family.denoiser_key]
-    if is_compiled(denoiser) or getattr(denoiser, "_compiled_call_impl", None) is not None:
+    if is_compiled(denoiser):
         raise PipelineError(
             "the denoiser is compiled, so together= cannot hook its layers",
             where=family.denoiser_key,
             fix="draw with together= before it is compiled",
         )
-    if getattr(uncompiled(denoiser), "is_cache_enabled", False):
+    if getattr(denoiser, "is_cache_enabled", False):
         raise PipelineError(
             "the denoiser caches outputs from step to step, and together= changes them between",
             where=family.denoiser_key,

@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "truncate": loading.truncate_table,
     "load_many": loading.load_many_table,
     "regions": stages.regions_table,
+    "together": stages.together_table,
     "decor": stages.decor_table,
     "decor_defaults": stages.decor_defaults_table,
     "decor_options": stages.decor_options_table,

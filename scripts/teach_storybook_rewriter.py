@@ -11,7 +11,7 @@ The stages of Prompt-A-Video, each a command of `customize`, which is printed:
    learns.
 
 Run the script again to resume. The LoRA of each stage is in `--folder`, with settings and losses
-(training.json); `--merge` also writes the student with the LoRA of dpo-2 in it.
+(training.json); `--merge dpo-1` also writes the student with the LoRA of that stage in it.
 
     python scripts/teach_storybook_rewriter.py --folder runs/teach \
         --student runs/storybook-rewriter/model
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--dpo-epochs", type=float, default=1.0)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--online", action="store_true", help="also train by GRPO")
-    parser.add_argument("--merge", action="store_true", help="write the taught model to merged/")
+    parser.add_argument("--merge", metavar="STAGE", help="write the model after it to merged/")
     parser.add_argument("--system", help="system message of the chats (default: the student's)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -80,8 +80,8 @@ def main() -> None:
     train(args, "dpo", args.student, evolution / "pairs.jsonl", "dpo-alone", args.dpo_rate)
     if args.online:
         train_online(args)
-    if args.merge:
-        merge(before, args.folder / "merged")
+    if args.merge is not None:
+        merge(args.folder / args.merge, args.folder / "merged")
 
 
 def merge(lora: Path, folder: Path) -> None:

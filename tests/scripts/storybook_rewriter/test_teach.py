@@ -19,7 +19,16 @@ import teach_storybook_rewriter
 @pytest.mark.slow
 def test_all_stages_train_and_a_second_run_finds_them_done(tmp_path, monkeypatch, capfd):
     folder, reward = tmp_path / "teach", save_clip(tmp_path / "clip")
-    flags = ["--folder", folder, "--student", rewriter_folder(), "--reward", reward, "--merge"]
+    flags = [
+        "--folder",
+        folder,
+        "--student",
+        rewriter_folder(),
+        "--reward",
+        reward,
+        "--merge",
+        "dpo-1",
+    ]
     flags += ["--prompts", 3, "--children", 3, "--margin", 0, "--pairs", 2, "--batch", 1]
     monkeypatch.setattr(sys, "argv", ["teach", *map(str, flags)])
     teach_storybook_rewriter.main()
@@ -29,7 +38,7 @@ def test_all_stages_train_and_a_second_run_finds_them_done(tmp_path, monkeypatch
     drawn = len(list((folder / "pictures").glob("*.png")))
     assert drawn > 3
     taught = customize.Rewriter.from_pretrained(folder / "merged")
-    lora = customize.Rewriter.from_pretrained(folder / "dpo-2")
+    lora = customize.Rewriter.from_pretrained(folder / "dpo-1")
     prompt = "crimson kitty wih spectacles at the seaside"
     assert taught.rewrite(prompt)[0].text == lora.rewrite(prompt)[0].text
     capfd.readouterr()

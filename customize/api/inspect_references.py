@@ -43,12 +43,12 @@ def describe_references(source: str | Path) -> dict[str, str]:
     if is_encoded(source):
         return _describe_group(ReferenceGroup.load(source))
     path = Path(source)
-    return _describe_folder(path) if path.is_dir() else _describe_easyref(path)
+    return _describe_folder(path) if os.path.isdir(path) else _describe_easyref(path)
 
 
 def _is_easyref(path: Path) -> bool:
     try:
-        return path.suffix == ".safetensors" and path.is_file() and is_easyref(path)
+        return path.suffix == ".safetensors" and os.path.isfile(path) and is_easyref(path)
     except ConceptError:  # a damaged file of whatever kind
         return False
 

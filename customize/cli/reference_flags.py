@@ -202,7 +202,7 @@ def read_group_paths(paths: Sequence[str], where: str, *, encoded_too: bool = Fa
         return GroupFiles((), group, images)
     files: list[str | Path] = []
     for path in paths:
-        if Path(path).is_dir():
+        if os.path.isdir(path):  # False for a path that is too long
             folder = scan_folder(Path(path))
             warn_ignored(folder.path, folder.ignored)
             files += folder.images

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 from customize.concepts.concept_info import ConceptInfo
 from customize.storybook.bundled_assets import ASSETS
@@ -17,7 +17,7 @@ def is_storybook(base: str) -> bool:
     from customize.training.base_fingerprint import weight_digests_on_disk
 
     bundled = ASSETS / "storybook"
-    if not Path(base).is_dir() or not bundled.is_dir():
+    if not os.path.isdir(base) or not bundled.is_dir():
         return False
     weights = weight_digests_on_disk(str(bundled))
     return bool(weights) and weight_digests_on_disk(base) == weights

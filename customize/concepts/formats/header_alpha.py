@@ -110,7 +110,7 @@ def _parse_layer_alphas(header: Mapping[str, str]) -> dict[str, float]:
     try:
         alphas = json.loads(header.get(_BY_LAYER, "{}"))
         values = {str(key).removesuffix(".alpha"): float(value) for key, value in alphas.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (AttributeError, OverflowError, RecursionError, TypeError, ValueError):
         return {}
     return values if all(map(math.isfinite, values.values())) else {}
 

@@ -55,6 +55,7 @@ def scales(sd: Family, path: Path) -> set[float]:
         (KOHYA, {"ss_network_alpha": "2", "ss_network_dim": "4"}),
         (KOHYA, {"ss_network_alpha": "2.0", "ss_network_args": '{"dropout": "0.1"}'}),
         (KOHYA, {"lora_alpha": "2"}),
+        (KOHYA, {"lora_alpha": "2", "network_alphas": '{"a": 1' + 400 * "0" + "}"}),
         (PEFT, {"lora_alpha": "2", "lora_rank": "4"}),
         (PEFT, {"alpha": "2", "r": "4", "ss_network_alpha": "None"}),
         (PEFT, {"network_alpha": "2", "rank": "4"}),

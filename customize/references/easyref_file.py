@@ -31,6 +31,7 @@ from customize.references.easyref_layout import (
 )
 from customize.references.encoder import ReferenceEncoder
 from customize.references.encoder_inputs import ReferenceProcessor
+from customize.references.model_files import check_dtype
 from customize.safe_read import (
     PICKLE_SUFFIXES,
     as_path,
@@ -99,8 +100,9 @@ def load_easyref(
         ConceptError: The file is missing, damaged or a pickle; a part or tensor is missing, unknown
             or of the wrong shape; or a number is not finite.
         ConfigError: The MLLM's folder is not given, missing, incomplete, or of another kind of
-            model.
+            model; or the dtype is not a floating dtype.
     """
+    check_dtype(dtype)
     path = as_path(path, "path")
     shapes = _read_shapes(path)
     map_keys(shapes, path)

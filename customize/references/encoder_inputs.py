@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customize.errors import ConfigError
+from customize.decode_image import format_size
+from customize.errors import ConfigError, DataError
 from customize.references.config import ReferencesConfig
 
 _SYSTEM = "You are a helpful assistant."
 _BLACK_SIDE = 512  # pixels
+#: The largest ratio of an image's sides that Qwen2-VL's image processor takes.
+MAX_ASPECT = 200
 _VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -119,7 +122,13 @@ class ReferenceProcessor:
         self.image_processor.save_pretrained(folder)
 
     def cut_images(self, images: Sequence[Image.Image]) -> list[ImagePatches]:
-        """Resize RGB images and cut them to patches."""
+        """Resize RGB images and cut them to patches.
+
+        Raises:
+            DataError: An image is too narrow, see :func:`check_aspect`.
+        """
+        for number, image in enumerate(images, 1):
+            check_aspect(image.size, f"image {number}")
         pixels = self.image_processor(images=list(images), return_tensors="pt")
         grids = pixels["image_grid_thw"]
         parts = pixels["pixel_values"].split(grids.prod(1).tolist())
@@ -213,6 +222,25 @@ class ReferenceProcessor:
                 ids.append(token)
                 index.append(-1)
         return ids, index
+
+
+def check_aspect(size: tuple[int, int], where: object) -> None:
+    """Refuse images that are too narrow for the image processor.
+
+    Args:
+        size: Width and height in pixels.
+        where: The image, for messages.
+
+    Raises:
+        DataError: The longer side has more than 200 times the pixels of the shorter one.
+    """
+    if max(size) > MAX_ASPECT * min(size):
+        raise DataError(
+            f"the image is {format_size(size)} pixels, and reference models read sides of at most "
+            f"{MAX_ASPECT}:1",
+            where=where,
+            fix="crop it",
+        )
 
 
 def rotary_positions(index: Sequence[int], grids: Tensor, config: ReferencesConfig) -> Tensor:

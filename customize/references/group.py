@@ -17,6 +17,7 @@ from customize.concepts.io.data_files import read_tensors, safetensors_bytes
 from customize.core.lowrank import all_finite
 from customize.errors import DataError, StorageError, storage_error
 from customize.safe_read import as_path
+from customize.text import one_line
 
 #: The end of the names of groups' files.
 SUFFIX = ".refs.safetensors"
@@ -54,7 +55,7 @@ class ReferenceGroup:
 
     def __repr__(self) -> str:
         rows = zip(self.names, self.agreement, strict=True)
-        images = ", ".join(f"{name} {agreement:.2f}" for name, agreement in rows)
+        images = ", ".join(f"{one_line(name)} {agreement:.2f}" for name, agreement in rows)
         return f"ReferenceGroup({len(self)} images; agreement: {images})"
 
     def save(self, path: str | Path) -> Path:
@@ -103,7 +104,7 @@ class ReferenceGroup:
         tokens = tensors["tokens"]
         try:
             facts = _parse_facts(metadata[_HEADER])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise _damaged(path, f"its header cannot be read: {error}") from error
         if tokens.ndim != 2 or not tokens.is_floating_point() or not tokens.numel():
             raise _damaged(path, f"its tokens have the shape {tuple(tokens.shape)}")
@@ -117,6 +118,7 @@ def _parse_facts(text: str) -> dict[str, Any]:
 
     Raises:
         KeyError, TypeError or ValueError: One is missing, or has another type or length.
+        OverflowError or RecursionError: A number is too large, or the nesting too deep.
     """
     values = json.loads(text)
     facts: dict[str, Any] = {name: _texts([values[name]])[0] for name in ("model", "prompt")}

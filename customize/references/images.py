@@ -26,6 +26,7 @@ from torch import Tensor
 from customize.decode_image import check_size, decode_image, is_animated, to_rgb
 from customize.errors import ConfigError, CustomizeError, DataError
 from customize.image_folder import image_formats, join_names, scan_folder, warn_ignored
+from customize.references.group import SUFFIX
 from customize.text import plural, quote
 from customize.user_warnings import warn_user
 
@@ -221,7 +222,21 @@ def _check_attribute(attribute: str, where: str) -> str:
             where=where,
             fix='give such as (image, "colour")',
         )
+    if not is_attribute(words):
+        raise ConfigError(
+            f"an attribute is plain words, without special tokens, not {quote(words)}",
+            where=where,
+            fix='give such as (image, "colour")',
+        )
     return words
+
+
+def is_attribute(words: str) -> bool:
+    """Whether words can name an attribute in the text that a reference model reads.
+
+    Special tokens of its chat format, such as ``<|image_pad|>``, would stand for the image itself.
+    """
+    return 0 < len(words) <= MAX_ATTRIBUTE_LENGTH and words.isprintable() and "<|" not in words
 
 
 def _read_file(path: str | os.PathLike[Any], where: str, animated: list[str]) -> Image.Image:
@@ -242,8 +257,12 @@ def _read_file(path: str | os.PathLike[Any], where: str, animated: list[str]) ->
             "list of images holds none",
         )
     if text.lower().endswith(".safetensors"):
+        is_group = text.lower().endswith(SUFFIX)
         raise ConfigError(
-            f"{quote(text)} is not an image", where=where, fix="give the file alone, not in a list"
+            f"{quote(text)} is {'an encoded group' if is_group else 'weights'}, and an image is "
+            "expected",
+            where=where,
+            fix=f"give the group as {ARGUMENT}= itself, not among images" if is_group else _FORMS,
         )
     return decode_image(
         Path(text), "RGB", on_animation=lambda path: animated.append(f"{path} (frame 1)")

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from customize.concepts.io.data_files import safetensors_bytes
+from customize.core.lowrank import all_finite
 from customize.core.precision import full_precision
 from customize.errors import ConfigError
 from customize.image_folder import join_names
@@ -32,6 +33,7 @@ from customize.references.encoder import ReferenceEncoder
 from customize.references.encoder_inputs import (
     GroupRequest,
     ReferenceProcessor,
+    check_aspect,
     unconditional_request,
 )
 from customize.references.group import ReferenceGroup
@@ -41,6 +43,7 @@ from customize.references.model_files import (
     CONFIG_FILE,
     ENCODER_CONFIG_FILE,
     ENCODER_FILE,
+    check_dtype,
     locate_model,
     mllm_config_json,
     read_adapter,
@@ -107,9 +110,11 @@ class ReferenceModel:
             dtype: Floating dtype of the stored weights.
 
         Raises:
-            ConfigError: The folder is no path.
+            ConfigError: The folder is no path, or the dtype is no floating dtype, or too small for
+                a weight.
             StorageError: The folder contains something else, or cannot be written.
         """
+        check_dtype(dtype)
         folder = as_path(folder, "folder")
         check_model_folder(folder)
         files = {
@@ -139,8 +144,11 @@ class ReferenceModel:
                 different attributes need not agree, so groups with attributes are not weighed.
 
         Raises:
-            ConfigError: There are no images, or more than the model reads.
+            ConfigError: There are no images, or more than the model reads; or the prompt is not
+                a text.
+            DataError: An image is too narrow.
         """
+        check_prompt(prompt)
         references = _as_references(images, attributes)
         self.check_references(references)
         if not self.config.includes_prompt:
@@ -175,6 +183,7 @@ class ReferenceModel:
 
         Raises:
             ConfigError: There are no images, or more than the model reads.
+            DataError: An image is too narrow.
         """
         limit, known = self.config.max_references, self.config.attributes
         if not 0 < len(references) <= limit:
@@ -183,6 +192,8 @@ class ReferenceModel:
                 where="reference_images",
                 fix="choose the images that show best what they share",
             )
+        for reference in references:
+            check_aspect(reference.image.size, reference.name)
         unknown = {reference.attribute for reference in references} - {"", *(known or ())}
         if known is not None and unknown:
             _warn_about_attributes(sorted(unknown), known)
@@ -250,6 +261,20 @@ class ReferenceModel:
         )
 
 
+def check_prompt(prompt: Any) -> None:
+    """Refuse a prompt that is not one text.
+
+    Raises:
+        ConfigError: It is something else, or has lone surrogates, which cannot be tokenized.
+    """
+    if not isinstance(prompt, str) or any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise ConfigError(
+            f"the prompt of a group must be a text, not {quote(prompt)}",
+            where="prompt",
+            fix='give such as prompt="a dog on a beach", or leave it out',
+        )
+
+
 def _as_references(
     images: Sequence[Image.Image] | Sequence[Reference], attributes: Sequence[str]
 ) -> list[Reference]:
@@ -302,6 +327,13 @@ def _versions(module: torch.nn.Module) -> tuple[Any, ...]:
 
 def _weights_bytes(module: torch.nn.Module, dtype: torch.dtype) -> bytes:
     tensors = {name: tensor.to(dtype) for name, tensor in module.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not all_finite(tensor):
+            raise ConfigError(
+                f"{name} is not finite in {dtype}",
+                where="dtype",
+                fix="save the model in torch.float32, or train it again if it is not finite there",
+            )
     return safetensors_bytes(tensors, {})
 
 

@@ -14,6 +14,7 @@ from customize.concepts.io.data_files import read_json_file, read_tensors
 from customize.concepts.io.find_files import refuse_pickles
 from customize.concepts.io.hub import download, is_hub_id
 from customize.core.lowrank import all_finite
+from customize.core.scalars import is_integer
 from customize.errors import ConceptError, ConfigError
 from customize.near_names import suggest_paths
 from customize.references.adapter import AttentionLayers, ReferenceAdapter
@@ -94,6 +95,7 @@ def read_encoder(folder: Path, config: ReferencesConfig) -> ReferenceEncoder:
     path = folder / ENCODER_CONFIG_FILE
     values = _read_dict(path)
     tensors = _read_weights(folder / ENCODER_FILE)
+    _check_depth(values, len(tensors), path)
     with _without_weights():
         encoder = ReferenceEncoder(config, _make_mllm(values, path))
     _load(encoder, tensors, folder / ENCODER_FILE)
@@ -175,6 +177,20 @@ def _check_processor(processor: ReferenceProcessor, encoder: ReferenceEncoder, p
         raise ConceptError(problem, where=path, fix="get an unchanged copy")
 
 
+def check_dtype(dtype: Any) -> None:
+    """Refuse what is not a floating dtype of torch.
+
+    Raises:
+        ConfigError: It is a name, such as "float16", or an integer dtype.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(
+            f"{quote(dtype)} is not a floating dtype of torch",
+            where="dtype",
+            fix="give such as torch.bfloat16",
+        )
+
+
 def _without_weights() -> Any:
     """Return a context in which parameters of new modules have no memory, but buffers do."""
     from accelerate import init_empty_weights
@@ -193,6 +209,19 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path_exists(path) and path.parent.is_dir():
         refuse_pickles(path.parent)
     return read_tensors(path)[0]
+
+
+def _check_depth(values: Mapping[str, Any], num_tensors: int, where: Path) -> None:
+    """Refuse a configuration of more layers than there are tensors, before they are made."""
+    parts: list[Any] = [values, values.get("text_config"), values.get("vision_config")]
+    for part in parts:
+        for name in ("num_hidden_layers", "depth") if isinstance(part, dict) else ():
+            if is_integer(part.get(name), num_tensors + 1):
+                raise ConceptError(
+                    f"{name} is {part[name]:,}, and the weights have {num_tensors:,} tensors",
+                    where=where,
+                    fix="get the files of one model, unchanged",
+                )
 
 
 def _make_mllm(values: Mapping[str, Any], where: Path) -> nn.Module:

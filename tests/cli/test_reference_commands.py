@@ -197,6 +197,7 @@ def test_bad_references_generate_nothing(
     for scale in ("3", "-1", "nan"):
         refused(run(*flags, "--reference-scale", scale), "--reference-scale", "0 to 2")
     refused(run(*given, "--references", tmp_path / "no.png"), "the image does not exist", "no.png")
+    refused(run(*given, "--references", "a" * 5000), "File name too long")
     (tmp_path / "empty").mkdir()
     refused(run(*given, "--references", tmp_path / "empty"), "empty")
     refused(run(*flags, "--references", "a.refs.safetensors"), "takes no further images")
@@ -235,4 +236,5 @@ def test_inspect_reads_models_and_groups(
     ]
     file.write_bytes(file.read_bytes()[:-8])
     refused(run("inspect", file), "rex.refs.safetensors")
+    refused(run("inspect", "a" * 5000 + ".safetensors"), "does not exist")
     refused(run("inspect", model, "--layers"), "crosstalk needs two concepts")

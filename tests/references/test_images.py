@@ -286,7 +286,10 @@ def test_huge_pictures_are_refused(monkeypatch):
         ({"dog": [PIXELS]}, "cannot be a dict"),
         (b"abc", "cannot be a bytes"),
         (("a", "colour"), "does not exist|No such file"),
-        ("rex.refs.safetensors", "is not an image"),
+        ((PIXELS, "<|image_pad|>"), "without special tokens"),
+        ((PIXELS, "red \ud800"), "without special tokens"),
+        ("rex.refs.safetensors", "is an encoded group, and an image is expected"),
+        ("adapter.safetensors", "is weights, and an image is expected"),
         ("a\0b.png", "valid file name|null"),
     ],
 )

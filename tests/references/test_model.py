@@ -12,9 +12,11 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from customize.errors import ConceptError, ConfigError, CustomizeError, DataError, StorageError
+from customize.references.easyref_file import load_easyref
 from customize.references.group import ReferenceGroup
 from customize.references.model import ReferenceModel
 from customize.stages.references import References
@@ -170,6 +172,15 @@ def test_another_mllm_is_refused(copied):
         ReferenceModel.from_pretrained(copied)
 
 
+@pytest.mark.parametrize(
+    "names", [("text_config", "num_hidden_layers"), ("vision_config", "depth")]
+)
+def test_more_layers_than_weights_are_refused_before_they_are_made(copied, names):
+    set_value(copied / "encoder/config.json", *names, 10**9)
+    with pytest.raises(ConceptError, match=r"1,000,000,000, and the weights have"):
+        ReferenceModel.from_pretrained(copied)
+
+
 def test_another_configuration_is_refused(copied):
     set_value(copied / "references.json", "width", 40)
     with pytest.raises(ConceptError, match="shape"):
@@ -314,6 +325,8 @@ def test_the_file_of_a_group_names_no_folders(model, tmp_path):
     assert group.names[0] == str(folder / "0.png")
     assert ReferenceGroup.load(path).names == ("0.png", "1.png", "2.png")
     assert b"private" not in path.read_bytes()
+    hostile = dataclasses.replace(group, names=("\x1b[31mred", "b\nc", "d\udcff"))
+    assert repr(hostile).isprintable()
 
 
 @pytest.mark.parametrize(
@@ -344,10 +357,58 @@ def test_damaged_group_files_are_refused(model, tmp_path):
         (torch.zeros(2, 3), {**header, **numbers, "agreement": [2.0]}, "between"),
         (torch.zeros(2), {**header, **numbers}, "shape"),
         (torch.full((2, 3), float("nan")), {**header, **numbers}, "finite"),
+        (torch.zeros(2, 3), {**header, **numbers, "agreement": [10**400]}, "header"),
     ]:
         save_file({"tokens": tokens}, path, {"customize_references": json.dumps(facts)})
         with pytest.raises(DataError, match=problem):
             ReferenceGroup.load(path)
+    save_file({"tokens": torch.zeros(2, 3)}, path, {"customize_references": "[" * 100_000})
+    with pytest.raises(DataError, match="header"):
+        ReferenceGroup.load(path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, None])
+def test_weights_are_saved_in_floating_dtypes(model, tmp_path, dtype):
+    with pytest.raises(ConfigError, match="not a floating dtype"):
+        model.save_pretrained(tmp_path / "model", dtype)
+    with pytest.raises(ConfigError, match="not a floating dtype"):
+        load_easyref(tmp_path / "easyref.safetensors", None, dtype=dtype)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_overflow_are_not_saved(model, tmp_path):
+    large = copy.deepcopy(model)
+    next(large.adapter.parameters()).data.view(-1)[0] = 1e6
+    with pytest.raises(ConfigError, match=r"not finite in torch\.float16"):
+        large.save_pretrained(tmp_path / "model", torch.float16)
+    assert not list(tmp_path.iterdir())
+    large.save_pretrained(tmp_path / "model", torch.bfloat16)
+
+
+def test_narrow_images_are_refused(model, tmp_path):
+    narrow, wide = Image.new("RGB", (16, 16 * 201)), Image.new("RGB", (16 * 200, 16))
+    path = tmp_path / "narrow.png"
+    narrow.save(path)
+    with pytest.raises(DataError, match=r"16 x 3216 .* 200:1") as error:
+        References(model).encode([wide, path])
+    assert error.value.where == str(path)
+    with pytest.raises(DataError, match="200:1"):
+        model.processor.cut_images([narrow])
+    assert len(References(model).encode(wide)) == 1
+
+
+@pytest.mark.parametrize("prompt", [None, 3, ["a dog"], "a \ud800"])
+def test_the_prompt_of_a_group_is_one_text(model, prompt):
+    for encode in (model.encode, References(model).encode):
+        with pytest.raises(ConfigError, match="must be a text"):
+            encode(make_images(1), prompt=prompt)
+
+
+@pytest.mark.parametrize("value", ["assets/references", None, ReferenceModel])
+def test_a_setting_takes_a_loaded_model(value):
+    with pytest.raises(ConfigError, match="a loaded reference model") as error:
+        References(value)
+    assert "from_pretrained" in error.value.fix
 
 
 def test_images_that_give_different_attributes_need_not_agree(model, monkeypatch):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ from customize.image_folder import (
     warn_ignored,
 )
 from customize.near_names import suggest_paths
-from customize.references.images import MAX_ATTRIBUTE_LENGTH
+from customize.references.encoder_inputs import check_aspect
+from customize.references.images import MAX_ATTRIBUTE_LENGTH, is_attribute
 from customize.safe_read import MAX_TABLE_BYTES, read_bytes
 from customize.text import quote
 from customize.training.data import dataset
@@ -89,7 +91,7 @@ def read_image_groups(path: Path, caption: str | None) -> ImageGroups:
         DataError: The folder or file is unreadable or has no groups, a line is malformed, or an
             image or caption is invalid.
     """
-    images = _read_metadata(path, caption) if path.is_file() else _read_folders(path, caption)
+    images = _read_metadata(path, caption) if os.path.isfile(path) else _read_folders(path, caption)
     positions = {image.sample.path: number for number, image in enumerate(images)}
     groups: dict[str, list[int]] = {}
     for number, image in enumerate(images):
@@ -223,9 +225,12 @@ def _parse_captions(value: Any, default: str | None, name: str) -> tuple[str, ..
 def _parse_attribute(value: Any) -> str:
     if value is None:
         return ""
-    if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_ATTRIBUTE_LENGTH:
+    if isinstance(value, str) and not value.strip():
+        return ""
+    if not isinstance(value, str) or not is_attribute(value):
         raise ValueError(
-            f"has an attribute that is not a text of at most {MAX_ATTRIBUTE_LENGTH} characters"
+            f"has an attribute that is not a text of at most {MAX_ATTRIBUTE_LENGTH} characters "
+            "without special tokens"
         )
     return " ".join(value.split())
 
@@ -241,6 +246,7 @@ def _resolve(folder: Path, name: Any) -> Path:
 
 def _read_sample(file: Path, caption: str) -> dataset.TrainingImage:
     image = dataset.ImageAndMask(dataset.read_image(file), None)
+    check_aspect(image.image.size, file)
     digest = dataset.content_hash(image, caption)
     return dataset.TrainingImage(file, image.image.size, caption, None, digest=digest)
 

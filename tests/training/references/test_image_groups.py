@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from PIL import Image
 
 from customize.errors import DataError
 from customize.training.references.image_groups import (
@@ -66,6 +67,7 @@ def test_metadata_file(tmp_path):
         ({"group": "a", "image": "/etc/1.png", "caption": "x"}, "not in the folder of the file"),
         ({"group": "a", "image": "../1.png", "caption": "x"}, "not in the folder of the file"),
         ({"group": "a", "image": "1.png", "caption": "x", "attribute": 3}, "has an attribute"),
+        ({"group": "a", "image": "1.png", "caption": "x", "attribute": "<|a|>"}, "special tokens"),
         ({"group": "a", "image": "1.png", "caption": "x", "references": []}, "has references"),
         (
             {"group": "a", "image": "1.png", "caption": "x", "references": ["1.png"]},
@@ -100,6 +102,8 @@ def test_folders_without_groups(tmp_path):
         read_image_groups(tmp_path, None)
     with pytest.raises(DataError, match="the folder of groups cannot be read"):
         read_image_groups(tmp_path / "missing", None)
+    with pytest.raises(DataError, match="File name too long"):
+        read_image_groups(tmp_path / ("a" * 5000), None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="there are no images in the folder"):
         read_image_groups(tmp_path, None)
@@ -113,6 +117,10 @@ def test_unreadable_image(tmp_path):
     (folder / "g0" / "1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match="damaged or not an image"):
         read_image_groups(folder, None)
+    Image.new("RGB", (16, 16 * 201)).save(folder / "g0" / "1.png")
+    with pytest.raises(DataError, match="200:1") as error:
+        read_image_groups(folder, None)
+    assert error.value.where == str(folder / "g0" / "1.png")
 
 
 def test_files_that_are_not_read_are_named_once(tmp_path, caplog):

@@ -61,13 +61,19 @@ def parse_request(
         DataError: An image or a group cannot be read.
     """
     per_prompt = _read_sources(images, num_prompts)
-    words = set(per_prompt[0]) - {None}
+    words = {key for sources in per_prompt for key in sources if key is not None}
     layer_scale: Scale = 1.0
     factors: list[Mapping[str | None, float]]
+    if isinstance(scale, Mapping) and not scale:
+        raise ConfigError(
+            "the dict of scales is empty", where=SCALE_ARGUMENT, fix="leave the argument out"
+        )
     if isinstance(scale, Mapping) and words & set(scale):
         _check_words(scale, words)
-        every = {key: read_scale(scale.get(key, 1.0)) for key in words}
-        factors = [{**every} for _ in per_prompt]
+        factors = [
+            {key: read_scale(1.0 if key is None else scale.get(key, 1.0)) for key in sources}
+            for sources in per_prompt
+        ]
     elif isinstance(scale, Mapping):
         layer_scale = expand(scale)
         factors = [dict.fromkeys(sources, 1.0) for sources in per_prompt]
@@ -123,7 +129,7 @@ def is_encoded(value: Any) -> bool:
     """Whether a value is an encoded group, or the path of one."""
     if isinstance(value, ReferenceGroup):
         return True
-    return isinstance(value, str | os.PathLike) and os.fsdecode(value).endswith(SUFFIX)
+    return isinstance(value, str | os.PathLike) and os.fsdecode(value).lower().endswith(SUFFIX)
 
 
 def _check_words(scale: Mapping[str, Any], words: Sequence[Any] | set[Any]) -> None:

@@ -26,7 +26,7 @@ from customize.pipeline.state import AttachedState, StageSetting
 from customize.references.easyref_file import load_easyref
 from customize.references.group import ReferenceGroup
 from customize.references.images import ARGUMENT, Reference, read_group
-from customize.references.model import ReferenceModel
+from customize.references.model import ReferenceModel, check_prompt
 from customize.references.native import (
     all_native_references,
     find_native_references,
@@ -39,7 +39,7 @@ from customize.references.seams import SEAMS, seam_of
 from customize.safe_read import PICKLE_SUFFIXES, as_path
 from customize.stages.reference_avoid import avoid_in_references, warn_about_avoided
 from customize.stages.reference_prompts import (
-    by_concept_words,
+    by_region_words,
     check_words,
     prompt_texts,
     warn_about_prompts,
@@ -50,9 +50,11 @@ from customize.stages.reference_tokens import (
     images_per_prompt,
     read_references,
 )
+from customize.text import quote
 
 #: Number of encoded groups that a setting keeps, the latest used.
 _MAX_KEPT = 32
+_IP_ADAPTER_ARGUMENTS = ("ip_adapter_image", "ip_adapter_image_embeds")
 
 
 class References(StageSetting):
@@ -62,9 +64,18 @@ class References(StageSetting):
 
     Args:
         model: The reference model.
+
+    Raises:
+        ConfigError: It is something else, such as the path of one.
     """
 
     def __init__(self, model: ReferenceModel) -> None:
+        if not isinstance(model, ReferenceModel):
+            raise ConfigError(
+                f"References takes a loaded reference model, not {quote(model)}",
+                where="model",
+                fix="load it: customize.References.from_pretrained(...)",
+            )
         self.model = model
         self._lock = threading.RLock()
         self._groups: OrderedDict[tuple[Any, ...], ReferenceGroup] = OrderedDict()
@@ -93,7 +104,7 @@ class References(StageSetting):
         Raises:
             ConceptError: A file is missing, damaged or of another model, or is a pickle.
             ConfigError: The configuration has unknown, missing or wrong values; or an argument is
-                no path, or does not belong to this kind of source.
+                no path or dtype, or does not belong to this kind of source.
         """
         if as_path(source, "source").suffix.lower() not in (".safetensors", *PICKLE_SUFFIXES):
             if mllm is not None or dtype is not None:
@@ -103,7 +114,7 @@ class References(StageSetting):
                     fix="leave them out: a folder has its MLLM, and is loaded in float32",
                 )
             return cls(ReferenceModel.from_pretrained(source))
-        parts = load_easyref(source, mllm, dtype=dtype or torch.float32)
+        parts = load_easyref(source, mllm, dtype=torch.float32 if dtype is None else dtype)
         return cls(ReferenceModel(parts.config, parts.encoder, parts.adapter, parts.processor))
 
     def encode(self, images: Any, prompt: str = "", *, weigh: bool = True) -> ReferenceGroup:
@@ -116,9 +127,11 @@ class References(StageSetting):
             weigh: Whether images that do not agree with the others count less.
 
         Raises:
-            ConfigError: There are no images or too many, or one has another form.
+            ConfigError: There are no images or too many, or one has another form; or the prompt is
+                not a text.
             DataError: An image cannot be read.
         """
+        check_prompt(prompt)
         return self._encode(read_group(images, "images"), prompt, weigh)
 
     def bind(self, family: Family) -> References:
@@ -129,7 +142,7 @@ class References(StageSetting):
                 f"the reference model is for models of family {config.family}, and this one is of "
                 f"family {family.name}",
                 where="References",
-                fix="load a reference model of this family",
+                fix=_fix_of_family(family),
             )
         expected, given = seam_of(family).attention_layers(family), self.model.adapter.layers
         pairs: list[tuple[Mapping[str, Any], Mapping[str, Any]]]
@@ -267,7 +280,8 @@ def _run(
         lambda scale: seam_of(context.family).expand_scale(context.family, scale),
     )
     check_words(request, prompts)
-    request = by_concept_words(request, prompts, context)
+    request = by_region_words(request, prompts, context)
+    _check_adapters(call)
     model = setting.model
     if request.is_zero([*model.adapter.layers.attentions, *model.adapter.updates()]):
         setting.check_request(request)  # what nothing reads is not encoded
@@ -293,6 +307,17 @@ def _run(
     finally:
         if offloads:
             model.release()
+
+
+def _check_adapters(call: CallArguments) -> None:
+    """Refuse arguments of IP-Adapters, which the references would replace."""
+    given = [name for name in _IP_ADAPTER_ARGUMENTS if call.get(name) is not None]
+    if given:
+        raise ConfigError(
+            f"{given[0]}= cannot be combined with {ARGUMENT}=",
+            where=ARGUMENT,
+            fix="leave one of them out",
+        )
 
 
 def _given_to_blocks(
@@ -348,6 +373,16 @@ def _unsupported(context: CallContext) -> PipelineError:
         fix=f"use a pipeline that does: {names}; or, with a reference model, a model of family "
         f"{', '.join(SEAMS)}",
     )
+
+
+def _fix_of_family(family: Family) -> str:
+    """Return what to do where a reference model is of another family than the pipeline."""
+    if family.name in SEAMS:
+        return "load a reference model of this family"
+    names = [name for native in family.native_references for name in native.pipelines]
+    if names:
+        return f"leave it out: {', '.join(names)} take {ARGUMENT}= without one"
+    return f"use a model of family {', '.join(SEAMS)}, which read references"
 
 
 def _names_of_pipelines() -> list[str]:

@@ -19,6 +19,7 @@ from tests.references.test_encoder import make_images
 from tests.references.test_seams import snapshot
 from tests.references.tiny_model import tiny_reference_model
 from tests.tiny import tiny_sd, tiny_sdxl
+from tests.tiny_llm import tiny_flux2_klein, tiny_krea2
 from tests.tiny_video import tiny_animatediff
 
 A, B, C = (make_images(2, seed) for seed in range(3))
@@ -258,6 +259,10 @@ def test_models_for_other_denoisers_are_refused_and_nothing_changes():
     with pytest.raises(PipelineError, match="family sd"):
         sdxl.load_custom(References(model))
     assert snapshot(sdxl.unet) == before
+    for kind, fix in ((tiny_flux2_klein, "Flux2KleinPipeline"), (tiny_krea2, "use a model of")):
+        with pytest.raises(PipelineError, match="family sd, and this one") as error:
+            kind().load_custom(References(model))
+        assert fix in error.value.fix
     sd = tiny_sd()
     sd.unet = diffusers.UNet2DConditionModel.from_config(
         dict(sd.unet.config) | {"block_out_channels": (8, 16)}
@@ -274,6 +279,11 @@ def test_models_for_other_denoisers_are_refused_and_nothing_changes():
         ({"reference_images": A, "reference_scale": [1.0, 1.0]}, "2 scales"),
         ({"reference_images": [A, B]}, "2 groups"),
         ({"reference_images": {}}, "no references"),
+        ({"reference_images": A, "reference_scale": {}}, "is empty"),
+        ({"reference_images": A, "reference_scale": {"up": {"block_9": 1.0}}}, "no up block"),
+        ({"reference_images": A, "reference_scale": {"up.block_0.0": 1.0}}, "nor for a part"),
+        ({"reference_images": A, "ip_adapter_image": A[0]}, "ip_adapter_image= cannot"),
+        ({"reference_images": A, "prompt": []}, "list of prompts is empty"),
         ({"reference_images": {"a horse": A}}, "does not contain"),
         ({"reference_images": {"dog": A}}, "need their regions"),
         ({"reference_images": []}, "no reference images"),

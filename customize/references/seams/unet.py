@@ -5,7 +5,7 @@ For Stable Diffusion 1.x, 2.x and XL, and AnimateDiff's motion UNet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,7 +54,7 @@ def expand_scale(family: Family, scale: Any) -> Scale:
     from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 
     check_scales(scale)
-    unknown = [key for key in scale if key not in _PARTS and str(key).count(".") != 2]
+    unknown = [key for key in scale if key not in _PARTS]
     if unknown:
         raise ConfigError(
             f"the scale for {quote(unknown[0])} is neither for words of reference_images= nor for "
@@ -62,6 +62,7 @@ def expand_scale(family: Family, scale: Any) -> Scale:
             where="reference_scale",
             fix=_scale_fix(family),
         )
+    _check_blocks(family, scale)  # diffusers ignores blocks that do not exist
     try:
         (by_prefix,) = _maybe_expand_lora_scales(uncompiled(family.denoiser), [scale], 0.0)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -77,6 +78,20 @@ def expand_scale(family: Family, scale: Any) -> Scale:
         return 0.0 if prefix is None else float(numbers[prefix])
 
     return scale_of_module
+
+
+def _check_blocks(family: Family, scale: Mapping[str, Any]) -> None:
+    layers = [name.split(".") for name in family.cross_attention_layers()]
+    blocks = {(part.removesuffix("_blocks"), f"block_{block}") for part, block, *_ in layers}
+    for part in ("down", "up"):
+        numbers = scale.get(part)
+        for key in numbers if isinstance(numbers, Mapping) else ():
+            if (part, key) not in blocks:
+                raise ConfigError(
+                    f"no {part} block {quote(key)} of the UNet reads references",
+                    where="reference_scale",
+                    fix=_scale_fix(family),
+                )
 
 
 def _scale_fix(family: Family) -> str:

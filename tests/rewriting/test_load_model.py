@@ -231,8 +231,9 @@ def test_a_gguf_file_of_an_unknown_architecture_is_refused(tmp_path):
         load_model(write_gguf(tmp_path / "tiny.gguf", "hyperllama"))
 
 
-def test_four_bits(folder):
+def test_four_bits(tmp_path):
     pytest.importorskip("bitsandbytes")
-    model, _ = load_model(folder, load_in_4bit=True)
+    # On CPUs with AVX-512 bitsandbytes multiplies widths that are multiples of 32 alone.
+    model, _ = load_model(save_tiny_llama(tmp_path, width=64), load_in_4bit=True)
     assert model.model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     assert model.complete([CHAT], GREEDY)

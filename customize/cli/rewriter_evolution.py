@@ -13,6 +13,7 @@ import typer
 from customize.cli.interrupts import on_interrupt
 from customize.cli.shared_options import BaseModel, Device, Dtype, EndpointModel
 from customize.errors import ConfigError
+from customize.text import plural
 
 
 @on_interrupt("interrupted: run the same command again to go on")
@@ -191,7 +192,8 @@ def evolve(
     with storage_errors(output):
         good, pairs = write_results(output, populations, rule, record)
     print_line(
-        f"Wrote index.html, good.jsonl ({good} prompts) and pairs.jsonl ({pairs} pairs) to {output}"
+        f"Wrote index.html, good.jsonl ({plural(good, 'prompt')}) and pairs.jsonl"
+        f" ({plural(pairs, 'pair')}) to {output}"
     )
 
 

@@ -17,7 +17,7 @@ from customize.concepts.io.data_files import read_tensors, safetensors_bytes
 from customize.core.lowrank import all_finite
 from customize.errors import DataError, StorageError, storage_error
 from customize.safe_read import as_path
-from customize.text import one_line
+from customize.text import one_line, plural
 
 #: The end of the names of groups' files.
 SUFFIX = ".refs.safetensors"
@@ -56,7 +56,7 @@ class ReferenceGroup:
     def __repr__(self) -> str:
         rows = zip(self.names, self.agreement, strict=True)
         images = ", ".join(f"{one_line(name)} {agreement:.2f}" for name, agreement in rows)
-        return f"ReferenceGroup({len(self)} images; agreement: {images})"
+        return f"ReferenceGroup({plural(len(self), 'image')}; agreement: {images})"
 
     def save(self, path: str | Path) -> Path:
         """Write the group to a ``.refs.safetensors`` file, atomically.

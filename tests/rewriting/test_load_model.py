@@ -69,7 +69,8 @@ def test_settings_of_the_training_are_read(copied):
         load_model(copied)
 
 
-def test_a_lora_is_merged_into_the_base_that_it_names(folder, tmp_path):
+def test_a_lora_is_merged_into_the_base_that_it_names(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries
     expected = save_lora(tmp_path / "lora", str(folder))
     assert answer(load_model(tmp_path / "lora")[0]) == answer(expected)
     assert answer(expected) != answer(load_model(folder)[0])

@@ -57,7 +57,9 @@ def test_rewritings_are_drawn_and_scored_for_the_users_prompt(tmp_path):
     expected = tiny_sd()(
         "a dog", generator=torch.Generator().manual_seed(1), output_type="pil", **CALL
     ).images[0]
-    assert np.array_equal(np.asarray(files[1]), np.asarray(expected))
+    # A batch rounds differently, by one of 255 levels.
+    shown, wanted = (np.asarray(image, dtype=int) for image in (files[1], expected))
+    assert np.abs(shown - wanted).max() <= 1
     assert second.pictures != first.pictures
 
 

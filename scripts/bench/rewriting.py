@@ -17,7 +17,7 @@ writer who knows the base's grammar would give, the ceiling.
 
 The file of `--json` is written after every row, and `--resume` keeps its rows.
 
-    python scripts/bench/rewriting.py --rewriter "miniature dpo-2=assets/rewriter" --json FILE
+    python scripts/bench/rewriting.py --rewriter "bundled miniature=assets/rewriter" --json FILE
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def measure(args: argparse.Namespace) -> list[Row]:
     """All rows; those of an earlier run are kept with `--resume`."""
     prompts = held_out_prompts(QUICK_PROMPTS if args.quick else PROMPTS, TRIGGER)
     pictures = open_pictures(args)
-    sources = _common.rewriters(args, "miniature dpo-2")
+    sources = _common.rewriters(args, "bundled miniature")
     best = {BEST_OF.format(name): sources[name] for name in args.best_of}
     calls: dict[str, Callable[[], tuple[list[list[str]], Row]]] = {
         USER: lambda: ([[prompt.text for prompt in prompts]] * SEEDS, {}),

@@ -48,7 +48,6 @@ TEMPERATURE = 0.1
 #: A concept is found where its mask is above this share; if it is nowhere, no mask acts.
 FOUND = 0.5
 
-
 #: The shorter side of the grid of masks is at most twice this number of cells.
 _GRID = 16
 
@@ -232,8 +231,9 @@ class ConceptRouter:
 
     def _update_masks(self, picture: _Picture, grid: tuple[int, int], level: float) -> None:
         if self.given is not None:
-            index = self.prompts.index(picture.routed)
-            picture.masks = self.given[index](*mask_grid(*grid))
+            if picture.masks is None:  # once a call
+                index = self.prompts.index(picture.routed)
+                picture.masks = self.given[index](*mask_grid(*grid))
         elif picture.maps is not None and level <= LAYOUT_ABOVE and picture.masked != picture.steps:
             picture.masked = picture.steps
             masks = competing_masks(picture.maps / picture.steps, TEMPERATURE)

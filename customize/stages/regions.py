@@ -13,6 +13,7 @@ from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.areas import WeightFunction, weight_function
 from customize.stages.multidiffusion import RegionalPrompt, denoise_by_regions
+from customize.stages.text_prompts import text_prompts
 from customize.text import plural, quote
 
 #: The largest number of regions of one prompt.
@@ -30,15 +31,7 @@ def _run(context: CallContext, call: CallArguments, regions: Any = None) -> Iter
         yield call
         return
     _check_supported(context, call)
-    prompt = call.get("prompt")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    is_texts = isinstance(prompts, list | tuple) and all(isinstance(p, str) for p in prompts)
-    if not prompts or not is_texts:
-        raise ConfigError(
-            "regions= needs the prompt as text",
-            where="prompt",
-            fix="give prompt= a text or a list of texts",
-        )
+    prompts = text_prompts(call, "regions")
     words = {name: a.concept.info.trigger_words for name, a in context.state.attached.items()}
     regional = [
         _regional_prompt(text, regions_of_prompt, words)

@@ -28,6 +28,7 @@ from customize.stages.areas import WeightFunction, weight_function
 from customize.stages.avoid import Decor
 from customize.stages.concept_routing import ConceptRouter, GivenMasks
 from customize.stages.concept_words import RoutedPrompt, encode_routed, named_concepts
+from customize.stages.text_prompts import text_prompts
 from customize.text import quote
 from customize.user_warnings import warn_user
 
@@ -170,15 +171,7 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
         )
     settings = context.state.get_setting(Decor)
     avoids = "avoid" in context.requested or (settings is not None and settings.avoid is not None)
-    prompt = call.get("prompt")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    is_texts = isinstance(prompts, list | tuple) and all(isinstance(p, str) for p in prompts)
-    if not prompts or not is_texts:
-        raise ConfigError(
-            "together= needs the prompt as text",
-            where="prompt",
-            fix="give prompt= a text or a list of texts",
-        )
+    prompts = text_prompts(call, "together")
     if avoids and len(set(prompts)) > 1:
         raise ConfigError(
             "avoid= cannot be combined with together= for several prompts",
@@ -186,7 +179,7 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
             fix="draw each prompt in a call of its own",
         )
     check_text_encoders_loaded(family, "together= encodes prompts of its own", "together")
-    return list(prompts)
+    return prompts
 
 
 def _check_routable(family: Family, channels: Sequence[RankChannels]) -> None:

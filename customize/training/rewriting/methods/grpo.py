@@ -147,15 +147,8 @@ GRPO = TrainingMethod(
     beta=0.04,  # DeepSeekMath's
     settings=(
         *("base", "dtype", "reward", "reward_model", "floor", "pictures", "sampling_steps"),
-        *(
-            "guidance",
-            "ray",
-            "workers",
-            "num_generations",
-            "temperature",
-            "max_new_tokens",
-            "penalty",
-        ),
+        *("guidance", "ray", "workers"),
+        *("num_generations", "temperature", "max_new_tokens", "penalty"),
     ),
     required=("base", "reward"),
 )

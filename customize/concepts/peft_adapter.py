@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -32,19 +31,17 @@ def inject_adapter(
     Returns:
         Module name -> peft's LoRA layer.
     """
-    from peft import inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    active = {m: list(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    from customize.concepts.layer_injection import LayerInjector
+
+    targets = [model.get_submodule(module) for module in updates]
+    active = {m: list(m.active_adapters) for m in targets if isinstance(m, BaseTunerLayer)}
     grads = [(p, p.requires_grad) for p in model.parameters()]
-    config = _lora_config(updates)
-    # The state dict's keys select layers exactly, while target_modules also match name endings. On
-    # the meta device no random numbers are drawn for factors that are set below.
-    keys = {f"{module}.lora_A.weight": update.down for module, update in updates.items()}
     with warnings.catch_warnings():
         # peft warns about every second adapter.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        inject_adapter_in_model(config, model, name, low_cpu_mem_usage=True, state_dict=keys)
+        LayerInjector(model, _lora_config(updates), name)
     model._hf_peft_config_loaded = True  # type: ignore[assignment]
 
     layers = {}
@@ -58,8 +55,7 @@ def inject_adapter(
         layers[module] = layer
     for layer, names in active.items():
         # peft leaves only the newest adapter active.
-        has_adapter = name in layer._all_available_adapter_names()
-        layer.set_adapter([*names, name] if has_adapter else names)
+        layer.set_adapter([*names, name])
     for parameter, flag in grads:
         parameter.requires_grad_(flag)
     return layers
@@ -138,15 +134,17 @@ def _lora_config(updates: Mapping[str, LowRank]) -> Any:
     """The peft configuration of an adapter with these updates."""
     from peft import LoraConfig
 
+    from customize.concepts.layer_injection import exact_pattern
+
     rank = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=list(updates),
-        rank_pattern={f"^{re.escape(m)}": p.rank for m, p in updates.items() if p.rank != rank},
+        rank_pattern={exact_pattern(m): p.rank for m, p in updates.items() if p.rank != rank},
         # peft computes scales from these when a weight is set.
         alpha_pattern={
-            f"^{re.escape(m)}": p.scale * p.rank
+            exact_pattern(m): p.scale * p.rank
             for m, p in updates.items()
             if p.scale * p.rank != rank
         },

@@ -23,6 +23,10 @@ from customize.core.precision import full_precision
 # The relative difference of factors that rounding to bfloat16 explains.
 _ROUNDING = 1e-2
 
+# The largest number of attention scores that are computed at once, unless those of one head are
+# more: 256 MiB.
+_MAX_SCORES = 2**26
+
 
 @full_precision()
 def rank_owners(up: Tensor, parts: Sequence[Tensor]) -> list[int] | None:
@@ -110,7 +114,9 @@ def grid_of_tokens(tokens: int, rows: int, columns: int) -> tuple[int, int] | No
 
 
 @full_precision()
-def attention_to_tokens(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
+def attention_to_tokens(
+    query: Tensor, key: Tensor, heads: int, scale: float, valid: Tensor | None = None
+) -> Tensor:
     """Return how much each position attends to each token, in the mean over the heads.
 
     Args:
@@ -118,12 +124,20 @@ def attention_to_tokens(query: Tensor, key: Tensor, heads: int, scale: float) ->
         key: (batch, tokens, width).
         heads: Number of attention heads, which share the width.
         scale: Factor of the scores, usually 1 / sqrt(width of a head).
+        valid: (batch, tokens), boolean: false for padding, which no position attends to.
 
     Returns:
         (batch, positions, tokens), float32; each position's sum is 1.
     """
     q, k = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
-    return (scale * q @ k.transpose(-1, -2)).softmax(-1).mean(1)
+    total = torch.zeros(*query.shape[:2], key.shape[1], device=query.device)
+    step = max(1, _MAX_SCORES // total.numel())
+    for first in range(0, heads, step):
+        scores = scale * q[:, first : first + step] @ k[:, first : first + step].transpose(-1, -2)
+        if valid is not None:
+            scores = scores.masked_fill(~valid[:, None, None], -torch.inf)
+        total += scores.softmax(-1).sum(1)
+    return total / heads
 
 
 @full_precision()

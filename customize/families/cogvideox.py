@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from customize.errors import PipelineError
 from customize.families.ddpm import DDPMFamily
 from customize.families.pipeline_components import NO_CONFIG, class_name
+from customize.families.token_layout import PromptText, complex_rotations
 from customize.families.tokenization import to_device, tokenize
 from customize.families.video_vae import VideoVAEFamily
 
@@ -43,6 +44,12 @@ class CogVideoX(VideoVAEFamily, DDPMFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
+    token_kinds: ClassVar = {
+        r"patch_embed\.text_proj": "text",
+        r"patch_embed\.proj|proj_out": "picture",
+        r"transformer_blocks\.\d+\.(attn1|ff)\..+": "text_picture",
+    }
+    text_attention_kinds: ClassVar = {r"transformer_blocks\.\d+\.attn1": ("to_q", "to_k")}
 
     def __init__(
         self, components: Mapping[str, Any], pipeline_config: Mapping[str, Any] = NO_CONFIG
@@ -104,6 +111,22 @@ class CogVideoX(VideoVAEFamily, DDPMFamily):
         scheduler = super().schedule(steps, shape, device)
         multistep = class_name(scheduler) == "CogVideoXDPMScheduler"
         return _Multistep(scheduler) if multistep else scheduler
+
+    @property
+    def token_size(self) -> int:  # type: ignore[override]
+        return self.denoiser.config.patch_size
+
+    def rotations(
+        self, arguments: Mapping[str, Any], texts: int, grid: tuple[int, int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        of_picture = arguments.get("image_rotary_emb")
+        return (None if of_picture is None else complex_rotations(of_picture)), None
+
+    def prompt_text(self, prompt: str) -> PromptText:
+        return PromptText(self._component("tokenizer"), prompt, 0, MAX_SEQUENCE_LENGTH)
+
+    def _frames(self, arguments: Mapping[str, Any]) -> int:
+        return int(arguments[self.latents_argument].shape[1])
 
     def cross_attention_layers(self) -> list[str]:
         return []

@@ -6,6 +6,7 @@ several guidance passes. The rows of a call are the pictures of the batch, each 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,6 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from customize.families.adaptable_layers import AdaptableLayers
+from customize.families.pipeline_components import uncompiled
+from customize.families.token_layout import (
+    PromptText,
+    TextAttention,
+    TokenKind,
+    complex_rotations,
+)
 
 
 class DenoiserInputs(AdaptableLayers):
@@ -25,6 +33,20 @@ class DenoiserInputs(AdaptableLayers):
     list_arguments: ClassVar[tuple[str, ...]] = ()
     #: Why the family cannot draw with regions; empty if it can.
     regions_unsupported: ClassVar[str] = ""
+    #: Patterns of full layer names -> the positions of these layers; those of other layers, such
+    #: as modulations, are the whole picture.
+    token_kinds: ClassVar[Mapping[str, TokenKind]] = {}
+    #: Patterns of the attentions of the picture to the prompt -> their projections for the queries
+    #: of the one and the keys of the other.
+    text_attention_kinds: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    #: The height and width of a token in the latents of :meth:`latent_grid`.
+    token_size: int = 1
+    #: Whether the sequence of the picture is padded, so that it may be longer than its tokens.
+    pads_tokens: ClassVar[bool] = False
+    #: Whether the first rows of the encoded prompt are those of the CLIP text encoders.
+    has_clip_rows: ClassVar[bool] = False
+    #: The denoiser's argument for the mask of the prompt's padding, (batch, tokens); or empty.
+    text_mask_argument: ClassVar[str] = ""
 
     def denoiser_kwargs(self, conditions: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the denoiser's prompt arguments; the first contains the token embeddings.
@@ -45,6 +67,97 @@ class DenoiserInputs(AdaptableLayers):
         """
         height, width = arguments[self.latents_argument][0].shape[-2:]
         return height, width
+
+    # -- tokens ------------------------------------------------------------------------------
+
+    def layer_tokens(self, component: str) -> dict[str, TokenKind]:
+        """Return the positions of a denoiser's layers.
+
+        Args:
+            component: A key of :attr:`denoisers`.
+
+        Returns:
+            Full name of a layer -> its positions, without layers that have none.
+        """
+        kinds = [(re.compile(pattern), kind) for pattern, kind in self.token_kinds.items()]
+        found = {
+            name: next((kind for pattern, kind in kinds if pattern.fullmatch(name)), None)
+            for name in self.layers(component)
+        }
+        return {name: kind for name, kind in found.items() if kind is not None}
+
+    def text_attentions(self, component: str) -> list[TextAttention]:
+        """Return the attentions of the picture to the prompt in one of :attr:`denoisers`."""
+        return [
+            TextAttention(name, *projections)
+            for name, _ in uncompiled(self.components[component]).named_modules()
+            for pattern, projections in self.text_attention_kinds.items()
+            if re.fullmatch(pattern, name)
+        ]
+
+    def token_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Return (frames, rows, columns) of the picture's tokens; a picture has one frame.
+
+        Args:
+            arguments: Of a call of the denoiser, by name.
+        """
+        rows, columns = self.latent_grid(arguments)
+        size = self.token_size
+        return self._frames(arguments), rows // size, columns // size
+
+    def layer_grid(self, positions: int, grid: tuple[int, int, int]) -> tuple[int, int, int] | None:
+        """Return the grid of a layer with this number of positions of the picture.
+
+        Args:
+            positions: Of the layer, without those of the prompt.
+            grid: Of :meth:`token_grid`.
+
+        Returns:
+            (frames, rows, columns); None if the positions are on no grid of the picture.
+        """
+        frames, rows, columns = grid
+        count = frames * rows * columns
+        fits = positions >= count if self.pads_tokens else positions == count
+        return grid if fits else None
+
+    def token_offsets(
+        self, kind: TokenKind, texts: int, grid: tuple[int, int, int]
+    ) -> tuple[int, int]:
+        """Return the first positions of the picture and of the prompt in a joint sequence.
+
+        Args:
+            kind: Of the layer.
+            texts: The length of the prompt in the denoiser's arguments.
+            grid: Of :meth:`token_grid`.
+        """
+        return texts, 0
+
+    def rotations(
+        self, arguments: Mapping[str, Any], texts: int, grid: tuple[int, int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the rotary embeddings of the picture's queries and of the prompt's keys.
+
+        Args:
+            arguments: Of the call of an attention, by name.
+            texts: As for :meth:`token_offsets`.
+            grid: As for :meth:`token_offsets`.
+
+        Returns:
+            (tokens, width / 2) or (batch, tokens, width / 2) each, complex; None where none is
+            applied.
+        """
+        joint = arguments.get("image_rotary_emb")
+        if joint is None:
+            return None, None
+        rotations = complex_rotations(joint)
+        return rotations[texts:], rotations[:texts]
+
+    def prompt_text(self, prompt: str) -> PromptText | None:
+        """Return what the text encoder without learned tokens reads; None if there is none."""
+        return None
+
+    def _frames(self, arguments: Mapping[str, Any]) -> int:
+        return 1
 
     def broadcast_weights(self, weights: Tensor, answer: Tensor) -> Tensor:
         """Reshape weights of positions to the layout of the denoiser's output.

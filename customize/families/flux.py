@@ -17,6 +17,7 @@ from customize.families.native_references import NativeReferences
 from customize.families.original_layer_names import RowRange, clip_text_model, original_rows
 from customize.families.pipeline_components import class_name
 from customize.families.rectified_flow import PackedLatentsFamily
+from customize.families.token_layout import PromptText
 from customize.families.tokenization import to_device, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
@@ -76,6 +77,14 @@ class Flux(PackedLatentsFamily):
     )
     clip_encoders: ClassVar[dict[str, str]] = {"text_encoder": "tokenizer"}
     other_encoders = ("text_encoder_2",)
+    token_kinds: ClassVar = {
+        r"transformer_blocks\.\d+\.attn\.(add_(q|k|v)_proj|to_add_out)": "text",
+        r"transformer_blocks\.\d+\.ff_context\..+|context_embedder": "text",
+        r"transformer_blocks\.\d+\.(attn|ff)\..+|x_embedder|proj_out": "picture",
+        r"single_transformer_blocks\.\d+\.(attn\..+|proj_mlp|proj_out)": "text_picture",
+    }
+    # The blocks with a stream each are those that tell things apart (LoRAShop, arXiv 2505.23758).
+    text_attention_kinds: ClassVar = {r"transformer_blocks\.\d+\.attn": ("to_q", "add_k_proj")}
     native_references = (
         NativeReferences(
             model="FLUX.1 Kontext",
@@ -168,6 +177,9 @@ class Flux(PackedLatentsFamily):
 
     def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         return grid_of_positions(arguments["img_ids"])
+
+    def prompt_text(self, prompt: str) -> PromptText:
+        return PromptText(self._component("tokenizer_2"), prompt, 0, MAX_SEQUENCE_LENGTH)
 
     @property
     def default_guidance(self) -> float:  # type: ignore[override]

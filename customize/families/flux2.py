@@ -11,6 +11,7 @@ concepts change those MLPs too.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ from customize.families.native_references import NativeReferences
 from customize.families.original_layer_names import RowRange, original_rows
 from customize.families.pipeline_components import class_name
 from customize.families.rectified_flow import PackedLatentsFamily
+from customize.families.token_layout import PromptText, count_prompt_tokens
 from customize.families.tokenization import to_device, tokenize
 
 #: How many tokens of prompt and template the pipelines take by default.
@@ -135,6 +137,14 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
             max_pixels=1024**2,
         ),
     )
+    token_kinds: ClassVar = {
+        r"transformer_blocks\.\d+\.attn\.(add_(q|k|v)_proj|to_add_out)": "text",
+        r"transformer_blocks\.\d+\.ff_context\..+|context_embedder": "text",
+        r"transformer_blocks\.\d+\.(attn|ff)\..+|x_embedder|proj_out": "picture",
+        r"single_transformer_blocks\.\d+\.attn\..+": "text_picture",
+    }
+    # As in FLUX.1.
+    text_attention_kinds: ClassVar = {r"transformer_blocks\.\d+\.attn": ("to_q", "add_k_proj")}
     patch = 1
     _width_factor = 24  # the single-stream blocks project to nine widths at once
 
@@ -196,6 +206,23 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
     def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         return grid_of_positions(arguments["img_ids"])
 
+    def prompt_text(self, prompt: str) -> PromptText:
+        tokenizer = self._component("tokenizer")
+        if class_name(self._component("text_encoder")).startswith("Mistral"):
+            text = tokenizer.apply_chat_template(
+                _mistral_messages([prompt])[0], add_generation_prompt=False, tokenize=False
+            )
+            mask = self._mistral_tokens([prompt])["attention_mask"][0]
+            tokenizer = tokenizer.tokenizer
+        else:
+            text = _qwen_text(tokenizer, prompt)
+            mask = self._qwen_tokens([prompt])["attention_mask"][0]
+        read = PromptText(tokenizer, text, 0, MAX_SEQUENCE_LENGTH, special_tokens=False)
+        # Padding may come first, and a token that begins each text.
+        attended = mask.nonzero()[:, 0]
+        extra = len(attended) - min(count_prompt_tokens(read), MAX_SEQUENCE_LENGTH)
+        return dataclasses.replace(read, shift=int(attended[0]) + extra)
+
     @property
     def has_guidance_input(self) -> bool:
         return bool(self.denoiser.config.guidance_embeds)
@@ -218,15 +245,8 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
         return empirical_mu(self._picture_tokens(shape), steps or TRAINING_STEPS)
 
     def _mistral_tokens(self, prompts: Sequence[str]) -> Any:
-        from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-
-        def message(role: str, text: str) -> dict[str, Any]:
-            return {"role": role, "content": [{"type": "text", "text": text}]}
-
-        # The processor would take the word for a picture.
-        requests = [message("user", prompt.replace("[IMG]", "")) for prompt in prompts]
         return self._component("tokenizer").apply_chat_template(
-            [[message("system", SYSTEM_MESSAGE), request] for request in requests],
+            _mistral_messages(prompts),
             add_generation_prompt=False,
             tokenize=True,
             return_dict=True,
@@ -240,16 +260,30 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
 
     def _qwen_tokens(self, prompts: Sequence[str]) -> Any:
         tokenizer = self._component("tokenizer")
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-            for prompt in prompts
-        ]
+        texts = [_qwen_text(tokenizer, prompt) for prompt in prompts]
         return tokenize(tokenizer, texts, MAX_SEQUENCE_LENGTH)
+
+
+def _mistral_messages(prompts: Sequence[str]) -> list[list[dict[str, Any]]]:
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+
+    def message(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}]}
+
+    # The processor would take the word for a picture.
+    requests = [message("user", prompt.replace("[IMG]", "")) for prompt in prompts]
+    return [[message("system", SYSTEM_MESSAGE), request] for request in requests]
+
+
+def _qwen_text(tokenizer: Any, prompt: str) -> str:
+    return str(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
+    )
 
 
 def empirical_mu(tokens: int, steps: int) -> float:

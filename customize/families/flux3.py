@@ -23,6 +23,7 @@ from customize.families.flux2_vae import Flux2VAEFamily
 from customize.families.native_references import NativeReferences
 from customize.families.pipeline_components import class_name
 from customize.families.rectified_flow import RectifiedFlowFamily
+from customize.families.token_layout import PromptText
 from customize.families.tokenization import pad_sequences, to_device
 
 #: How many tokens of prompt and template the pipeline takes by default.
@@ -66,6 +67,12 @@ class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
     modular_only = True
+    token_kinds: ClassVar = {
+        r"txt_mode_blocks\.\d+\.(attn|ff)\..+|context_embedder": "text",
+        r"mode_blocks\.image\.\d+\.(attn|ff)\..+|x_embedders\.image|proj_out": "picture",
+        r"single_transformer_blocks\.\d+\.(attn|ff)\..+": "text_picture",
+    }
+    text_attention_kinds: ClassVar = {r"single_transformer_blocks\.\d+\.attn": ("to_q", "to_k")}
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -146,12 +153,21 @@ class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
     def latent_multiple(self) -> int:
         return 2 * self._vae_factor
 
+    def prompt_text(self, prompt: str) -> PromptText:
+        text = self._in_template(prompt)
+        return PromptText(self._component("tokenizer").tokenizer, text, 0, MAX_SEQUENCE_LENGTH)
+
+    def _in_template(self, prompt: str) -> str:
+        return str(
+            self._component("tokenizer").apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+        )
+
     def _encode(self, prompt: str) -> Tensor:
         """Encode one prompt as the pipeline does: (tokens, layers * width)."""
         processor, encoder = self._component("tokenizer"), self._component("text_encoder")
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        text = self._in_template(prompt)
         cut = {"truncation": True, "return_tensors": "pt"}
         tokenizer = processor.tokenizer
         length = tokenizer(text, max_length=MAX_SEQUENCE_LENGTH, **cut).input_ids.shape[1]

@@ -17,6 +17,7 @@ from torch.nn import functional
 from customize.errors import PipelineError
 from customize.families.denoiser_inputs import grid_of_positions
 from customize.families.pipeline_components import class_name
+from customize.families.token_layout import PromptText
 from customize.families.tokenization import to_device, tokenize
 from customize.families.video_vae import QwenImageVAEFamily
 
@@ -52,6 +53,15 @@ class Krea2(QwenImageVAEFamily):
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
     no_guidance = 0.0
+    # The layerwise blocks attend to the LLM's layers at each token by itself.
+    token_kinds: ClassVar = {
+        r"text_fusion\.layerwise_blocks\.\d+\.(attn|ff)\..+": "text_rows",
+        r"text_fusion\.refiner_blocks\.\d+\.(attn|ff)\..+|txt_in\.linear_[12]": "text",
+        r"img_in|final_layer\.linear": "picture",
+        r"transformer_blocks\.\d+\.(attn|ff)\..+": "text_picture",
+    }
+    text_attention_kinds: ClassVar = {r"transformer_blocks\.\d+\.attn": ("to_q", "to_k")}
+    text_mask_argument = "encoder_attention_mask"
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -111,6 +121,10 @@ class Krea2(QwenImageVAEFamily):
     def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         # All tokens of the prompt have position 0.
         return grid_of_positions(arguments["position_ids"])
+
+    def prompt_text(self, prompt: str) -> PromptText:
+        rows = MAX_SEQUENCE_LENGTH - _SUFFIX_TOKENS
+        return PromptText(self._component("tokenizer"), _PREFIX + prompt, -_PREFIX_TOKENS, rows)
 
     @property
     def default_guidance(self) -> float:  # type: ignore[override]

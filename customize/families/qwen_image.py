@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from customize.families.native_references import NativeReferences
 from customize.families.pipeline_components import class_name
+from customize.families.token_layout import PromptText
 from customize.families.tokenization import pad_sequences, to_device, unpad_sequences
 from customize.families.video_vae import QwenImageVAEFamily
 
@@ -73,6 +74,13 @@ class QwenImage(QwenImageVAEFamily):
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
     guidance_needs_negative_prompt = True
+    token_kinds: ClassVar = {
+        r"transformer_blocks\.\d+\.attn\.(add_(q|k|v)_proj|to_add_out)": "text",
+        r"transformer_blocks\.\d+\.txt_mlp\..+|txt_in": "text",
+        r"transformer_blocks\.\d+\.(attn|img_mlp)\..+|img_in|proj_out": "picture",
+    }
+    text_attention_kinds: ClassVar = {r"transformer_blocks\.\d+\.attn": ("to_q", "add_k_proj")}
+    text_mask_argument = "encoder_hidden_states_mask"
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -145,6 +153,20 @@ class QwenImage(QwenImageVAEFamily):
         ]  # shapes of reference pictures follow the generated one's
         _, rows, columns = first[0] if isinstance(first, list) else first
         return rows, columns
+
+    def rotations(
+        self, arguments: Mapping[str, Any], texts: int, grid: tuple[int, int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        picture, text = arguments["image_rotary_emb"]
+        return picture, text
+
+    def prompt_text(self, prompt: str) -> PromptText:
+        return PromptText(
+            self._component("tokenizer"),
+            _TEMPLATE.format(prompt),
+            -_TEMPLATE_TOKENS,
+            MAX_SEQUENCE_LENGTH,
+        )
 
     def apply_guidance(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
         # Each token is rescaled to the norm of the conditional prediction.

@@ -17,6 +17,7 @@ from torch.nn import functional
 from customize.families.original_layer_names import RowRange, clip_text_model, original_rows
 from customize.families.pipeline_components import class_name
 from customize.families.rectified_flow import RectifiedFlowFamily
+from customize.families.token_layout import PromptText
 from customize.families.tokenization import to_device, tokenize
 
 #: How many T5 tokens the pipeline takes by default.
@@ -67,6 +68,13 @@ class StableDiffusion3(RectifiedFlowFamily):
         "text_encoder_2": "tokenizer_2",
     }
     other_encoders = ("text_encoder_3",)
+    has_clip_rows = True
+    token_kinds: ClassVar = {
+        r"transformer_blocks\.\d+\.attn\.(add_(q|k|v)_proj|to_add_out)": "text",
+        r"transformer_blocks\.\d+\.ff_context\..+|context_embedder": "text",
+        r"transformer_blocks\.\d+\.(attn2?|ff)\..+|pos_embed\.proj|proj_out": "picture",
+    }
+    text_attention_kinds: ClassVar = {r"transformer_blocks\.\d+\.attn": ("to_q", "add_k_proj")}
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -161,6 +169,17 @@ class StableDiffusion3(RectifiedFlowFamily):
         extra = {"mu": self._mu(shape, steps)} if self._is_dynamic else {}
         scheduler.set_timesteps(steps, device=device, **extra)
         return scheduler
+
+    @property
+    def token_size(self) -> int:  # type: ignore[override]
+        return self.denoiser.config.patch_size
+
+    def prompt_text(self, prompt: str) -> PromptText | None:
+        if self.components.get("text_encoder_3") is None:
+            return None
+        first = self._component("tokenizer").model_max_length
+        rows = first + MAX_SEQUENCE_LENGTH
+        return PromptText(self._component("tokenizer_3"), prompt, first, rows)
 
     def _encode_clip(self, prompts: Sequence[str], key: str) -> tuple[Tensor, Tensor]:
         """Return (batch, length, width) before the last layer, and (batch, width) projections."""

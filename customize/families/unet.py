@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from customize.core.routing import grid_of_tokens
 from customize.families.ddpm import DDPMFamily
 from customize.families.original_layer_names import RowRange
 from customize.families.pipeline_components import class_name, uncompiled
+from customize.families.token_layout import TextAttention, TokenKind
 
 #: A UNet with AnimateDiff's motion modules between its layers, and a frame axis.
 MOTION_UNET = "UNetMotionModel"
+
+# Linear layers of a UNet whose inputs have positions; the keys of image prompts have others.
+_OF_POSITIONS = re.compile(
+    r".*\.attentions\.\d+\.(proj_in|proj_out"
+    r"|transformer_blocks\.\d+\.(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\..+))"
+)
 
 _ORIGINAL_RESNET = {
     "conv1": "in_layers.2",
@@ -27,6 +36,7 @@ class UNetFamily(DDPMFamily):
     denoiser_key = "unet"
     latents_argument = "sample"
     reads_prompts_as_encoded = True
+    has_clip_rows = True
     # Excludes AnimateDiff's motion modules, which are siblings of the attentions.
     attention_projections = re.compile(
         r".+\.attentions\.\d+\..+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
@@ -46,6 +56,28 @@ class UNetFamily(DDPMFamily):
             if name.endswith((".attn1", ".attn2")) and module.is_cross_attention
         ]
         return sorted(names, key=lambda name: order[name.split(".")[0]])
+
+    def layer_tokens(self, component: str) -> dict[str, TokenKind]:
+        attentions = self.cross_attention_layers()
+        of_text = {f"{name}.{part}" for name in attentions for part in ("to_k", "to_v")}
+        # Convolutions have the positions of their output.
+        return {
+            name: "text" if name in of_text else "picture"
+            for name, shape in self.weight_shapes(component).items()
+            if len(shape) > 2 or _OF_POSITIONS.fullmatch(name)
+        }
+
+    def text_attentions(self, component: str) -> list[TextAttention]:
+        return [TextAttention(name) for name in self.cross_attention_layers()]
+
+    def layer_grid(self, positions: int, grid: tuple[int, int, int]) -> tuple[int, int, int] | None:
+        frames, rows, columns = grid
+        halved = grid_of_tokens(positions // frames, rows, columns)
+        return None if halved is None or positions % frames else (frames, *halved)
+
+    def _frames(self, arguments: Mapping[str, Any]) -> int:
+        latents = arguments[self.latents_argument][0]
+        return latents.shape[1] if latents.ndim == 4 else 1  # of AnimateDiff
 
     def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         unet = uncompiled(self.denoiser)

@@ -23,6 +23,7 @@ from customize.families.native_references import NativeReferences
 from customize.families.original_layer_names import RowRange, original_rows
 from customize.families.pipeline_components import class_name, modules_named
 from customize.families.rectified_flow import RectifiedFlowFamily
+from customize.families.token_layout import PromptText
 from customize.families.tokenization import to_device, tokenize
 from customize.families.video_vae import VideoVAEFamily
 
@@ -72,6 +73,13 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
     output = "frames"
     attention_projections = re.compile(r"blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")
     other_denoisers = ("transformer_2",)
+    token_kinds: ClassVar = {
+        r"blocks\.\d+\.attn2\.(to_k|to_v)": "text",
+        r"condition_embedder\.text_embedder\.linear_[12]": "text",
+        r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\..+)": "picture",
+        r"patch_embedding|proj_out": "picture",
+    }
+    text_attention_kinds: ClassVar = {r"blocks\.\d+\.attn2": ("to_q", "to_k")}
     clip_encoders: ClassVar[dict[str, str]] = {}
     other_encoders = ("text_encoder",)
 
@@ -195,6 +203,24 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> Any:
         return Family.schedule(self, steps, shape, device)  # with the scheduler's noise levels
+
+    def token_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        sides = arguments[self.latents_argument].shape[-3:]
+        frames, rows, columns = (
+            side // size for side, size in zip(sides, self.denoiser.config.patch_size, strict=True)
+        )
+        return frames, rows, columns
+
+    def rotations(
+        self, arguments: Mapping[str, Any], texts: int, grid: tuple[int, int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return None, None  # cross-attention has none
+
+    def prompt_text(self, prompt: str) -> PromptText:
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        text = prompt_clean(prompt)
+        return PromptText(self._component("tokenizer"), text, 0, MAX_SEQUENCE_LENGTH)
 
     def cross_attention_layers(self) -> list[str]:
         return modules_named(self.denoiser, r"blocks\.\d+\.attn2")

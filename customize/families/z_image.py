@@ -7,6 +7,7 @@ the prompt. The denoiser's time runs from noise to data, and it predicts ``laten
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -14,15 +15,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from customize.errors import PipelineError
 from customize.families.native_references import NativeReferences
 from customize.families.original_layer_names import RowRange, original_rows
 from customize.families.pipeline_components import class_name
 from customize.families.rectified_flow import RectifiedFlowFamily
+from customize.families.token_layout import PromptText, TokenKind
 from customize.families.tokenization import pad_sequences, to_device, tokenize, unpad_sequences
 
 #: How many tokens of prompt and template the pipeline takes by default.
 MAX_SEQUENCE_LENGTH = 512
 
+_TOKEN_MULTIPLE = 32  # the tokens of prompt and picture are padded to multiples of this number
 
 _ORIGINALS: dict[str, tuple[str, ...]] = {
     "x_embedder": ("all_x_embedder.2-1",),
@@ -65,6 +69,15 @@ class ZImage(RectifiedFlowFamily):
     latents_argument = "x"
     list_arguments = ("x", "cap_feats")
     no_guidance = 0.0
+    # The embedders compute from all prompts or pictures of a batch behind one another.
+    token_kinds: ClassVar = {
+        r"context_refiner\.\d+\.(attention|feed_forward)\..+": "text",
+        r"noise_refiner\.\d+\.(attention|feed_forward)\..+|all_final_layer\..+\.linear": "picture",
+        r"layers\.\d+\.(attention|feed_forward)\..+": "picture_text",
+    }
+    text_attention_kinds: ClassVar = {r"layers\.\d+\.attention": ("to_q", "to_k")}
+    token_size = 2
+    pads_tokens = True
 
     @classmethod
     def matches(cls, components: Mapping[str, Any]) -> bool:
@@ -95,15 +108,7 @@ class ZImage(RectifiedFlowFamily):
         pipeline has a list of prompts.
         """
         tokenizer, encoder = self._component("tokenizer"), self._component("text_encoder")
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=True,
-            )
-            for prompt in prompts
-        ]
+        texts = [self._in_template(prompt) for prompt in prompts]
         tokens = tokenize(tokenizer, texts, MAX_SEQUENCE_LENGTH)
         states = encoder(
             input_ids=to_device(tokens.input_ids, encoder.device),
@@ -139,6 +144,40 @@ class ZImage(RectifiedFlowFamily):
         lengths = conditions["prompt_lengths"].tolist()
         prompts = zip(conditions["prompt_embeds"], lengths, strict=True)
         return {"cap_feats": [prompt[:length] for prompt, length in prompts]}
+
+    def latent_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        if isinstance(arguments["x"][0], list):
+            raise PipelineError(
+                "the denoiser reads other pictures beside the one it draws",
+                where="image",
+                fix="use the pipeline without reference images",
+            )
+        return super().latent_grid(arguments)
+
+    def token_offsets(
+        self, kind: TokenKind, texts: int, grid: tuple[int, int, int]
+    ) -> tuple[int, int]:
+        return 0, math.ceil(math.prod(grid) / _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
+
+    def rotations(
+        self, arguments: Mapping[str, Any], texts: int, grid: tuple[int, int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        joint, (_, text) = arguments["freqs_cis"], self.token_offsets("picture_text", texts, grid)
+        return joint[:, : math.prod(grid)], joint[:, text : text + texts]
+
+    def prompt_text(self, prompt: str) -> PromptText:
+        tokenizer = self._component("tokenizer")
+        return PromptText(tokenizer, self._in_template(prompt), 0, MAX_SEQUENCE_LENGTH)
+
+    def _in_template(self, prompt: str) -> str:
+        return str(
+            self._component("tokenizer").apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=True,
+            )
+        )
 
     def noise_level(self, arguments: Mapping[str, Any]) -> float:
         return 1.0 - float(arguments["t"].max())

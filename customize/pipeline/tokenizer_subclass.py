@@ -116,6 +116,11 @@ def _locked(encode: Any) -> Any:
     return encode_locked
 
 
+def expand_text(text: str, tokenizer: Any) -> str:
+    """Return a text as a tokenizer reads it, with its triggers expanded."""
+    return str(_expand(text, tokenizer)) if hasattr(tokenizer, "_customize_triggers") else text
+
+
 def _expand(text: Any, tokenizer: Any) -> Any:
     if isinstance(text, str):
         entries = tokenizer._customize_triggers.entries

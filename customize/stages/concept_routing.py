@@ -1,13 +1,16 @@
 """Denoising with each concept confined to its own words and its own part of the picture.
 
-Each concept's ranks (:mod:`customize.core.routing`) act on its own tokens in the projections to
-keys and values of cross-attention, and inside its mask in all other layers. Masks are found while
-the picture is drawn: at high noise levels, where the layout is decided, the maps of what positions
-attend to each concept's tokens are averaged over the cross-attention layers and over the steps.
-Rows of other prompts, such as the negative one, are predicted as without routing.
+Each concept's ranks (:mod:`customize.core.routing`) act on its own tokens where a layer computes
+from the prompt, and inside its mask where it computes from the picture; families know which layer
+does what (:meth:`customize.families.Family.layer_tokens`). Other words of the prompt get no ranks,
+because what they stand for is everywhere in the picture. Masks are found while the picture is
+drawn: at high noise levels, where the layout is decided, the maps of what positions attend to each
+concept's tokens are averaged over the attention layers and over the steps. A video has masks for
+each of its latent frames, as things move. Rows of other prompts, such as the negative one, are
+predicted as without routing.
 
-Hooks change the text inputs of cross-attention and the mid-activations of the adapters; so each
-step takes one call of the denoiser, as without routing.
+Hooks change the text inputs of the denoiser and the mid-activations of the adapters; so each step
+takes one call of the denoiser, as without routing.
 """
 
 from __future__ import annotations
@@ -22,21 +25,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from customize.core.routing import (
     attention_to_tokens,
     competing_masks,
-    grid_of_tokens,
     rank_mask,
     resize_masks,
 )
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
+from customize.families.token_layout import TextAttention, TokenKind, rotate
 from customize.pipeline.call_scope import capture_call_scope
 from customize.pipeline.rank_channels import RankChannels
 from customize.stages.concept_words import RoutedPrompt
-from customize.stages.prompt_rows import PromptRows
+from customize.stages.prompt_rows import PromptRows, replace_rows
 
 #: Above this noise level, where 1 is pure noise, the layout is decided, and masks are found. Below
 #: it they act, and values are those of each concept alone.
@@ -51,9 +55,6 @@ FOUND = 0.5
 #: The shorter side of the grid of masks is at most twice this number of cells.
 _GRID = 16
 
-# The text argument of UNets.
-_TEXT = "encoder_hidden_states"
-
 # (rows, columns) -> masks (concepts of the prompt, rows, columns), in [0, 1].
 GivenMasks = Callable[[int, int], Tensor]
 
@@ -64,7 +65,8 @@ class _Picture:
 
     Attributes:
         routed: Its prompt.
-        maps: (concepts of the prompt, rows, columns), the sum over steps; None before the first.
+        maps: (concepts of the prompt, frames, rows, columns), the sum over steps; None before the
+            first.
         steps: The number of steps in the sum.
         masks: Of the same shape; None before they act, and where they are not found.
         masked: The number of steps that the masks are made of.
@@ -84,9 +86,11 @@ class _DenoiserCall:
     Attributes:
         pictures: Row of the batch -> its picture, without rows of other prompts.
         batch: Number of rows.
-        grid: (rows, columns) of the latents.
+        grid: (frames, rows, columns) of the picture's tokens.
+        texts: Length of the prompt in the denoiser's arguments.
+        valid: (batch, texts), boolean: false for padding; None if all of it is read.
         finds: Whether maps are collected.
-        queries: Of each cross-attention layer that is running.
+        queries: Of each attention that is running.
         keys: The same.
         maps: Row -> the maps of the layers so far.
         masks: What is computed once for all layers of a kind.
@@ -94,7 +98,9 @@ class _DenoiserCall:
 
     pictures: dict[int, _Picture]
     batch: int
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]
+    texts: int
+    valid: Tensor | None
     finds: bool
     queries: dict[str, Tensor] = field(default_factory=dict)
     keys: dict[str, Tensor] = field(default_factory=dict)
@@ -122,13 +128,19 @@ class ConceptRouter:
         given: Sequence[GivenMasks] | None = None,
     ) -> None:
         self.family, self.prompts, self.given = family, prompts, given
-        self.channels = [c for c in channels if c.component == family.denoiser_key]
+        self.channels = [c for c in channels if c.component in family.denoisers]
         self.concepts = concepts
         self.has_matched = False
         self.pictures: dict[int, _Picture] = {}
         self._prompt_rows = PromptRows([prompt.encoded for prompt in prompts])
         self._in_this_call = capture_call_scope()
         self._running: list[_DenoiserCall | None] = []
+        with torch.no_grad():
+            conditions = family.encode_prompts([""])
+        self._text_argument = next(iter(family.denoiser_kwargs(conditions)))
+        # Families whose rows stay as they are encoded have one tensor for all.
+        self._has_keys = any(prompt.keys is not prompt.encoded for prompt in prompts)
+        self._has_values = any(prompt.values is not prompt.keys for prompt in prompts)
         # The latest text argument of the denoiser, the rows with values of their own, and the
         # inputs of keys and values in its place.
         self._texts: Tensor | None = None
@@ -143,28 +155,9 @@ class ConceptRouter:
             PipelineError: The denoiser was not called with the prompts, because the pipeline
                 encodes them in another way.
         """
-        denoiser = self.family.components[self.family.denoiser_key]
-        layers = uncompiled(denoiser)
-        attentions = self.family.cross_attention_layers()
-        of_text = {f"{name}.{part}" for name in attentions for part in ("to_k", "to_v")}
         with ExitStack() as stack:
-
-            def keep(handle: Any) -> None:
-                stack.callback(handle.remove)
-
-            keep(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
-            keep(denoiser.register_forward_hook(self._after, with_kwargs=True, prepend=True))
-            for channel in self.channels:
-                mask = partial(self._mask_ranks, channel.owners, channel.module in of_text)
-                keep(channel.down.register_forward_hook(mask))
-            for index, name in enumerate(attentions):
-                give = partial(self._give_values, index)
-                keep(layers.get_submodule(name).to_v.register_forward_pre_hook(give))
-            for name in attentions if self.given is None else ():
-                attention = layers.get_submodule(name)
-                keep(attention.to_q.register_forward_hook(partial(self._keep_query, name)))
-                keep(attention.to_k.register_forward_hook(partial(self._keep_key, name)))
-                keep(attention.register_forward_hook(partial(self._collect, name)))
+            for component in self.family.denoisers:
+                self._hook(component, lambda handle: stack.callback(handle.remove))
             yield
         if not self.has_matched:
             raise PipelineError(
@@ -173,6 +166,30 @@ class ConceptRouter:
                 fix="leave out arguments that change how prompts are encoded, and steps that "
                 "rewrite them",
             )
+
+    def _hook(self, component: str, keep: Callable[[Any], Any]) -> None:
+        """Hook one denoiser."""
+        denoiser = self.family.components[component]
+        layers = uncompiled(denoiser)
+        kinds = self.family.layer_tokens(component)
+        keep(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
+        keep(denoiser.register_forward_hook(self._after, with_kwargs=True, prepend=True))
+        for channel in self.channels:
+            if channel.component == component:
+                mask = partial(self._mask_ranks, channel.owners, kinds[channel.module])
+                keep(channel.down.register_forward_hook(mask))
+        if self._has_values:
+            for index, name in enumerate(self.family.cross_attention_layers()):
+                give = partial(self._give_values, index)
+                keep(layers.get_submodule(name).to_v.register_forward_pre_hook(give))
+        for attention in self.family.text_attentions(component) if self.given is None else ():
+            module = layers.get_submodule(attention.name)
+            joint = kinds[f"{attention.name}.{attention.query}"]
+            query, key = (module.get_submodule(name) for name in (attention.query, attention.key))
+            keep(query.register_forward_hook(partial(self._keep_query, attention.name)))
+            keep(key.register_forward_hook(partial(self._keep_key, attention.name)))
+            collect = partial(self._collect, attention, joint)
+            keep(module.register_forward_hook(collect, with_kwargs=True))
 
     # -- the denoiser -----------------------------------------------------------------------------
 
@@ -183,8 +200,20 @@ class ConceptRouter:
         self._running.append(call)
         if call is None or not call.pictures:
             return None
-        self._encode_rows(call, arguments[_TEXT])
-        return (), arguments | {_TEXT: self._keys}
+        replaced = dict(arguments)
+        if self._has_keys or self._has_values:
+            self._encode_rows(call, arguments[self._text_argument])
+            replaced[self._text_argument] = self._keys
+        pooled = {row: p.routed.pooled for row, p in call.pictures.items()}
+        vectors = [vector for vector in pooled.values() if vector is not None]
+        if vectors:
+            texts = arguments[self._text_argument]
+            kwargs = self.family.denoiser_kwargs(
+                {"prompt_embeds": texts, "pooled_prompt_embeds": torch.stack(vectors)}
+            )
+            del kwargs[self._text_argument]
+            replaced |= replace_rows(arguments, kwargs, list(pooled), replaces_all=False)
+        return (), replaced
 
     def _encode_rows(self, call: _DenoiserCall, texts: Tensor) -> None:
         """Set the text inputs of keys and values, which stay the same tensors in most steps."""
@@ -195,10 +224,11 @@ class ConceptRouter:
             return
         self._texts, self._own_values = texts, own_values
         self._keys, self._values = texts.clone(), texts.clone()
+        count = len(texts) // call.batch
         for (row, picture), is_own in zip(call.pictures.items(), own_values, strict=True):
-            routed = picture.routed
-            self._keys[row] = routed.keys.to(texts)
-            self._values[row] = (routed.values if is_own else routed.keys).to(texts)
+            routed, rows = picture.routed, slice(row * count, (row + 1) * count)
+            self._keys[rows] = routed.keys.to(texts)
+            self._values[rows] = (routed.values if is_own else routed.keys).to(texts)
 
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         call = self._running.pop()
@@ -211,7 +241,9 @@ class ConceptRouter:
             picture.steps += 1
 
     def _plan(self, arguments: Mapping[str, Any]) -> _DenoiserCall | None:
-        rows = self._prompt_rows.match(arguments[_TEXT])
+        texts = arguments[self._text_argument]
+        batch = len(arguments[self.family.latents_argument])
+        rows = self._prompt_rows.match(texts, max(1, len(texts) // batch))
         if not rows:
             return None
         self.has_matched = True
@@ -220,55 +252,97 @@ class ConceptRouter:
             picture = self.pictures.setdefault(position, _Picture(self.prompts[prompt]))
             if picture.routed.named:
                 pictures[row] = picture
-        grid = self.family.latent_grid(arguments)
+        grid = self.family.token_grid(arguments)
         level = self.family.noise_level(arguments)
-        batch = len(arguments[self.family.latents_argument])
-        call = _DenoiserCall(pictures, batch, grid, level > LAYOUT_ABOVE)
+        lengths = [len(text) for text in texts]
+        valid = arguments.get(self.family.text_mask_argument)
+        if valid is None and len(set(lengths)) > 1:
+            device = texts[0].device
+            positions = torch.arange(max(lengths), device=device)
+            valid = positions < torch.tensor(lengths, device=device)[:, None]
+        finds = level > LAYOUT_ABOVE
+        call = _DenoiserCall(pictures, batch, grid, max(lengths), valid, finds)
         for picture in pictures.values():
             self._update_masks(picture, grid, level)
             call.finds |= self.given is None and picture.maps is None
         return call
 
-    def _update_masks(self, picture: _Picture, grid: tuple[int, int], level: float) -> None:
+    def _update_masks(self, picture: _Picture, grid: tuple[int, int, int], level: float) -> None:
         if self.given is not None:
             if picture.masks is None:  # once a call
                 index = self.prompts.index(picture.routed)
-                picture.masks = self.given[index](*mask_grid(*grid))
+                masks = self.given[index](*mask_grid(*grid[1:]))
+                picture.masks = masks[:, None].expand(-1, grid[0], -1, -1)
         elif picture.maps is not None and level <= LAYOUT_ABOVE and picture.masked != picture.steps:
             picture.masked = picture.steps
             masks = competing_masks(picture.maps / picture.steps, TEMPERATURE)
-            picture.masks = masks if float(masks.amax((-2, -1)).min()) > FOUND else None
+            picture.masks = masks if float(masks.amax((-3, -2, -1)).min()) > FOUND else None
 
     # -- adapted layers ---------------------------------------------------------------------------
 
     def _mask_ranks(
-        self, owners: tuple[int, ...], of_text: bool, module: Any, args: Any, output: Tensor
+        self, owners: tuple[int, ...], kind: TokenKind, module: Any, args: Any, output: Tensor
     ) -> Tensor | None:
         call = self._running[-1] if self._running and self._in_this_call() else None
         if call is None or not call.pictures:
             return None
-        if output.ndim == 4:  # (batch, ranks, rows, columns), of a convolution
-            rows, columns = output.shape[-2:]
-            masks = self._picture_masks(call, rows, columns, output.device)
-            return output * masks[:, list(owners)].to(output)
-        if of_text:
-            key: Any = ("text", owners, output.shape[1])
-            if key not in call.masks:
-                masks = self._token_masks(call, output.shape[1], output.device)
-                call.masks[key] = rank_mask(masks, owners).to(output)
-        else:
-            key = ("picture", owners, output.shape[1])
-            if key not in call.masks:
-                grid = _layer_grid(call, output.shape[1])
-                masks = self._picture_masks(call, *grid, output.device).flatten(-2)
-                call.masks[key] = rank_mask(masks, owners).to(output)
+        if output.ndim > 3:  # of a convolution
+            return output * self._convolution_mask(call, owners, output)
+        key = (kind, owners, output.shape[:2])
+        if key not in call.masks:
+            per_row = len(output) // call.batch
+            masks = self._position_masks(call, kind, per_row, output)
+            call.masks[key] = rank_mask(masks, owners).to(output)
         return output * call.masks[key]
 
-    def _picture_masks(
-        self, call: _DenoiserCall, rows: int, columns: int, device: torch.device
+    def _position_masks(
+        self, call: _DenoiserCall, kind: TokenKind, per_row: int, output: Tensor
     ) -> Tensor:
-        """(batch, concepts, rows, columns): ones where nothing is routed, or not yet."""
-        masks = torch.ones(call.batch, self.concepts, rows, columns, device=device)
+        """(entries, concepts, positions or 1) for a layer's output of (entries, positions, ranks).
+
+        Args:
+            call: The running call.
+            kind: The layer's positions.
+            per_row: The number of entries for each row: one of each frame, or of each token.
+            output: The output.
+        """
+        length, device = output.shape[1], output.device
+        if kind == "text":
+            return self._token_masks(call, length, device).repeat_interleave(per_row, 0)
+        if kind == "text_rows":
+            return self._token_masks(call, per_row, device).transpose(1, 2).flatten(0, 1)[..., None]
+        if kind == "picture":
+            grid = self._layer_grid(call, per_row * length)
+            masks = self._picture_masks(call, *grid, device)
+            if per_row > 1:  # frames
+                return masks.transpose(1, 2).flatten(0, 1).flatten(-2)
+            return _pad(masks.flatten(-3), length)
+        picture, text = self.family.token_offsets(kind, call.texts, call.grid)
+        is_last = picture > text
+        self._layer_grid(call, length - picture if is_last else text)
+        masks = torch.zeros(call.batch, self.concepts, length, device=device)
+        of_picture = self._picture_masks(call, *call.grid, device).flatten(-3)
+        masks[..., picture : picture + of_picture.shape[-1]] = of_picture
+        of_text = self._token_masks(call, min(call.texts, length - text), device)
+        masks[..., text : text + of_text.shape[-1]] = of_text
+        return masks
+
+    def _convolution_mask(
+        self, call: _DenoiserCall, owners: tuple[int, ...], output: Tensor
+    ) -> Tensor:
+        """A mask for (entries, ranks, rows, columns), or (batch, ranks, frames, rows, columns)."""
+        rows, columns = output.shape[-2:]
+        frames = output.shape[2] if output.ndim == 5 else len(output) // call.batch
+        masks = self._picture_masks(call, frames, rows, columns, output.device)
+        if output.ndim == 4:
+            masks = masks.transpose(1, 2).flatten(0, 1)
+        return masks[:, list(owners)].to(output)
+
+    def _picture_masks(
+        self, call: _DenoiserCall, frames: int, rows: int, columns: int, device: torch.device
+    ) -> Tensor:
+        """(batch, concepts, frames, rows, columns): ones where nothing is routed, or not yet."""
+        masks = torch.ones(call.batch, self.concepts, frames, rows, columns, device=device)
         for row, picture in call.pictures.items():
             if picture.masks is not None:
                 resized = resize_masks(picture.masks, rows, columns)
@@ -284,6 +358,16 @@ class ConceptRouter:
             for each, positions in zip(picture.routed.named, picture.routed.tokens, strict=True):
                 masks[row, each.index, list(positions)] = 1.0
         return masks
+
+    def _layer_grid(self, call: _DenoiserCall, positions: int) -> tuple[int, int, int]:
+        grid = self.family.layer_grid(positions, call.grid)
+        if grid is None:
+            raise PipelineError(
+                f"a layer of {positions} positions is on no grid of this picture",
+                where="together",
+                fix="leave together= out on this pipeline, and reference pictures with it",
+            )
+        return grid
 
     def _give_values(self, index: int, module: Any, args: tuple[Any, ...]) -> Any:
         """Replace the input of the projection to values of one cross-attention layer."""
@@ -310,35 +394,96 @@ class ConceptRouter:
         return call if call is not None and call.finds and call.pictures else None
 
     @torch.no_grad()
-    def _collect(self, name: str, module: Any, args: Any, output: Any) -> None:
+    def _collect(
+        self,
+        attention: TextAttention,
+        kind: TokenKind,
+        module: Any,
+        args: Any,
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
         call = self._finding()
         if call is None:
             return
+        name = attention.name
         if name not in call.queries or name not in call.keys:
             raise PipelineError(
-                "the attention processor does not call to_q and to_k, which together= reads",
-                where=f"{self.family.denoiser_key}.{name}",
+                f"the attention processor does not call {attention.query} and {attention.key}, "
+                "which together= reads",
+                where=name,
                 fix="call unfuse_qkv_projections(), or set diffusers' own processor",
             )
         query, key = call.queries.pop(name), call.keys.pop(name)
+        attended = self._attended(call, attention, kind, module, kwargs, query, key)
+        for each, (row, picture) in zip(attended, call.pictures.items(), strict=True):
+            maps = torch.stack([each[:, list(at)].sum(-1) for at in picture.routed.tokens])
+            grid = self._layer_grid(call, maps.shape[1])
+            count = math.prod(grid)  # without padding
+            maps = maps[:, :count].unflatten(-1, grid)
+            call.maps.setdefault(row, []).append(resize_masks(maps, *mask_grid(*call.grid[1:])))
+
+    def _attended(
+        self,
+        call: _DenoiserCall,
+        attention: TextAttention,
+        kind: TokenKind,
+        module: Any,
+        kwargs: dict[str, Any],
+        query: Tensor,
+        key: Tensor,
+    ) -> Tensor:
+        """(routed rows, positions of the picture, tokens): what positions attend to, of the text.
+
+        The attention's other keys, those of the picture, are left out.
+        """
+        heads = getattr(module, "heads", None) or module.num_heads
+        query = _normed(query, heads, getattr(module, "norm_q", None))
+        norm = "norm_added_k" if attention.key.startswith("add_") else "norm_k"
+        key_heads = getattr(module, "num_kv_heads", heads)
+        key = _normed(key, key_heads, getattr(module, norm, None))
+        key = key.repeat_interleave(heads // key_heads, 2)
+        if kind not in ("picture", "text"):
+            picture, text = self.family.token_offsets(kind, call.texts, call.grid)
+            query = query[:, picture : picture + math.prod(call.grid)]
+            key = key[:, text : text + call.texts]
+        of_picture, of_text = self.family.rotations(kwargs, call.texts, call.grid)
+        query, key = rotate(query, of_picture), rotate(key, of_text)
+        valid = call.valid
         rows = list(call.pictures)
-        attended = attention_to_tokens(query[rows], key[rows], module.heads, module.scale)
-        grid = _layer_grid(call, query.shape[1])
-        for attention, (row, picture) in zip(attended, call.pictures.items(), strict=True):
-            maps = torch.stack([attention[:, list(at)].sum(-1) for at in picture.routed.tokens])
-            resized = resize_masks(maps.unflatten(-1, grid), *mask_grid(*call.grid))
-            call.maps.setdefault(row, []).append(resized)
-
-
-def _layer_grid(call: _DenoiserCall, positions: int) -> tuple[int, int]:
-    grid = grid_of_tokens(positions, *call.grid)
-    if grid is None:
-        raise PipelineError(
-            f"a layer of {positions} positions is on no grid of this picture",
-            where="together",
-            fix="leave together= out on this pipeline",
+        per_row = len(query) // call.batch
+        if per_row > 1:  # frames
+            rows = [row * per_row + frame for row in rows for frame in range(per_row)]
+            valid = None if valid is None else valid.repeat_interleave(per_row, 0)
+        attended = attention_to_tokens(
+            query[rows].flatten(2),
+            key[rows].flatten(2),
+            heads,
+            query.shape[-1] ** -0.5,
+            None if valid is None else valid[rows].bool(),
         )
-    return grid
+        return attended.unflatten(0, (-1, per_row)).flatten(1, 2)
+
+
+def _normed(states: Tensor, heads: int, norm: Any) -> Tensor:
+    """Return queries or keys as (batch, tokens, heads, width), float32, with the layer's norm.
+
+    Args:
+        states: (batch, tokens, heads * width).
+        heads: Their number.
+        norm: The layer's norm of a head or of all heads; None for none.
+    """
+    if norm is not None and norm.weight.numel() == states.shape[-1]:
+        states = norm(states)
+    split = states.unflatten(-1, (heads, -1))
+    if norm is not None and norm.weight.numel() != states.shape[-1]:
+        split = norm(split)
+    return split.float()
+
+
+def _pad(masks: Tensor, length: int) -> Tensor:
+    """Pad the positions of (batch, concepts, positions): no concept acts on padding."""
+    return functional.pad(masks, (0, length - masks.shape[-1]))
 
 
 def mask_grid(rows: int, columns: int) -> tuple[int, int]:

@@ -12,12 +12,20 @@ what makes ``<rex>`` too. So a prompt is encoded anew, twice:
 The rows of a trigger are encoded with its concept's update alone. All other rows are taken from the
 prompt in which every concept is its class, encoded without their updates. The pooled prompt of SDXL
 stays that of the whole prompt.
+
+Where prompt and picture share one attention (SD3), a row is both key and value, and CLIP's rows are
+the keys above. A pooled prompt (SD3, FLUX) acts on the whole picture; it is that of the whole
+prompt, with each concept's update at its own tokens.
+
+T5 and LLMs read triggers letter by letter, without learned tokens, and take no updates, so their
+rows carry nothing that a concept learned: other concepts of the same names have the same rows, bit
+for bit. There is nothing to cure, and these rows stay as the pipeline encodes them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +38,10 @@ from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.core.routing import rank_mask
 from customize.errors import ConfigError
 from customize.families import Family
+from customize.families.token_layout import PromptText
 from customize.pipeline.rank_channels import RankChannels
 from customize.pipeline.state import AttachedState
+from customize.pipeline.tokenizer_subclass import expand_text
 from customize.stages.decor.phrase_rows import count_tokens
 
 _DETERMINER = re.compile(
@@ -69,6 +79,7 @@ class RoutedPrompt:
         keys: (length, width), the encoding in its place, for the keys of cross-attention.
         values: (length, width), that for its values.
         tokens: For each named concept the positions of its tokens.
+        pooled: (width,), in place of the pooled prompt; None to leave it.
     """
 
     prompt: str
@@ -77,6 +88,7 @@ class RoutedPrompt:
     keys: Tensor
     values: Tensor
     tokens: tuple[tuple[int, ...], ...]
+    pooled: Tensor | None = None
 
 
 def named_concepts(prompt: str, state: AttachedState) -> tuple[NamedConcept, ...]:
@@ -132,7 +144,7 @@ def with_classes(
 
 
 def token_positions(family: Family, prompt: str, spans: Sequence[Span]) -> tuple[int, ...]:
-    """Return the positions of words among the tokens that the text encoders read.
+    """Return the rows of words in the encoded prompt.
 
     Args:
         family: The models of the pipeline.
@@ -142,20 +154,57 @@ def token_positions(family: Family, prompt: str, spans: Sequence[Span]) -> tuple
     Raises:
         ConfigError: The text encoders do not read all of these words, or at different positions.
     """
+    rows = _clip_positions(family, prompt, spans) if family.has_clip_rows else ()
+    text = family.prompt_text(prompt)
+    return rows if text is None else (*rows, *_find_rows(text, prompt, spans))
+
+
+def _find_rows(read: PromptText, prompt: str, spans: Sequence[Span]) -> list[int]:
+    """Return the rows of words in what a text encoder without learned tokens reads."""
+    begin = read.text.rfind(prompt)
+    if begin < 0:
+        raise ConfigError(
+            f"the text encoder reads the prompt {prompt!r} as another text",
+            where="together",
+            fix="leave out repeated spaces, line breaks and special tokens",
+        )
+    offsets = read.tokenizer(
+        read.text, return_offsets_mapping=True, add_special_tokens=read.special_tokens
+    ).offset_mapping
+    rows = []
+    for span in spans:
+        # Offsets are those in the text with expanded triggers.
+        start, end = (
+            len(expand_text(read.text[: begin + position], read.tokenizer)) for position in span
+        )
+        found = [
+            index + read.shift
+            for index, (first, last) in enumerate(offsets)
+            if first < end and start < last
+        ]
+        if not found or found[-1] >= read.rows:
+            raise _too_long(prompt)
+        rows += found
+    return rows
+
+
+def _too_long(prompt: str) -> ConfigError:
+    return ConfigError(
+        f"the prompt {prompt!r} is longer than the text encoder reads",
+        where="together",
+        fix="shorten it, or name the concepts nearer to its beginning",
+    )
+
+
+def _clip_positions(family: Family, prompt: str, spans: Sequence[Span]) -> tuple[int, ...]:
+    """Return the positions of words among CLIP's tokens, which all CLIP encoders share."""
     found: set[tuple[int, ...]] = set()
     for dictionary in family.token_dictionaries():
         tokenizer = dictionary.tokenizer
-        positions: list[int] = []
-        for start, end in spans:
-            counts = (count_tokens(tokenizer, prompt[:stop]) for stop in (start, end))
-            positions += range(*(1 + count for count in counts))  # behind the token of begin
+        positions = _read_positions(tokenizer, prompt, spans)
         if not positions or positions[-1] >= tokenizer.model_max_length - 1:
-            raise ConfigError(
-                f"the prompt {prompt!r} is longer than the text encoder reads",
-                where="together",
-                fix="shorten it, or name the concepts nearer to its beginning",
-            )
-        found.add(tuple(positions))
+            raise _too_long(prompt)
+        found.add(positions)
     if len(found) != 1:
         raise ConfigError(
             f"the text encoders split the prompt {prompt!r} into different tokens",
@@ -163,6 +212,14 @@ def token_positions(family: Family, prompt: str, spans: Sequence[Span]) -> tuple
             fix="name the concepts by their triggers",
         )
     return found.pop()
+
+
+def _read_positions(tokenizer: Any, prompt: str, spans: Sequence[Span]) -> tuple[int, ...]:
+    positions: list[int] = []
+    for start, end in spans:
+        counts = (count_tokens(tokenizer, prompt[:stop]) for stop in (start, end))
+        positions += range(*(1 + count for count in counts))  # behind the token of begin
+    return tuple(positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,57 +261,77 @@ def encode_routed(
         tuple(token_positions(family, prompt, each.spans) for each in concepts)
         for prompt, concepts in zip(prompts, named, strict=True)
     ]
-    copies = [list(_copies(family, *each)) for each in zip(prompts, named, tokens, strict=True)]
+    copies: list[list[_Copy]] = [[] for _ in prompts]
+    if family.has_clip_rows:
+        copies = [list(_copies(family, *each)) for each in zip(prompts, named, strict=True)]
     texts: dict[int | None, dict[str, None]] = {}
     for copy in (copy for each in copies for copy in each):
         texts.setdefault(copy.concept, {})[copy.text] = None
     read: dict[tuple[int | None, str], Tensor] = {}
+    pooled: Tensor | None = None
     with torch.no_grad():
-        encoded = family.encode_prompts(list(prompts))["prompt_embeds"]
+        conditions = family.encode_prompts(list(prompts))
+        encoded = [
+            next(iter(family.denoiser_kwargs({k: v[[i]] for k, v in conditions.items()}).values()))[
+                0
+            ]
+            for i in range(len(prompts))
+        ]
+        if "pooled_prompt_embeds" in conditions and not family.reads_prompts_as_encoded:
+            with _each_at_own_tokens(family, channels, len(state.attached), prompts, named):
+                pooled = family.encode_prompts(list(prompts))["pooled_prompt_embeds"]
         for concept, each in texts.items():
             with only_concept(channels, concept, len(state.attached)):
                 rows = family.encode_prompts(list(each))["prompt_embeds"]
             read |= {(concept, text): row for text, row in zip(each, rows, strict=True)}
-    length = family.token_dictionaries()[0].tokenizer.model_max_length
     routed = []
     for k, rows in enumerate(encoded):
-        keys, values = rows.clone(), rows.clone()
+        keys = values = rows
+        if copies[k]:
+            keys = rows.clone()
+            values = rows.clone() if family.reads_prompts_as_encoded else keys
         for copy in copies[k]:
             source = read[copy.concept, copy.text]
-            for start in range(0, len(rows), length):  # of each layer with tokens of its own
+            length = _clip_length(family)
+            # Layers may have tokens of their own, and T5's rows follow those of CLIP.
+            starts = range(0, len(rows) if family.reads_prompts_as_encoded else length, length)
+            for start in starts:
                 shared = start % len(source)  # the tokens may be the same for all layers
                 copied = source[[shared + p for p in copy.positions]]
                 for target in (values,) if copy.is_value else (keys, values):
                     target[[start + p for p in copy.to]] = copied
-        routed.append(RoutedPrompt(prompts[k], named[k], rows, keys, values, tokens[k]))
+        own = None if pooled is None or not named[k] else pooled[k]
+        routed.append(RoutedPrompt(prompts[k], named[k], rows, keys, values, tokens[k], own))
     return routed
 
 
-def _copies(
-    family: Family,
-    prompt: str,
-    named: Sequence[NamedConcept],
-    tokens: Sequence[tuple[int, ...]],
-) -> Iterator[_Copy]:
-    """Yield what replaces the rows of a prompt, in this order; nothing without concepts."""
+def _copies(family: Family, prompt: str, named: Sequence[NamedConcept]) -> Iterator[_Copy]:
+    """Yield what replaces CLIP's rows of a prompt, in this order; nothing without concepts."""
     if not named:
         return
-    length = family.token_dictionaries()[0].tokenizer.model_max_length
+    length = _clip_length(family)
+    tokens = [_clip_positions(family, prompt, each.spans) for each in named]
     text, spans = with_classes(prompt, named, None)
     rest = _without(length, tokens)
-    others = _without(length, [token_positions(family, text, each) for each in spans])
+    others = _without(length, [_clip_positions(family, text, each) for each in spans])
     others += others[-1:] * (len(rest) - len(others))  # more padding
     yield _Copy(None, text, others[: len(rest)], rest)
     for index, each in enumerate(named):
         text, spans = with_classes(prompt, named, each)
-        positions = token_positions(family, text, spans[index])
+        positions = _clip_positions(family, text, spans[index])
         yield _Copy(each.index, text, positions, tokens[index])
+    if not family.reads_prompts_as_encoded:
+        return  # a row is both key and value
     before = prompt[: min(start for each in named for start, _ in each.spans)]
     for each, to in zip(named, tokens, strict=True):
         text = before + prompt[slice(*each.spans[0])]
-        at = token_positions(family, text, [(len(before), len(text))])
+        at = _clip_positions(family, text, [(len(before), len(text))])
         repeats = -(-len(to) // len(at))
         yield _Copy(each.index, text, (at * repeats)[: len(to)], to, is_value=True)
+
+
+def _clip_length(family: Family) -> int:
+    return int(family.token_dictionaries()[0].tokenizer.model_max_length)
 
 
 def _without(length: int, positions: Sequence[Sequence[int]]) -> list[int]:
@@ -276,10 +353,41 @@ def only_concept(
     masks = torch.zeros(1, concepts, 1)
     if index is not None:
         masks[:, index] = 1.0
+    with _text_encoder_masks(channels, lambda component: masks):
+        yield
+
+
+@contextmanager
+def _each_at_own_tokens(
+    family: Family,
+    channels: Sequence[RankChannels],
+    concepts: int,
+    prompts: Sequence[str],
+    named: Sequence[tuple[NamedConcept, ...]],
+) -> Iterator[None]:
+    """Make the text encoders compute with each concept's update at the tokens of its words."""
+    masks = {}
+    for dictionary in family.token_dictionaries():
+        length = _clip_length(family)
+        mask = masks[dictionary.key] = torch.ones(len(prompts), concepts, length)
+        for row, (prompt, words) in enumerate(zip(prompts, named, strict=True)):
+            mask[row] = 0.0 if words else 1.0
+            for each in words:
+                positions = _read_positions(dictionary.tokenizer, prompt, each.spans)
+                mask[row, each.index, [p for p in positions if p < length]] = 1.0
+    with _text_encoder_masks(channels, masks.__getitem__):
+        yield
+
+
+@contextmanager
+def _text_encoder_masks(
+    channels: Sequence[RankChannels], masks: Callable[[str], Tensor]
+) -> Iterator[None]:
+    """Mask the ranks of text encoders; masks(component) is (batch or 1, concepts, tokens or 1)."""
     with ExitStack() as stack:
         for channel in channels:
             if channel.component.startswith("text_encoder"):
-                mask = rank_mask(masks, channel.owners)
+                mask = rank_mask(masks(channel.component), channel.owners)
                 hook = channel.down.register_forward_hook(partial(_multiply, mask))
                 stack.callback(hook.remove)
         yield

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from customize.families import Family
 from customize.families.denoiser_inputs import select_rows
 from customize.families.pipeline_components import uncompiled
 from customize.pipeline.call_scope import capture_call_scope
-from customize.stages.prompt_rows import PromptRows
+from customize.stages.prompt_rows import PromptRows, replace_rows
 
 #: Bootstrapping ends at this noise level, where 1 is pure noise.
 BOOTSTRAP_NOISE_LEVEL = 0.5
@@ -250,7 +250,7 @@ class _RegionalDenoiser:
         texts = [layer.prompt for layer in layers.values() for _ in range(count)]
         conditions = {name: values[texts].to(device) for name, values in self.conditions.items()}
         entries = [row * count + k for row in rows for k in range(count)]
-        replaced = _replace_rows(
+        replaced = replace_rows(
             arguments,
             self.family.denoiser_kwargs(conditions),
             entries,
@@ -296,36 +296,3 @@ def _rows_of_pass(call: _DenoiserCall, index: int) -> list[tuple[int, str | None
     has_all_rows = index == 0 or len(layers) == call.batch
     rows = range(call.batch) if has_all_rows else layers
     return [layers[row].source if row in layers else None for row in rows]
-
-
-def _replace_rows(
-    arguments: Mapping[str, Any],
-    replacements: Mapping[str, Any],
-    entries: Sequence[int],
-    *,
-    replaces_all: bool,
-) -> dict[str, Any]:
-    """Return the replaced arguments: some entries of each are replaced, in their order.
-
-    Args:
-        arguments: argument -> tensor with a row for each entry, list, or dict of such.
-        replacements: The same for the entries alone.
-        entries: The indices of the entries.
-        replaces_all: Whether these are all entries.
-    """
-    replaced: dict[str, Any] = {}
-    for name, value in replacements.items():
-        old: Any = arguments.get(name)
-        if isinstance(value, Mapping):
-            inner = _replace_rows(old or {}, value, entries, replaces_all=replaces_all)
-            replaced[name] = dict(old or {}) | inner
-        elif isinstance(value, list):
-            replaced[name] = list(old or [])
-            for entry, item in zip(entries, value, strict=True):
-                replaced[name][entry] = item.to(replaced[name][entry])
-        elif replaces_all:
-            replaced[name] = value if old is None else value.to(old)
-        else:
-            replaced[name] = old.clone()
-            replaced[name][list(entries)] = value.to(old)
-    return replaced

@@ -6,7 +6,7 @@ guidance passes does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,39 @@ class PromptRows:
             expected = position * len(self._encoded) // len(matches)
             prompts[row] = expected if expected in candidates else candidates[0]
         return prompts
+
+
+def replace_rows(
+    arguments: Mapping[str, Any],
+    replacements: Mapping[str, Any],
+    entries: Sequence[int],
+    *,
+    replaces_all: bool,
+) -> dict[str, Any]:
+    """Return the replaced arguments: some entries of each are replaced, in their order.
+
+    Args:
+        arguments: argument -> tensor with a row for each entry, list, or dict of such.
+        replacements: The same for the entries alone.
+        entries: The indices of the entries.
+        replaces_all: Whether these are all entries.
+    """
+    replaced: dict[str, Any] = {}
+    for name, value in replacements.items():
+        old: Any = arguments.get(name)
+        if isinstance(value, Mapping):
+            inner = replace_rows(old or {}, value, entries, replaces_all=replaces_all)
+            replaced[name] = dict(old or {}) | inner
+        elif isinstance(value, list):
+            replaced[name] = list(old or [])
+            for entry, item in zip(entries, value, strict=True):
+                replaced[name][entry] = item.to(replaced[name][entry])
+        elif replaces_all:
+            replaced[name] = value if old is None else value.to(old)
+        else:
+            replaced[name] = old.clone()
+            replaced[name][list(entries)] = value.to(old)
+    return replaced
 
 
 def is_same_prompt(text: Tensor, expected: Tensor) -> bool:

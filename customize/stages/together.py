@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
@@ -32,10 +31,8 @@ from customize.stages.text_prompts import text_prompts
 from customize.text import quote
 from customize.user_warnings import warn_user
 
-#: The families that concepts can be routed in.
-FAMILIES = ("sd", "sdxl")
 # Arguments that replace the prompt, or change how it is encoded.
-_INCOMPATIBLE_ARGUMENTS = ("prompt_embeds", "prompt_2", "clip_skip")
+_INCOMPATIBLE_ARGUMENTS = ("prompt_embeds", "prompt_2", "prompt_3", "clip_skip")
 # Other stages' arguments that change what each part of the picture reads.
 _INCOMPATIBLE_STAGES = ("regions", "reference_images")
 
@@ -63,7 +60,7 @@ def _run(
     routed = encode_routed(family, state, channels, prompts)
     given = None if areas is None else _given_masks(areas, routed, state)
     router = ConceptRouter(family, channels, len(state.attached), routed, given)
-    masks: list[dict[str, Image.Image]] = []  # filled when the call ends
+    masks: list[dict[str, Any]] = []  # filled when the call ends
     if return_masks:
         context.results["masks"] = masks
     with router.attach():
@@ -142,11 +139,11 @@ def _given_masks(
 def _prompts(context: CallContext, call: CallArguments) -> list[str]:
     """Return the prompts of a call, refusing calls that cannot be routed."""
     pipe, family = context.pipe, context.family
-    if family.name not in FAMILIES or family.output != "images":
+    if family.regions_unsupported:
         raise PipelineError(
-            f"family {family.name} does not support together=",
+            f"family {family.name} does not support together=: {family.regions_unsupported}",
             where="together",
-            fix=f"leave it out, or use pictures of {' or '.join(FAMILIES)}",
+            fix="leave it out; customize/families/README.md lists what supports it",
         )
     arguments = [name for name in _INCOMPATIBLE_ARGUMENTS if call.get(name) is not None]
     arguments += [name for name in _INCOMPATIBLE_STAGES if name in context.requested]
@@ -156,19 +153,20 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
             where="together",
             fix="leave out one of them",
         )
-    denoiser = pipe.components[family.denoiser_key]
-    if is_compiled(denoiser):
-        raise PipelineError(
-            "the denoiser is compiled, so together= cannot hook its layers",
-            where=family.denoiser_key,
-            fix="draw with together= before it is compiled",
-        )
-    if getattr(denoiser, "is_cache_enabled", False):
-        raise PipelineError(
-            "the denoiser caches outputs from step to step, and together= changes them between",
-            where=family.denoiser_key,
-            fix="call disable_cache() on it first",
-        )
+    for key in family.denoisers:
+        denoiser = pipe.components[key]
+        if is_compiled(denoiser):
+            raise PipelineError(
+                "the denoiser is compiled, so together= cannot hook its layers",
+                where=key,
+                fix="draw with together= before it is compiled",
+            )
+        if getattr(denoiser, "is_cache_enabled", False):
+            raise PipelineError(
+                "the denoiser caches outputs from step to step, and together= changes them between",
+                where=key,
+                fix="call disable_cache() on it first",
+            )
     settings = context.state.get_setting(Decor)
     avoids = "avoid" in context.requested or (settings is not None and settings.avoid is not None)
     prompts = text_prompts(call, "together")
@@ -184,11 +182,9 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
 
 def _check_routable(family: Family, channels: Sequence[RankChannels]) -> None:
     """Refuse concepts in layers of the denoiser that have no positions."""
+    kinds = {key: family.layer_tokens(key) for key in family.denoisers}
     for channel in channels:
-        base = channel.layer.get_base_layer()
-        if channel.component == family.denoiser_key and not (
-            isinstance(base, nn.Conv2d) or ".attentions." in channel.module
-        ):
+        if channel.component in kinds and channel.module not in kinds[channel.component]:
             raise PipelineError(
                 "a concept changes a layer without positions, which acts on the whole picture",
                 where=f"{channel.component}.{channel.module}",
@@ -215,11 +211,15 @@ def _report(router: ConceptRouter) -> str:
     return f"together: {'; '.join(dict.fromkeys(parts))}"
 
 
-def _mask_images(router: ConceptRouter) -> list[dict[str, Image.Image]]:
-    """Return for each picture: name of a concept -> its mask, white where the concept acts."""
+def _mask_images(router: ConceptRouter) -> list[dict[str, Any]]:
+    """Return for each picture: name of a concept -> its mask, white where the concept acts.
+
+    Masks of a video are lists with a picture for each latent frame.
+    """
+    is_video = router.family.output != "images"
     return [
         {
-            each.name: _image(mask)
+            each.name: [_image(frame) for frame in mask] if is_video else _image(mask[0])
             for each, mask in zip(picture.routed.named, picture.masks, strict=True)
         }
         if picture.masks is not None

@@ -10,7 +10,7 @@ from customize.core.lowrank import LowRank
 from customize.errors import ConfigError, PipelineError
 from customize.families import family_of
 from tests.stages.together_making import HALVES, LEFT, PROMPT, draw, pair
-from tests.tiny import CLIP_LENGTH, tiny_sd3
+from tests.tiny import CLIP_LENGTH
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,6 @@ def test_concepts_that_cannot_be_routed_are_refused():
         draw(pair(fuse=True), together=True)
     with pytest.raises(PipelineError, match="the merge ties has mixed the concepts"):
         draw(pair(merge="ties"), together=True)
-    pipe = pair(tiny_sd3)
-    with pytest.raises(PipelineError, match="family sd3 does not support together="):
-        draw(pipe, together=True)
     pipe = pair()
     pipe.unet.compile(backend="eager")
     with pytest.raises(PipelineError, match="the denoiser is compiled"):

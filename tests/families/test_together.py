@@ -1,0 +1,346 @@
+"""together= on every family: which layers are routed, and what a call changes and leaves."""
+
+from __future__ import annotations
+
+import functools
+import re
+from contextlib import ExitStack
+
+import pytest
+import torch
+
+from customize.concepts.types import Lora, LoraInfo
+from customize.core.lowrank import LowRank
+from customize.errors import PipelineError
+from customize.families import family_of
+from customize.pipeline.model_guards import ADAPTER_NAME
+from customize.pipeline.rank_channels import rank_channels
+from customize.pipeline.state import get_state
+from customize.stages.concept_routing import ConceptRouter
+from customize.stages.concept_words import RoutedPrompt, encode_routed, named_concepts
+from tests.families.test_families import PIPELINES
+from tests.pipeline.making import concept
+from tests.stages.together_making import HALVES, LEFT, OTHER, PROMPT, alike
+from tests.tiny import CLIP_LENGTH, drawn
+
+UNSUPPORTED = ("qwen_image_21", "ltx2")
+# Stable Diffusion and SDXL are in tests/stages/test_together.py.
+NAMES = [name for name in PIPELINES if not name.startswith((*UNSUPPORTED, "sd-e", "sd-v", "sdxl"))]
+families = pytest.mark.parametrize("name", NAMES)
+
+# Keys of the prompt in an attention's keys: all of them, or before or behind those of the picture.
+ORDER = {"sd": "all", "wan": "all", "sd3": "last", "z_image": "last"}
+CAUSAL = ("flux2", "flux3", "qwen_image", "z_image", "krea2")
+
+
+@functools.cache
+def pair(name):
+    pipe = PIPELINES[name]()
+    return pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1, class_word="cat"))
+
+
+def family_and_state(pipe):
+    return family_of(pipe.components, pipe.config), get_state(pipe)
+
+
+def draw(pipe, prompt=PROMPT, seed=1, **call):
+    noise = [torch.Generator().manual_seed(seed + k) for k in range(_count(prompt))]
+    size = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
+    return drawn(pipe, prompt, generator=noise if len(noise) > 1 else noise[0], **size | call)
+
+
+def _count(prompt):
+    return 1 if isinstance(prompt, str) else len(prompt)
+
+
+def router(pipe, prompt, tokens, mask):
+    """Route a prompt in its own encoding: every concept at all tokens or none, with this mask."""
+    family, state = family_and_state(pipe)
+    (routed,) = encode_routed(family, state, [], [prompt])
+    rows = routed.encoded
+    positions = tuple(range(len(rows))) if tokens else ()
+    named = named_concepts(prompt, state)
+    routed = RoutedPrompt(prompt, named, rows, rows, rows, (positions,) * len(named))
+    channels = rank_channels(family, state)
+    return ConceptRouter(
+        family,
+        channels,
+        len(state.attached),
+        [routed],
+        [lambda *grid: torch.full((len(named), *grid), float(mask))],
+    )
+
+
+def encoded(pipe, prompt):
+    family, state = family_and_state(pipe)
+    return encode_routed(family, state, [], [prompt])[0].encoded
+
+
+@families
+def test_masks_of_one_are_the_plain_picture_bit_for_bit_and_of_zero_the_base(name):
+    pipe = pair(name)
+    prompt = PROMPT
+    while name == "z_image" and len(encoded(pipe, prompt)) % 32:  # no concept acts on padding
+        prompt += " a"
+    plain = draw(pipe, prompt)
+    with router(pipe, prompt, True, 1).attach():
+        assert torch.equal(draw(pipe, prompt), plain)
+    # Without the row of the empty prompt, which is never routed.
+    free = {} if name.startswith("flux3") else {"guidance_scale": 0.0}
+    with router(pipe, prompt, False, 0).attach():
+        base = draw(pipe, prompt, **free)
+    family, _ = family_and_state(pipe)
+    if not free:
+        assert not torch.allclose(base, plain, atol=1e-3)
+        return
+    off = dict.fromkeys(family.denoisers, 0.0)
+    other = PIPELINES[name]()
+    other.load_custom(
+        concept(other), concept(other, "tom", index=1, class_word="cat"), weights=[off, off]
+    )
+    assert not torch.allclose(base, draw(pipe, prompt, **free), atol=1e-3)
+    assert alike(base, draw(other, prompt, **free))
+
+
+@families
+def test_every_adapted_layer_is_routed_or_refused_by_name(name):
+    pipe = PIPELINES[name]()
+    family = family_of(pipe.components, pipe.config)
+    generator = torch.Generator().manual_seed(3)
+
+    def lora(modules, name="mine"):
+        updates = {
+            module: LowRank(
+                0.1 * torch.randn(out, 2, generator=generator),
+                torch.randn(2, width, generator=generator),
+            )
+            for module, (out, width) in modules.items()
+        }
+        info = LoraInfo(name, family.name, "", 2, trigger_words="red hat")
+        return Lora(info, {family.denoiser_key: updates})
+
+    for key in family.denoisers:
+        kinds = family.layer_tokens(key)
+        assert set(family.adapter_targets(key)) <= set(kinds)
+    # All routed layers at once, the feed-forward ones and embedders too.
+    layers = family.layers(family.denoiser_key)
+    kinds = family.layer_tokens(family.denoiser_key)
+    prompt = "a photo of <rex> and a red hat"
+    pipe.load_custom(concept(pipe), lora({module: layers[module] for module in kinds}))
+    half = draw(pipe, prompt, together={"rex": torch.ones(2, 2), "mine": LEFT})
+    whole = draw(pipe, prompt, together={"rex": torch.ones(2, 2), "mine": torch.ones(2, 2)})
+    assert bool(half.isfinite().all()) and not torch.allclose(half, whole, atol=1e-4)
+    pipe.unload_custom("mine")
+    rest = [module for module in layers if module not in kinds]
+    assert rest
+    for module in rest[:: max(1, len(rest) // 4)]:
+        pipe.load_custom(lora({module: layers[module]}))
+        with pytest.raises(PipelineError, match=re.escape(module)):
+            draw(pipe, prompt, together=True)
+        pipe.unload_custom("mine")
+
+
+@families
+def test_ranks_act_on_their_own_tokens_and_in_their_own_area(name):
+    pipe = pair(name)
+    family, state = family_and_state(pipe)
+    kinds = family.layer_tokens(family.denoiser_key)
+    channels = {
+        channel.module: channel
+        for channel in rank_channels(family, state)
+        if channel.component == family.denoiser_key
+    }
+    inputs: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        for module, channel in channels.items():
+
+            def note(_, args, module=module):
+                inputs.setdefault(module, args[0])
+
+            up = channel.layer.lora_B[ADAPTER_NAME]
+            stack.callback(up.register_forward_pre_hook(note).remove)
+        draw(pipe, together=HALVES, num_inference_steps=2)
+    (routed,) = encode_routed(family, state, [], [PROMPT])
+    assert set(inputs) == set(channels)
+    for module, activation in inputs.items():
+        owners = channels[module].owners
+        for index, tokens in enumerate(routed.tokens):
+            ranks = [k for k, owner in enumerate(owners) if owner == index]
+            acts = (activation[..., ranks] != 0).any(-1)
+            if kinds[module] == "text_rows":
+                acts = acts.any(-1).reshape(-1, len(routed.encoded))
+            row = _routed_row(acts)
+            is_left = index == 0
+            if kinds[module] in ("text", "text_rows"):
+                assert row.nonzero()[:, 0].tolist() == list(tokens), module
+                continue
+            count = {"sd": len(row), "flux3": 256}.get(family.name, 64)
+            if kinds[module] == "picture":
+                _check_side(row[:count], is_left, module)
+            else:
+                is_last = ORDER.get(family.name) == "last"
+                rest = row[count:] if is_last else row[: len(row) - count]
+                _check_side(row[:count] if is_last else row[-count:], is_left, module)
+                assert rest.nonzero()[:, 0].tolist() == list(tokens), module
+
+
+def _routed_row(acts):
+    """The row of (entries, positions) where the fewest positions act: not that of a negative."""
+    return min(acts, key=lambda row: int(row.sum()))
+
+
+def _check_side(acts, is_left, module):
+    side = round(len(acts) ** 0.5)
+    grid = acts.reshape(side, side)
+    if not is_left:
+        grid = grid.flip(-1)
+    assert bool(grid[:, : side // 2].all()), module
+    assert not bool(grid[:, side // 2 :].any()), module
+
+
+@families
+def test_maps_are_what_positions_attend_to_in_the_layer(name, monkeypatch):
+    pipe = pair(name)
+    family, _ = family_and_state(pipe)
+    attended: dict[str, torch.Tensor] = {}
+    calls: list[tuple] = []
+    true: dict[str, tuple] = {}
+    compute = ConceptRouter._attended
+    attention_function = torch.nn.functional.scaled_dot_product_attention
+
+    def note(self, call, attention, *args):
+        result = compute(self, call, attention, *args)
+        if attention.name not in attended:
+            attended[attention.name] = result
+            row = next(iter(call.pictures))
+            query, key, mask = calls[-1]
+            true[attention.name] = (query[row], key[row], None if mask is None else mask[row])
+        return result
+
+    def record(query, key, value, attn_mask=None, **kwargs):
+        calls.append((query, key, attn_mask))
+        return attention_function(query, key, value, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(ConceptRouter, "_attended", note)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    draw(pipe, together=True)
+    assert set(attended) == {a.name for a in family.text_attentions(family.denoiser_key)}
+    order = ORDER.get(family.name, "first")
+    for module, result in attended.items():
+        query, key, mask = true[module]  # (heads, tokens, width)
+        texts = result.shape[-1]
+        positions = result.shape[1]
+        if order == "last":
+            query, key = query[:, :positions], key[:, positions : positions + texts]
+        elif order == "first":
+            query, key = query[:, -positions:], key[:, :texts]
+        scores = query.float() @ key.float().mT / query.shape[-1] ** 0.5
+        if mask is not None:
+            mask = mask[..., :texts]
+            is_boolean = mask.dtype == torch.bool
+            scores = scores.masked_fill(~mask, -torch.inf) if is_boolean else scores + mask
+        assert torch.allclose(result[0], scores.softmax(-1).mean(0), atol=1e-5), module
+
+
+@families
+def test_rows_of_words_are_where_another_word_changes_the_encoded_prompt(name):
+    pipe = pair(name)
+    family, state = family_and_state(pipe)
+    other = PROMPT.replace("tom", "tam")
+    (routed,) = encode_routed(family, state, [], [PROMPT])
+    tokens = routed.tokens[1]
+    plain, changed = (
+        family.denoiser_kwargs(family.encode_prompts([text])) for text in (PROMPT, other)
+    )
+    plain, changed = (next(iter(kwargs.values()))[0] for kwargs in (plain, changed))
+    if len(plain) != len(changed):  # a learned trigger has other tokens than a plain word
+        changed = changed[: len(plain)]
+        plain = plain[: len(changed)]
+    change = (plain - changed).flatten(1).norm(dim=1)
+    if family.name in CAUSAL:
+        assert int(change.nonzero()[0]) in tokens
+    elif family.prompt_text(PROMPT) is not None:
+        first = CLIP_LENGTH if family.has_clip_rows else 0
+        assert first + int(change[first:].argmax()) in tokens
+
+
+@families
+def test_the_negative_branch_and_other_prompts_are_what_they_were(name):
+    pipe = pair(name)
+    family, _ = family_and_state(pipe)
+    outputs: list[list[torch.Tensor]] = []
+    with ExitStack() as stack:
+
+        def note(module, args, kwargs, output):
+            outputs[-1] += list(output[0])
+
+        hook = pipe.components[family.denoiser_key].register_forward_hook(note, with_kwargs=True)
+        stack.callback(hook.remove)
+        for areas in ({}, {"together": HALVES}):
+            outputs.append([])
+            draw(pipe, num_inference_steps=2, **areas)
+    # Those of the first step.
+    plain, routed = (rows[: len(rows) // 2] for rows in outputs)
+    same = [torch.equal(a, b) for a, b in zip(plain, routed, strict=True)]
+    assert same.count(False) == 1
+
+
+@families
+def test_a_batch_of_two_is_two_batches_of_one(name):
+    pipe = pair(name)
+    if name.startswith("flux3"):
+        pytest.skip("the pipeline takes one prompt at a time")
+    batch = draw(pipe, [PROMPT, OTHER], together=True)
+    single = [draw(pipe, text, seed=1 + k, together=True) for k, text in enumerate((PROMPT, OTHER))]
+    assert alike(batch, torch.cat(single))
+
+
+@families
+def test_the_order_of_adapters_does_not_matter(name):
+    pipe = pair(name)
+    other = PIPELINES[name]()
+    other.load_custom(concept(other, "tom", index=1, class_word="cat"), concept(other))
+    assert alike(draw(other, together=HALVES), draw(pipe, together=HALVES))
+
+
+@families
+def test_sizes_of_other_shapes_masks_and_the_report(name):
+    pipe = pair(name)
+    family, _ = family_and_state(pipe)
+    swapped = {"<rex>": 1 - LEFT, "<tom>": LEFT}
+    wide = draw(pipe, together=HALVES, width=64)
+    assert not torch.allclose(draw(pipe, together=swapped, width=64), wide, atol=1e-3)
+    assert bool(draw(pipe, together=True, width=64).isfinite().all())
+    assert pipe.custom.reports["together"].startswith("together: rex in ")
+    if hasattr(pipe, "blocks"):
+        return
+    call = {"num_inference_steps": 2, "height": 32, "width": 64, "output_type": "latent"}
+    frames = {"num_frames": 5} if family.output == "frames" else {}
+    output = pipe(prompt=PROMPT, together=HALVES, return_masks=True, **call, **frames)
+    mask = output.masks[0]["rex"]
+    if frames:
+        assert isinstance(mask, list) and len(mask) > 1
+        mask = mask[0]
+    assert mask.getpixel((0, 0)) == 255 and mask.getpixel((mask.width - 1, mask.height - 1)) == 0
+
+
+@families
+def test_encoders_without_learned_tokens_carry_nothing_that_a_concept_learned(name):
+    other, pipe = PIPELINES[name](), pair(name)
+    other.load_custom(concept(other, index=2), concept(other, "tom", index=3))
+    rows, others = (
+        family_of(each.components, each.config).encode_prompts([PROMPT])["prompt_embeds"]
+        for each in (pipe, other)
+    )
+    family, _ = family_and_state(pipe)
+    first = CLIP_LENGTH if family.has_clip_rows else 0
+    assert torch.equal(rows[:, first:], others[:, first:])
+    assert not first or not torch.equal(rows[:, :first], others[:, :first])
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_families_that_read_the_prompt_in_another_way_are_refused(name):
+    pipe = PIPELINES[name]()
+    pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1))
+    with pytest.raises(PipelineError, match=f"family {name} does not support together="):
+        draw(pipe, together=True)

@@ -1,13 +1,21 @@
-"""Two concepts in one image, from the words alone: does each appear in its half?
+"""Several concepts in one image, from the words alone: does each appear in its place?
 
-The demo's three concepts of different classes, trained separately with the demo's settings, are
-drawn in all six ordered pairs on the base's own 64 x 64 pixels: by plain prompts, merged by fusion
-and by a sum; and merged by fusion with `together=True`, which finds where each concept is, with
-`together=` and the halves of the image, and with `regions=` of the halves. Prompts and seeds are
-the same. A pair is right if the first concept is recognised in the left half and the second one in
-the right half, by the judges of `regions.py`. Errors are standard errors over images.
+Pairs of concepts of two classes and of one class, and triples, trained separately by the demo's
+recipe, are drawn by prompts such as "a photo of <rex> and <tom> in a city": by plain merging, by
+other methods (`_together/rivals/`, written from their papers), by `together=` and by `regions=`.
+Prompts and seeds are the same. An image is right if each concept is recognised in its part, from
+left to right. The ceiling is each concept alone, beside plain things of the others' classes.
+A group of its own draws each concept beside a plain thing of another class, with both concepts
+attached, and counts how often the plain thing is taken for one of them, or has the colour and
+pattern of the named one. Errors are standard errors over images.
 
-The constants of `customize/stages/concept_routing.py` were chosen on another seed and other places.
+The settings of other methods were chosen on other concepts, seeds and places (`--tune`), as the
+constants of `customize/stages/` on other seeds and places.
+
+Missing concepts are trained, a minute each. Scores are stored by row and by concepts, so an
+interrupted run resumes; they are named by the weights, the methods' code and their settings, so
+that changed ones are measured anew. Seconds are those of one core, relative to the plain prompt
+with the same concepts attached, alternating; medians.
 
     python scripts/bench/together.py --json scripts/bench/results/together.json
 """
@@ -15,155 +23,351 @@ The constants of `customize/stages/concept_routing.py` were chosen on another se
 from __future__ import annotations
 
 import argparse
-import math
+import hashlib
+import itertools
+import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import _common
+import _workers
 import torch
 from _scorer import open_quietly
-from regions import HALVES, SQUARE, distances, drawn
+from _together import cast, drawing, tuning
+from _together.cast import GROUPS, QUICK_GROUPS, Group, Kind, Names, Scene
+from _together.rows import ALONE, BASE, LORA, ROWS, WORDS, AloneRow, Row
+from _together.scores import Hit, Scorer, mean_of, rates, standard_error
 from torch import Tensor
 
-from customize.demo.experiment import NAMES
-from customize.demo.run_demo import train_concept
 from customize.image_tensors import tensor_to_images
-from customize.storybook.bundled_assets import assets_folder
-from customize.storybook.caption_grammar import BACKGROUND_PHRASES
-from customize.storybook.example_concepts import bundled_concept
-from customize.storybook.judges import judge_inputs, load_judges
+from customize.storybook.judges import load_judges
 
-PAIRS = tuple((a, b) for a in NAMES for b in NAMES if a != b)
-PLACES = tuple(BACKGROUND_PHRASES.values())
+ROUNDS, QUICK_ROUNDS = 7, 2
+QUICK_STEPS = 40
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way of drawing: how concepts are merged, and the argument that gives the areas."""
+class Bench:
+    """The pipeline, its concepts and the scores of one run."""
 
-    merge: str
-    argument: str = ""
-    has_halves: bool = False
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.groups = QUICK_GROUPS if args.quick else GROUPS
+        self.steps = QUICK_STEPS if args.quick else None
 
-    def call(self, pair: Sequence[str]) -> dict[str, Any]:
-        if not self.argument:
-            return {}
-        halves = {f"<{name}>": box for name, box in zip(pair, HALVES, strict=True)}
-        return {self.argument: halves if self.has_halves else True}
+    # -- concepts -----------------------------------------------------------------------------
 
+    def open(self) -> Any:
+        pipe = open_quietly(self.args.base)
+        pipe.unet.to(memory_format=torch.channels_last)
+        return pipe
 
-WAYS = {
-    "plain, fusion": Way("fusion"),
-    "plain, sum": Way("sum"),
-    "together, fusion": Way("fusion", "together"),
-    "together with halves, fusion": Way("fusion", "together", has_halves=True),
-    "regions, fusion": Way("fusion", "regions", has_halves=True),
-}
+    def folders(self, kind: Kind, names: Names) -> dict[str, Path]:
+        find = cast.folder_of
+        return {n: find(self.args.folder, self.args.base, kind, n, self.steps) for n in names}
 
+    def missing(self) -> list[str]:
+        """The concepts to train, as jobs."""
+        wanted = {
+            f"{ROWS[title].kind}/{name}"
+            for group, title in self.cells()
+            for names in self.groups[group].names
+            for name in names
+        }
+        return sorted(job for job in wanted if not self._is_trained(*job.split("/")))
 
-@dataclass(frozen=True)
-class Protocol:
-    pairs: tuple[tuple[str, str], ...]
-    places: tuple[str, ...]
-    seeds: tuple[int, ...]
+    def _is_trained(self, kind: Any, name: str) -> bool:
+        (folder,) = self.folders(kind, (name,)).values()
+        return (folder / "concept.json").exists()
 
+    def learn(self, jobs: Sequence[str]) -> None:
+        components = open_quietly(self.args.base).components
+        for job in jobs:
+            kind, name = job.split("/")
+            started = time.time()
+            cast.learn(self.args.folder, self.args.base, kind, name, components, self.steps)
+            print(f"learned {job} in {time.time() - started:.0f} s", flush=True)
 
-FULL = Protocol(PAIRS, PLACES[2:], (1, 2))
-QUICK = Protocol(PAIRS[:2], PLACES[4:], (1,))
+    # -- scores -------------------------------------------------------------------------------
 
+    def cells(self) -> list[tuple[str, str]]:
+        """Group and title of each row of the result."""
+        chosen = self.args.groups or list(self.groups), self.args.rows or list(ROWS)
+        return [
+            (group, title)
+            for group, title in itertools.product(*chosen)
+            if group in self.groups and group in ROWS[title].groups
+        ]
 
-def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    torch.set_num_threads(1)
-    protocol = QUICK if args.quick else FULL
-    pipe = open_quietly(args.base)
-    for name in NAMES:
-        train_concept(args.folder / name, name, "orthogonal", pipe.components)
-    pipe.unet.to(memory_format=torch.channels_last)
-    judges = load_judges(assets_folder() / "judges")
-    signatures = {n: judges.prototype(judge_inputs(bundled_concept(n).images())) for n in NAMES}
-    hits: dict[str, list[tuple[bool, bool]]] = {title: [] for title in WAYS}
-    seconds: dict[str, list[float]] = {title: [] for title in WAYS}
-    kept: dict[tuple[str, Any], Tensor] = {}
-    for seed, pair in product(protocol.seeds, protocol.pairs):
-        texts = [f"a photo of <{pair[0]}> and <{pair[1]}> {place}" for place in protocol.places]
-        for merge in ("fusion", "sum"):
-            pipe.load_custom(*(args.folder / name for name in pair), merge=merge)
-            for title in (title for title, way in WAYS.items() if way.merge == merge):
-                started = time.perf_counter()
-                images = drawn(pipe, texts, seed, SQUARE, **WAYS[title].call(pair))
-                seconds[title].append((time.perf_counter() - started) / len(images))
-                kept.setdefault((title, pair), images)
-                left, _ = distances(judges, images, signatures[pair[0]])
-                _, right = distances(judges, images, signatures[pair[1]])
-                limit = judges.threshold
-                hits[title] += zip((left <= limit).tolist(), (right <= limit).tolist(), strict=True)
+    def file(self, group: str, title: str, names: Names) -> Path:
+        """The file of the scores of a row with these concepts."""
+        row, scored = ROWS[title], self.groups[group]
+        depends = hashlib.sha256(repr((asdict(scored) | {"names": ()}, row.merge)).encode())
+        concepts = [p / cast.WEIGHTS for p in self.folders(row.kind, names).values()]
+        weights = [*_workers.weights_of(self.args.base), *_workers.weights_of(self.args.judges)]
+        for path in [*weights, *concepts, *cast.SOURCES, *row.sources]:
+            depends.update(_digest(path))
+        name = f"{'-'.join(names)}-{depends.hexdigest()[:8]}.json"
+        folder = self.args.folder / ("scores-quick" if self.args.quick else "scores")
+        return folder / _workers.folder_name(group) / _workers.folder_name(title) / name
+
+    def score(self, jobs: Sequence[str]) -> None:
+        """Score rows by jobs "group/title/names"; finished ones are kept."""
+        pipe = self.open()
+        scorer = Scorer(load_judges(self.args.judges))
+        for job in jobs:
+            group, title, joined = job.split("/")
+            names = tuple(joined.split("+"))
+            path = self.file(group, title, names)
+            if path.exists():
+                continue
+            hits: list[Hit] = []
+            for scene, views in self.views(pipe, ROWS[title], self.groups[group], names):
+                hits += scorer.hits(scene, views)
+                if scene.numbers[0] < 2000 and not path.with_suffix(".png").exists():
+                    save_line(views, path.with_suffix(".png"))
+            _workers.keep(path, hits)
+            shares = {key: round(value, 2) for key, value in rates(hits).items()}
+            print(f"{group}, {title}, {joined}: {shares}", flush=True)
+
+    def views(
+        self, pipe: Any, row: Row | AloneRow, group: Group, names: Names
+    ) -> Iterator[tuple[Scene, list[Tensor]]]:
+        """Draw all scenes of a group with these concepts."""
+        folders = self.folders(row.kind, names)
+        scenes = [scene for seed in group.seeds for scene in cast.scenes(group, names, seed)]
+        if isinstance(row, AloneRow):
+            for scene in scenes:
+                yield scene, row.draw(pipe, folders, scene)
+            return
+        pipe.load_custom(*folders.values(), merge=row.merge)
+        try:
+            for scene in scenes:
+                yield scene, [row.draw(pipe, *scene.call)] * len(names)
+        finally:
             pipe.unload_custom()
-        counts = {title: sum(a and b for a, b in each) for title, each in hits.items()}
-        print(seed, pair, counts, flush=True)
-        if pair == protocol.pairs[-1]:  # an interrupted run leaves the seeds so far
-            rows = [row_of(title, hits[title], seconds[title]) for title in WAYS]
-            figures = figures_of({row["drawn"]: row for row in rows})
-            _common.write_result("together", args, rows, figures)
-    if args.pictures is not None:
-        save(kept, protocol.pairs, args.pictures)
-    return rows, figures
+
+    def run(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
+        workers = _extra_flags(self.args)
+        if missing := self.missing():
+            _workers.share_out(self.args, "learn", missing, *workers)
+        jobs = {
+            f"{group}/{title}/{'+'.join(names)}": self.file(group, title, names)
+            for group, title in self.cells()
+            for names in self.groups[group].names
+        }
+        if left := [job for job, path in jobs.items() if not path.exists()]:
+            _workers.share_out(self.args, "score", left, *workers)
+        hits = {
+            (group, title): [
+                hit
+                for names in self.groups[group].names
+                for hit in json.loads(jobs[f"{group}/{title}/{'+'.join(names)}"].read_text())
+            ]
+            for group, title in self.cells()
+        }
+        if self.args.pictures is not None:
+            self.save(self.args.pictures, jobs)
+        rows = [self.row(hits, *cell) for cell in hits]
+        return rows, figures_of(hits)
+
+    def row(
+        self, hits: Mapping[tuple[str, str], Sequence[Hit]], group: str, title: str
+    ) -> dict[str, Any]:
+        row = {"group": group, "drawn": title, **rates(hits[group, title])}
+        ceiling = hits.get((group, ALONE + (LORA if ROWS[title].kind == "lora" else "")))
+        alone = mean_of(ceiling, "all") if ceiling else None
+        if alone:
+            row["retention"] = row["all"] / alone
+        return row | {"pictures": len(hits[group, title])}
+
+    def tune(self) -> list[dict[str, Any]]:
+        """Try the settings of methods; see :mod:`_together.tuning`."""
+        wanted = sorted(
+            {n for g in cast.TUNING_GROUPS.values() for names in g.names for n in names}
+        )
+        self.learn([f"orthogonal/{n}" for n in wanted if not self._is_trained("orthogonal", n)])
+        pipe, scorer = self.open(), Scorer(load_judges(self.args.judges))
+        rows = []
+        for method in self.args.tune or tuning.METHODS:
+            for row in tuning.tune(
+                method, pipe, scorer, lambda names: [*self.folders("orthogonal", names).values()]
+            ):
+                rows.append(row)
+                print(row, flush=True)
+        return rows
+
+    # -- seconds ------------------------------------------------------------------------------
+
+    def seconds(self) -> dict[str, float]:
+        """Title -> the time of a drawing, relative to a plain one."""
+        pipe = self.open()
+        group = next(iter(self.groups.values()))
+        scene = cast.scenes(group, group.names[0], group.seeds[0])[0]
+        results = {}
+        for title, row in ROWS.items():
+            if isinstance(row, AloneRow) or (self.args.rows and title not in self.args.rows):
+                continue
+            pipe.load_custom(
+                *self.folders(row.kind, scene.names).values(),
+                merge=row.merge,
+            )
+            timed: list[list[float]] = [[], []]
+            for _ in range(QUICK_ROUNDS if self.args.quick else ROUNDS):
+                for draw, taken in zip((drawing.draw, row.draw), timed, strict=True):
+                    started = time.process_time()
+                    draw(pipe, *scene.call)
+                    taken.append(time.process_time() - started)
+            pipe.unload_custom()
+            results[title] = median(timed[1][1:]) / median(timed[0][1:])  # the first warms up
+            print(f"{title}: {results[title]:.2f} times the seconds of plain", flush=True)
+        return results
+
+    # -- pictures -----------------------------------------------------------------------------
+
+    def save(self, path: Path, jobs: Mapping[str, Path]) -> None:
+        """Save one image per group, a line per row, from what the scoring has kept."""
+        from PIL import Image
+
+        for group in {group: None for group, _ in self.cells()}:
+            lines = []
+            for title in (title for where, title in self.cells() if where == group):
+                kept = [
+                    jobs[f"{group}/{title}/{'+'.join(names)}"].with_suffix(".png")
+                    for names in self.groups[group].names
+                ]
+                lines.append([Image.open(each) for each in kept])
+            cell, gap = lines[0][0], 2
+            size = (cell.width + gap) * max(map(len, lines)), (cell.height + gap) * len(lines)
+            sheet = Image.new("RGB", size, "white")
+            for y, line in enumerate(lines):
+                for x, image in enumerate(line):
+                    sheet.paste(image, (x * (cell.width + gap), y * (cell.height + gap)))
+            target = path.with_stem(f"{path.stem}-{_workers.folder_name(group)}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(target)
 
 
-def row_of(
-    title: str, hits: Sequence[tuple[bool, bool]], seconds: Sequence[float]
-) -> dict[str, Any]:
-    both = mean(a and b for a, b in hits)
-    return {
-        "drawn": title,
-        "left": mean(a for a, _ in hits),
-        "right": mean(b for _, b in hits),
-        "both": both,
-        "error": math.sqrt(both * (1 - both) / len(hits)),
-        "pictures": len(hits),
-        "seconds": mean(seconds),
-    }
+def _digest(path: Path, known: dict[Path, bytes] = {}) -> bytes:  # noqa: B006 (a cache)
+    if path not in known:
+        known[path] = hashlib.sha256(path.read_bytes()).digest()
+    return known[path]
 
 
-def figures_of(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    words, plain = rows["together, fusion"], rows["plain, fusion"]
-    return {
-        "plain_both_right": plain["both"],
-        "plain_both_right_sum": rows["plain, sum"]["both"],
-        "words_both_right": words["both"],
-        "halves_both_right": rows["together with halves, fusion"]["both"],
-        "regions_both_right": rows["regions, fusion"]["both"],
-        "words_error": words["error"],
-        "plain_error": plain["error"],
-        "seconds_over_plain": words["seconds"] / plain["seconds"],
-    }
+def _extra_flags(args: argparse.Namespace) -> list[str]:
+    flags = []
+    for name in ("groups", "rows"):
+        if chosen := getattr(args, name):
+            flags += [f"--{name}", *chosen]
+    return flags
 
 
-def save(
-    kept: Mapping[tuple[str, Any], Tensor], pairs: Sequence[tuple[str, str]], path: Path
-) -> None:
-    """Save a line of images per way, one of each pair."""
-    lines = [torch.cat([kept[way, pair][0] for pair in pairs], -1) for way in WAYS]
-    (image,) = tensor_to_images(torch.cat(lines, -2)[None])
+def save_line(views: Sequence[Tensor], path: Path) -> None:
+    """Save the first image of a scene; of a ceiling, one for each concept, cut to its part."""
+    width = views[0].shape[-1] // len(views)
+    parts = [view[:1, ..., i * width : (i + 1) * width] for i, view in enumerate(views)]
+    (image,) = tensor_to_images(torch.cat(parts, -1))
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
 
+# --- figures ----------------------------------------------------------------------------------
+
+
+def figures_of(hits: Mapping[tuple[str, str], Sequence[Hit]]) -> dict[str, float]:
+    """The figures that the measured groups and rows allow."""
+    figures: dict[str, float] = {}
+
+    def add(name: str, groups: Sequence[str], title: str, column: str = "all") -> None:
+        cells = [hits[group, title] for group in groups if (group, title) in hits]
+        if len(cells) == len(groups):
+            values = [hit for cell in cells for hit in cell]
+            share = mean_of(values, column)
+            assert share is not None
+            figures[name] = share
+            figures[f"{name}_error"] = standard_error(share, len(values))
+
+    for group in ("mixed", "same"):
+        add(f"words_both_right_{group}", [group], WORDS)
+        add(f"plain_both_right_{group}", [group], "plain, fusion")
+        add(f"alone_both_right_{group}", [group], ALONE)
+        add(f"boxes_both_right_{group}", [group], "ours in boxes, fusion")
+        add(f"wide_words_both_right_{group}", [f"{group}, wide"], WORDS)
+        add(f"wide_regions_both_right_{group}", [f"{group}, wide"], "regions= in boxes, fusion")
+    add("wide_words_both_right", ["mixed, wide", "same, wide"], WORDS)
+    add("triple_all_right", ["triples"], WORDS)
+    add("triple_all_right_alone", ["triples"], ALONE)
+    add("class_leak_words", ["beside a class"], WORDS, "leak")
+    add("class_leak_base", ["beside a class"], BASE, "leak")
+    if "class_leak_words" in figures and "class_leak_base" in figures:
+        figures["plain_class_leak"] = figures["class_leak_words"] - figures["class_leak_base"]
+    margins = {}
+    for group in ("mixed", "same", "mixed, wide", "same, wide", "triples"):
+        rivals = [
+            share
+            for (where, title), values in hits.items()
+            if where == group
+            and ROWS[title].is_rival
+            and (share := mean_of(values, "all")) is not None
+        ]
+        if rivals and (group, WORDS) in hits:
+            ours = mean_of(hits[group, WORDS], "all")
+            margins[group] = (ours or 0.0) - max(rivals)
+            name = _workers.folder_name(group).replace("-", "_")
+            figures[f"margin_over_best_rival_{name}"] = margins[group]
+    if {"mixed", "same"} <= margins.keys():
+        figures["margin_over_best_rival"] = mean((margins["mixed"], margins["same"]))
+    return figures
+
+
 def main() -> None:
     parser = _common.parser(__doc__)
-    parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
+    _workers.add_arguments(parser, "runs/together", "learn", "score")
     parser.add_argument(
-        "--folder", type=Path, default=Path("runs/together"), help="for trained concepts"
+        "--groups",
+        nargs="+",
+        metavar="GROUP",
+        choices=list(GROUPS),
+        help=f"measure these only: {', '.join(map(repr, GROUPS))}",
     )
     parser.add_argument(
-        "--pictures", type=Path, metavar="FILE", help="write one image per pair to this .png"
+        "--rows",
+        nargs="+",
+        metavar="ROW",
+        choices=list(ROWS),
+        help="measure these only, such as 'plain, sum' FreeFuse",
+    )
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FILE", help="write FILE-GROUP.png, a line for each row"
+    )
+    parser.add_argument(
+        "--tune",
+        nargs="*",
+        metavar="METHOD",
+        choices=list(tuning.METHODS),
+        help="try the settings of these methods (default: all), and measure nothing else",
     )
     args = parser.parse_args()
-    _common.report("together", args, *run(args))
+    bench = Bench(args)
+    torch.set_num_threads(1)
+    if args.learn is not None:
+        bench.learn(args.learn)
+    elif args.score is not None:
+        bench.score(args.score)
+    elif args.tune is not None:
+        _common.report("together_tuning", args, bench.tune(), {})
+    else:
+        rows, figures = bench.run()
+        ratios = bench.seconds()
+        for row in rows:
+            if row["drawn"] in ratios:
+                row["seconds_over_plain"] = ratios[row["drawn"]]
+        if WORDS in ratios:
+            figures["seconds_over_plain"] = ratios[WORDS]
+        _common.report("together", args, rows, figures)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ class DenoiserInputs(AdaptableLayers):
 
     #: The denoiser's argument for the latents, with a row for each picture.
     latents_argument: ClassVar[str] = "hidden_states"
+    #: The denoiser's argument for the encoded prompts, the first of :meth:`denoiser_kwargs`.
+    text_argument: ClassVar[str] = "encoder_hidden_states"
     #: Arguments that are lists with an entry for each row; all others are tensors.
     list_arguments: ClassVar[tuple[str, ...]] = ()
     #: Why the family cannot draw with regions; empty if it can.

@@ -179,6 +179,18 @@ class Family(DenoiserInputs):
 
     # -- defaults ----------------------------------------------------------------------------
 
+    def encode_clip_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts by the CLIP text encoders alone, for families that have some.
+
+        Args:
+            prompts: Texts without learned tokens, or with expanded ones.
+
+        Returns:
+            The part of :meth:`encode_prompts` that comes from CLIP: "prompt_embeds" has CLIP's rows
+            alone, and is left out where they are none.
+        """
+        return self.encode_prompts(prompts)
+
     def relevant_config(self) -> dict[str, Any]:
         """Return the configuration that training depends on besides the weights, as JSON values.
 

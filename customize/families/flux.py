@@ -134,16 +134,18 @@ class Flux(PackedLatentsFamily):
         }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        tokenizer, clip = self._component("tokenizer"), self._component("text_encoder")
-        ids = tokenize(tokenizer, prompts, tokenizer.model_max_length).input_ids
-        pooled = clip(to_device(ids, clip.device)).pooler_output
+        conditions = self.encode_clip_prompts(prompts)
+        device = conditions["pooled_prompt_embeds"].device
         t5 = self._component("text_encoder_2")
         ids = tokenize(self._component("tokenizer_2"), prompts, MAX_SEQUENCE_LENGTH).input_ids
         hidden = t5(to_device(ids, t5.device))[0]
-        return {
-            "prompt_embeds": hidden.to(pooled.device, t5.dtype),
-            "pooled_prompt_embeds": pooled.to(clip.dtype),
-        }
+        return {"prompt_embeds": hidden.to(device, t5.dtype)} | conditions
+
+    def encode_clip_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        tokenizer, clip = self._component("tokenizer"), self._component("text_encoder")
+        ids = tokenize(tokenizer, prompts, tokenizer.model_max_length).input_ids
+        pooled = clip(to_device(ids, clip.device)).pooler_output
+        return {"pooled_prompt_embeds": pooled.to(clip.dtype)}
 
     def predict(
         self,

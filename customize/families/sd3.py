@@ -127,13 +127,18 @@ class StableDiffusion3(RectifiedFlowFamily):
         }
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        conditions = self.encode_clip_prompts(prompts)
+        clip = conditions["prompt_embeds"]
+        t5 = self._encode_t5(prompts, clip)
+        return conditions | {"prompt_embeds": torch.cat([clip, t5], dim=-2)}
+
+    def encode_clip_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         clips = [self._encode_clip(prompts, key) for key in self.clip_encoders]
         clip = torch.cat([hidden for hidden, _ in clips], dim=-1)
-        t5 = self._encode_t5(prompts, clip)
         # CLIP's tokens come first, padded with zeros to T5's width.
-        padded = functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        width = self.denoiser.config.joint_attention_dim
         return {
-            "prompt_embeds": torch.cat([padded, t5], dim=-2),
+            "prompt_embeds": functional.pad(clip, (0, width - clip.shape[-1])),
             "pooled_prompt_embeds": torch.cat([pooled for _, pooled in clips], dim=-1),
         }
 

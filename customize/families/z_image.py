@@ -67,6 +67,7 @@ class ZImage(RectifiedFlowFamily):
     other_encoders = ("text_encoder",)
     attention_mask = "boolean"
     latents_argument = "x"
+    text_argument = "cap_feats"
     list_arguments = ("x", "cap_feats")
     no_guidance = 0.0
     # The embedders compute from all prompts or pictures of a batch behind one another.

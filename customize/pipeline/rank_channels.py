@@ -1,86 +1,179 @@
-"""Which concept each rank of a merged adapter belongs to."""
+"""Which concept each rank of a merged update belongs to, and masks of its mid-activations."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from customize.concepts.adapter import match_to_model
-from customize.concepts.merge.merge_concepts import plan_merge
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from customize.concepts.merge.merge_concepts import LayerMerge
 from customize.concepts.types import Lora
+from customize.core.lowrank import LowRank
 from customize.core.routing import rank_owners
 from customize.errors import PipelineError
 from customize.families import Family
+from customize.families.pipeline_components import uncompiled
 from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.state import AttachedState
+from customize.pipeline.transaction import plan_layers
+
+#: Mid-activation -> its mask; None to leave it. Both are (..., positions, ranks), or (batch, ranks,
+#: ...) for a convolution.
+MaskFunction = Callable[[Tensor], Tensor | None]
+
+# The key of the channels in the state's derived values.
+_CACHE = "rank channels"
 
 
 @dataclass(frozen=True, eq=False)
 class RankChannels:
-    """The ranks of one layer's adapter.
+    """The ranks of one layer's update.
 
     Attributes:
         component: Such as "unet".
         module: Name of the layer in the component.
-        layer: peft's LoRA layer.
+        layer: peft's LoRA layer; for an update in the weight the layer, with or without adapters.
         owners: For each rank the index of its concept, in the order of the attached ones.
+        fused: The update, if it is in the weight.
     """
 
     component: str
     module: str
     layer: Any
     owners: tuple[int, ...]
+    fused: LowRank | None = None
+    _factors: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    @property
-    def down(self) -> Any:
-        """The module whose output is the mid-activation, (..., ranks)."""
-        return self.layer.lora_A[ADAPTER_NAME]
+    def mask(self, masks: MaskFunction) -> Any:
+        """Multiply the mid-activation by masks, until the returned handle is removed.
+
+        An update in the weight gets what is missing at the layer's output::
+
+            y = x (W + B A)^T + (x A^T * (M - 1)) B^T
+
+        Args:
+            masks: Called with the mid-activation in every call of the layer.
+        """
+        if self.fused is None:
+            down = self.layer.lora_A[ADAPTER_NAME]
+            return down.register_forward_hook(partial(_multiply, masks))
+        return self.layer.register_forward_hook(partial(self._add_difference, self.fused, masks))
+
+    def _add_difference(
+        self, fused: LowRank, masks: MaskFunction, module: Any, args: Any, output: Tensor
+    ) -> Tensor | None:
+        base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+        down, up = self._moved(fused, args[0], base)
+        middle = _apply(base, args[0], down)
+        mask = masks(middle)
+        if mask is None:
+            return None
+        difference = middle * (mask - 1)
+        if isinstance(base, nn.Linear):
+            return output + functional.linear(difference, up)
+        return output + torch.einsum("or,br...->bo...", up, difference)
+
+    def _moved(self, fused: LowRank, like: Tensor, base: Any) -> tuple[Tensor, Tensor]:
+        """Return the factors on the device and in the dtype of an input; the scale is in ``up``."""
+        key = (like.device, like.dtype)
+        if key not in self._factors:
+            down = fused.down.to(like)
+            if not isinstance(base, nn.Linear):
+                down = down.reshape(len(down), base.in_channels, *base.kernel_size)
+            self._factors[key] = down, (fused.up * fused.scale).to(like)
+        return self._factors[key]
+
+
+def _multiply(masks: MaskFunction, module: Any, args: Any, output: Tensor) -> Tensor | None:
+    mask = masks(output)
+    return None if mask is None else output * mask
+
+
+def _apply(base: Any, inputs: Tensor, down: Tensor) -> Tensor:
+    if isinstance(base, nn.Linear):
+        return functional.linear(inputs, down)
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[down.ndim - 3]
+    return convolve(inputs, down, None, base.stride, base.padding, base.dilation)
 
 
 def rank_channels(family: Family, state: AttachedState) -> list[RankChannels]:
-    """Return the owners of the ranks of all layers that attached concepts adapt.
+    """Return the owners of the ranks of all layers that attached concepts change.
+
+    They are computed once for what is attached: other calls of the models wait for the caller.
 
     Args:
         family: The models of the pipeline.
         state: The concepts attached to them.
 
     Raises:
-        PipelineError: A part of a concept is in no rank of its own: a concept is fused into the
-            weights, changes biases or norms, or was merged by a method that mixes ranks; or
-            someone removed the adapter.
+        PipelineError: A part of a concept is in no rank of its own: a concept changes biases or
+            norms, or was merged by a method that mixes ranks; or someone removed the adapter.
     """
+    if not state.has_all_adapters:
+        raise _unroutable("the adapter was removed by someone else", "call load_custom again")
+    if _CACHE not in state.derived:
+        state.derived[_CACHE] = _find_channels(family, state)
+    found: list[RankChannels] = state.derived[_CACHE]
+    return found
+
+
+def _find_channels(family: Family, state: AttachedState) -> list[RankChannels]:
     for name, attached in state.attached.items():
-        if attached.fused:
-            raise _unroutable(
-                f"the concept {name} is fused into the weights", "load it without fuse=True"
-            )
         if isinstance(attached.concept, Lora) and attached.concept.vector_updates:
             raise _unroutable(
                 f"the concept {name} changes biases or norms, which act on the whole picture",
                 "leave together= out for it",
             )
-    if not state.has_all_adapters:
-        raise _unroutable("the adapter was removed by someone else", "call load_custom again")
-    concepts = [attached.concept for attached in state.attached.values()]
-    weights = [attached.weight for attached in state.attached.values()]
-    planned = match_to_model(plan_merge(concepts, weights), family)
+    method = state.merge_plan.method
     channels = []
+    beside, in_weights = (
+        plan_layers(family, state.attached, state.merge_plan, fused=fused)
+        for fused in (False, True)
+    )
+    numbers = {
+        fused: [k for k, item in enumerate(state.attached.values()) if item.fused == fused]
+        for fused in (False, True)
+    }
     for adapter in state.adapters:
         for component, layers in adapter.layers.items():
             for module, layer in layers.items():
                 up = layer.lora_B[ADAPTER_NAME].weight.detach().flatten(1)
                 if not up.shape[1]:
                     continue  # wrapped for the concepts of another call
-                plan = planned[component][module]
-                owners = rank_owners(up, [update.up.to(up.device) for update in plan.updates])
-                if owners is None:
-                    raise _unroutable(
-                        f"the merge {state.merge_plan.method} has mixed the concepts in the layer "
-                        f"{component}.{module}, so that none of its ranks is one concept's",
-                        'merge by "fusion", or by "sum" concepts that share no slice',
-                    )
-                channels.append(RankChannels(component, module, layer, tuple(owners)))
+                plan = beside[component][module]
+                owners = _owners(up, plan, numbers[False], f"{component}.{module}", method)
+                channels.append(RankChannels(component, module, layer, owners))
+    for component, plans in in_weights.items():
+        model = uncompiled(family.components[component])
+        for module, plan in _nonzero(plans).items():
+            update = plan.compute()
+            owners = _owners(update.up, plan, numbers[True], f"{component}.{module}", method)
+            layer = model.get_submodule(module)
+            channels.append(RankChannels(component, module, layer, owners, update))
     return channels
+
+
+def _nonzero(plans: Mapping[str, LayerMerge]) -> dict[str, LayerMerge]:
+    return {module: plan for module, plan in plans.items() if any(u.rank for u in plan.updates)}
+
+
+def _owners(
+    up: Tensor, plan: LayerMerge, numbers: list[int], where: str, method: str
+) -> tuple[int, ...]:
+    """Return the index of the attached concept of each column; numbers are those of the plan's."""
+    owners = rank_owners(up, [update.up.to(up.device) for update in plan.updates])
+    if owners is None:
+        raise _unroutable(
+            f"the merge {method} has mixed the concepts in the layer {where}, so that none of its "
+            "ranks is one concept's",
+            'merge by "fusion", or by "sum" concepts that share no slice',
+        )
+    return tuple(numbers[owner] for owner in owners)
 
 
 def _unroutable(problem: str, fix: str) -> PipelineError:

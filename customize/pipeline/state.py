@@ -149,6 +149,7 @@ class AttachedState:
         tag: Tag on these components.
         call_reports: Name of a stage -> what it did in the latest call that it acted on, in one
             line; dropped when what is attached changes.
+        derived: Key -> what was computed from what is attached; dropped when that changes.
     """
 
     attached: dict[str, AttachedConcept] = field(default_factory=dict)
@@ -162,6 +163,7 @@ class AttachedState:
     components: dict[str, Any] = field(default_factory=dict)
     tag: OwnershipTag = field(default_factory=OwnershipTag)
     call_reports: dict[str, str] = field(default_factory=dict)
+    derived: dict[str, Any] = field(default_factory=dict)
 
     def get_setting(self, kind: type[S]) -> S | None:
         """Return the stage setting of this type; None if there is none."""

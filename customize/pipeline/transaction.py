@@ -96,7 +96,7 @@ def apply_attachments(
         for component, model in models.items()
     }
     new = _merge(family, state, after, merge_plan, dtypes)
-    old_weights = _plan_layers(family, before, plan_before, fused=True)
+    old_weights = plan_layers(family, before, plan_before, fused=True)
     old_vectors = sum_vectors(before, plan_before.method)
     layers = {
         (component, module)
@@ -214,6 +214,7 @@ def _rebuild(
     set_tokens(family, state, attached)
     state.attached = attached
     state.call_reports.clear()
+    state.derived.clear()
     set_state(family, state)
 
 
@@ -259,7 +260,7 @@ def _merge(
     Raises:
         ConfigError: An update leaves the range of its adapter's dtype.
     """
-    weights = _plan_layers(family, attached, merge_plan, fused=True)
+    weights = plan_layers(family, attached, merge_plan, fused=True)
     vectors = sum_vectors(attached, merge_plan.method)
     adapters = _merge_adapters(family, state, attached, merge_plan, dtypes, checked=True)
     return _Updates(adapters, weights, vectors)
@@ -281,7 +282,7 @@ def _merge_adapters(
     """
 
     def merge() -> AdapterUpdates:
-        layers = _plan_layers(family, attached, merge_plan, fused=False)
+        layers = plan_layers(family, attached, merge_plan, fused=False)
         updates = {
             component: {module: layer.truncate() for module, layer in modules.items()}
             for component, modules in layers.items()
@@ -324,7 +325,7 @@ def _prepare_copy(update: LowRank, dtype: torch.dtype, on_cuda: bool) -> LowRank
     return LowRank(up, down, update.scale)
 
 
-def _plan_layers(
+def plan_layers(
     family: Family, attached: Mapping[str, AttachedConcept], merge_plan: MergePlan, *, fused: bool
 ) -> FusedUpdates:
     """Return the merges of those concepts that are fused, or of those that are not."""

@@ -135,9 +135,6 @@ class ConceptRouter:
         self._prompt_rows = PromptRows([prompt.encoded for prompt in prompts])
         self._in_this_call = capture_call_scope()
         self._running: list[_DenoiserCall | None] = []
-        with torch.no_grad():
-            conditions = family.encode_prompts([""])
-        self._text_argument = next(iter(family.denoiser_kwargs(conditions)))
         # Families whose rows stay as they are encoded have one tensor for all.
         self._has_keys = any(prompt.keys is not prompt.encoded for prompt in prompts)
         self._has_values = any(prompt.values is not prompt.keys for prompt in prompts)
@@ -176,8 +173,7 @@ class ConceptRouter:
         keep(denoiser.register_forward_hook(self._after, with_kwargs=True, prepend=True))
         for channel in self.channels:
             if channel.component == component:
-                mask = partial(self._mask_ranks, channel.owners, kinds[channel.module])
-                keep(channel.down.register_forward_hook(mask))
+                keep(channel.mask(partial(self._mask_of, channel.owners, kinds[channel.module])))
         if self._has_values:
             for index, name in enumerate(self.family.cross_attention_layers()):
                 give = partial(self._give_values, index)
@@ -202,16 +198,16 @@ class ConceptRouter:
             return None
         replaced = dict(arguments)
         if self._has_keys or self._has_values:
-            self._encode_rows(call, arguments[self._text_argument])
-            replaced[self._text_argument] = self._keys
+            self._encode_rows(call, arguments[self.family.text_argument])
+            replaced[self.family.text_argument] = self._keys
         pooled = {row: p.routed.pooled for row, p in call.pictures.items()}
         vectors = [vector for vector in pooled.values() if vector is not None]
         if vectors:
-            texts = arguments[self._text_argument]
+            texts = arguments[self.family.text_argument]
             kwargs = self.family.denoiser_kwargs(
                 {"prompt_embeds": texts, "pooled_prompt_embeds": torch.stack(vectors)}
             )
-            del kwargs[self._text_argument]
+            del kwargs[self.family.text_argument]
             replaced |= replace_rows(arguments, kwargs, list(pooled), replaces_all=False)
         return (), replaced
 
@@ -241,7 +237,7 @@ class ConceptRouter:
             picture.steps += 1
 
     def _plan(self, arguments: Mapping[str, Any]) -> _DenoiserCall | None:
-        texts = arguments[self._text_argument]
+        texts = arguments[self.family.text_argument]
         batch = len(arguments[self.family.latents_argument])
         rows = self._prompt_rows.match(texts, max(1, len(texts) // batch))
         if not rows:
@@ -280,20 +276,19 @@ class ConceptRouter:
 
     # -- adapted layers ---------------------------------------------------------------------------
 
-    def _mask_ranks(
-        self, owners: tuple[int, ...], kind: TokenKind, module: Any, args: Any, output: Tensor
-    ) -> Tensor | None:
+    def _mask_of(self, owners: tuple[int, ...], kind: TokenKind, output: Tensor) -> Tensor | None:
+        """Return the mask of a mid-activation; None in calls that are not routed."""
         call = self._running[-1] if self._running and self._in_this_call() else None
         if call is None or not call.pictures:
             return None
         if output.ndim > 3:  # of a convolution
-            return output * self._convolution_mask(call, owners, output)
+            return self._convolution_mask(call, owners, output)
         key = (kind, owners, output.shape[:2])
         if key not in call.masks:
             per_row = len(output) // call.batch
             masks = self._position_masks(call, kind, per_row, output)
             call.masks[key] = rank_mask(masks, owners).to(output)
-        return output * call.masks[key]
+        return call.masks[key]
 
     def _position_masks(
         self, call: _DenoiserCall, kind: TokenKind, per_row: int, output: Tensor

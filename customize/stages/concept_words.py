@@ -28,7 +28,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -279,10 +278,10 @@ def encode_routed(
         ]
         if "pooled_prompt_embeds" in conditions and not family.reads_prompts_as_encoded:
             with _each_at_own_tokens(family, channels, len(state.attached), prompts, named):
-                pooled = family.encode_prompts(list(prompts))["pooled_prompt_embeds"]
+                pooled = family.encode_clip_prompts(list(prompts))["pooled_prompt_embeds"]
         for concept, each in texts.items():
             with only_concept(channels, concept, len(state.attached)):
-                rows = family.encode_prompts(list(each))["prompt_embeds"]
+                rows = family.encode_clip_prompts(list(each))["prompt_embeds"]
             read |= {(concept, text): row for text, row in zip(each, rows, strict=True)}
     routed = []
     for k, rows in enumerate(encoded):
@@ -388,10 +387,5 @@ def _text_encoder_masks(
         for channel in channels:
             if channel.component.startswith("text_encoder"):
                 mask = rank_mask(masks(channel.component), channel.owners)
-                hook = channel.down.register_forward_hook(partial(_multiply, mask))
-                stack.callback(hook.remove)
+                stack.callback(channel.mask(mask.to).remove)
         yield
-
-
-def _multiply(mask: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:
-    return output * mask.to(output)

@@ -296,6 +296,21 @@ def test_a_batch_of_two_is_two_batches_of_one(name):
 
 
 @families
+def test_concepts_in_the_weights_are_routed_as_beside_them(name):
+    pipe, fused = pair(name), PIPELINES[name]()
+    fused.load_custom(concept(fused), fuse=True)
+    expected = draw(pipe, together=HALVES)
+    fused.load_custom(concept(fused, "tom", index=1, class_word="cat"))
+    assert alike(draw(fused, together=HALVES), expected)
+    fused.unload_custom("tom")
+    fused.load_custom(concept(fused, "tom", index=1, class_word="cat"), fuse=True)
+    plain = draw(fused)
+    assert alike(draw(fused, together=HALVES), expected)
+    with router(fused, PROMPT, True, 1).attach():  # z_image's padding has no ranks
+        assert torch.equal(draw(fused), plain) or name == "z_image"
+
+
+@families
 def test_the_order_of_adapters_does_not_matter(name):
     pipe = pair(name)
     other = PIPELINES[name]()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from customize.concepts.types import Lora, LoraInfo
+from customize.core.lowrank import LowRank
 from customize.errors import PipelineError
 from customize.families import family_of
 from customize.pipeline.rank_channels import rank_channels
@@ -40,6 +42,65 @@ def test_layers_of_one_concept_and_weights_by_block():
     for each in channels(pipe):
         is_off = each.module.startswith("down_blocks")
         assert each.owners == ((0, 0) if is_off else (0, 0, 1, 1)), each.module
+
+
+def test_channels_are_found_once_for_what_is_attached():
+    pipe = tiny_sd()
+    pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1), merge="sum")
+    first = channels(pipe)
+    assert channels(pipe) is first
+    for change in (
+        lambda: pipe.load_custom(weights={"tom": 0.5}),
+        lambda: pipe.load_custom(concept(pipe, "kit", index=2)),
+        lambda: pipe.unload_custom("rex"),
+    ):
+        change()
+        second = channels(pipe)
+        assert second is not first
+        first = second
+    assert {each.owners for each in first} == {(0, 0, 1, 1)}
+
+
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_concepts_in_the_weights_have_channels_of_their_own(make):
+    pipe = make()
+    pipe.load_custom(concept(pipe), fuse=True)
+    pipe.load_custom(concept(pipe, "tom", index=1))
+    found = channels(pipe)
+    fused = [each for each in found if each.fused is not None]
+    assert 2 * len(fused) == len(found)
+    assert {each.owners for each in fused} == {(0, 0)}
+    assert {each.owners for each in found if each.fused is None} == {(1, 1)}
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_mask_multiplies_the_ranks_of_linear_layers_and_convolutions(fuse):
+    pipe, generator = tiny_sd(), torch.Generator().manual_seed(3)
+    layers = family_of(pipe.components).layers("unet")
+    modules = ("down_blocks.0.downsamplers.0.conv", "mid_block.attentions.0.proj_in", "conv_in")
+    updates = {
+        module: LowRank(
+            torch.randn(layers[module][0], 2, generator=generator),
+            torch.randn(2, layers[module][1], generator=generator),
+            0.5,
+        )
+        for module in modules
+    }
+    stock = pipe.unet.get_submodule(modules[0])
+    inputs = torch.randn(2, stock.in_channels, 8, 8, generator=generator)
+    base = stock(inputs)
+    info = LoraInfo("mine", "sd", "", 2, trigger_words="red hat")
+    pipe.load_custom(Lora(info, {"unet": updates}), fuse=fuse)
+    layer = pipe.unet.get_submodule(modules[0])
+    plain = layer(inputs)
+    (channel,) = (each for each in channels(pipe) if each.module == modules[0])
+    for mask, expected in ((1.0, plain), (0.0, base), (0.25, 0.25 * plain + 0.75 * base)):
+        handle = channel.mask(lambda middle, mask=mask: torch.full_like(middle, mask))
+        assert torch.allclose(layer(inputs), expected, atol=1e-4)
+        handle.remove()
+    handle = channel.mask(lambda middle: None)
+    assert torch.equal(layer(inputs), plain)
+    handle.remove()
 
 
 def test_concepts_of_one_slice_and_removed_adapters_are_refused():

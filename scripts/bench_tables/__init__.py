@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scripts.bench_tables import loading, merges, references, rewriting, stages, storybook, training
+from scripts.bench_tables import (
+    loading,
+    merges,
+    references,
+    rewriting,
+    stages,
+    storybook,
+    together,
+    training,
+)
 from scripts.bench_tables.markdown import format_table
 from scripts.bench_tables.results import RESULTS, read_result
 
@@ -39,7 +48,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "truncate": loading.truncate_table,
     "load_many": loading.load_many_table,
     "regions": stages.regions_table,
-    "together": stages.together_table,
+    "together": together.together_table,
+    "together_parts": together.together_parts_table,
+    "together_classes": together.together_classes_table,
     "decor": stages.decor_table,
     "decor_defaults": stages.decor_defaults_table,
     "decor_options": stages.decor_options_table,

@@ -26,22 +26,6 @@ def regions_table() -> str:
     return format_table(head, rows)
 
 
-def together_table() -> str:
-    rows = []
-    for label, drawn in (
-        ("plain prompt, fusion", "plain, fusion"),
-        ("plain prompt, sum", "plain, sum"),
-        ("`together=True`, fusion", "together, fusion"),
-        ("`together=` with the two halves, fusion", "together with halves, fusion"),
-        ("`regions=`, fusion", "regions, fusion"),
-    ):
-        row = find_row("together", drawn=drawn)
-        both = f"{percent(row['both'])} ± {percent(row['error'])}"
-        rates = [percent(row[column]) for column in ("left", "right")]
-        rows.append([label, both, *rates])
-    return format_table(["", "Both recognised", "Left", "Right"], rows)
-
-
 _TASKS = {
     "personalization": "12 concepts",
     "style": "2 styles",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -53,12 +54,11 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         import typer
 
-        from customize.cli.app import app
         from customize.cli.interrupts import Interrupted
 
         # Typer bundles click since 0.26 and does not export the base class of its errors.
         usage_error: Any = typer.BadParameter.__mro__[2]
-        command = typer.main.get_command(app)
+        command = _make_command()
     except KeyboardInterrupt:
         return print_last_line("interrupted before the command started", INTERRUPTED)
     try:
@@ -80,6 +80,16 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         file = getattr(error, "filename", None) or "the output"
         return print_last_line(f"error: {storage_error(error, file)}", 2)
+
+
+@functools.cache
+def _make_command() -> Any:
+    """The command with its subcommands, which typer makes from their functions."""
+    import typer
+
+    from customize.cli.app import app
+
+    return typer.main.get_command(app)
 
 
 def _silence_libraries() -> None:

@@ -22,6 +22,7 @@ _CLIP_PROJECTIONS = re.compile(
 
 #: The convolutions that take an adapter if they have one group.
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAYERS = (nn.Linear, *CONVOLUTIONS)
 
 _INSIDE_ADAPTER = re.compile(r"(^|\.)(base_layer|lora_[A-Za-z_]+)(\.|$)")
 
@@ -79,13 +80,13 @@ class AdaptableLayers(Components, ABC):
             )
         shapes: dict[str, tuple[int, ...]] = {}
         for name, module in uncompiled(self._component(component)).named_modules():
-            if _INSIDE_ADAPTER.search(name):
+            layer = module._modules.get("base_layer", module)
+            if not isinstance(layer, _LAYERS) or _INSIDE_ADAPTER.search(name):
                 continue
-            layer = getattr(module, "base_layer", module)
             # Not the weight's shape, because quantization changes it.
             if isinstance(layer, nn.Linear):
                 shapes[name] = (layer.out_features, layer.in_features)
-            elif isinstance(layer, CONVOLUTIONS) and layer.groups == 1:
+            elif layer.groups == 1:
                 shapes[name] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
         return shapes
 
@@ -125,15 +126,13 @@ class AdaptableLayers(Components, ABC):
             and the names and shapes of the adapter targets of all denoisers; "widths": component
             -> the distinct input widths of its targets, ascending.
         """
+        targets = {key: self.adapter_targets(key) for key in self.adaptable}
         lines = [self._architecture]
         for key in self.denoisers:
             prefix = "" if key == self.denoiser_key else f"{key}."
-            targets = self.adapter_targets(key).items()
-            lines += sorted(f"{prefix}{name} {out}x{width}" for name, (out, width) in targets)
-        widths = {
-            key: sorted({width for _, width in self.adapter_targets(key).values()})
-            for key in self.adaptable
-        }
+            shapes = targets[key].items()
+            lines += sorted(f"{prefix}{name} {out}x{width}" for name, (out, width) in shapes)
+        widths = {key: sorted({width for _, width in targets[key].values()}) for key in targets}
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
         return {"family": self.name, "denoiser": digest, "widths": widths}
 

@@ -92,7 +92,8 @@ def load(
     bound_settings = [setting.bind(full_family) for setting in settings]
     if any(setting.update_cache is not None for setting in bound_settings):
         check_shared_components(family, state)
-    device = execution_device(pipe, family, use_accelerator=plan is not None)
+    if plan is not None or attention is not None:  # it takes a walk over all modules
+        device = execution_device(pipe, family, use_accelerator=plan is not None)
     backends = {} if attention is None else choose_backends(family, attention, device)
 
     # Apply; after an error every step is undone. Concepts come after the steps that change weights,

@@ -52,9 +52,14 @@ def concept(pipe: Any, name: str = "rex", *, index: int = 0, **changes: Any) -> 
     }
     info = ConceptInfo(**facts | changes)
 
+    downs = {
+        width: down_projection(BASES["cosine"], width, slice_, 0)
+        for width, slice_ in columns.items()
+    }
+
     def update(out: int, width: int) -> LowRank:
-        down = down_projection(BASES["cosine"], width, columns[width], 0)
-        return LowRank(0.2 * torch.randn(out, 2, generator=generator), down, info.scale)
+        up = 0.2 * torch.randn(out, 2, generator=generator)
+        return LowRank(up, downs[width].clone(), info.scale)
 
     products = {
         component: {module: update(*shape) for module, shape in shapes.items()}

@@ -75,6 +75,21 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    together: Annotated[
+        bool,
+        typer.Option(
+            "--together",
+            help="Let each concept of a prompt act on its own words and on its own part of the"
+            " image, which is found while it is generated; --regions gives these parts instead",
+        ),
+    ] = False,
+    save_masks: Annotated[
+        bool,
+        typer.Option(
+            "--save-masks",
+            help="Save where each concept acted beside the images, such as 0001.rex.png",
+        ),
+    ] = False,
     references: Annotated[
         list[str] | None,
         typer.Option(
@@ -199,6 +214,8 @@ def generate(
         seed=seed,
         count=count,
         size=parse_size(size),
+        together=together,
+        save_masks=save_masks,
     )
     loading = LoadArguments(
         base,
@@ -298,7 +315,10 @@ def generate_images(
             )
     check_steps(pipe, plan.steps)
     arguments, scale = generation_checks.guidance_arguments(pipe, family, plan)
-    if regions:
+    if plan.together:
+        arguments["together"] = dict(regions) or True
+        arguments["return_masks"] = plan.save_masks or None
+    elif regions:
         arguments["regions"] = dict(regions)
     stage_settings: list[Any] = [] if plan.avoid is None else [Decor(avoid=plan.avoid)]
     if references is not None:
@@ -343,7 +363,7 @@ def generate_images(
         transient=True,
         disable=not err.is_terminal,
     ):
-        image, settings = generated_images.generate_image(
+        image, found, settings = generated_images.generate_image(
             pipe, prompt, seed, plan, arguments, family.output
         )
         settings |= {
@@ -352,6 +372,7 @@ def generate_images(
             **generated_images.describe_attached(pipe, sources),
         }
         numbers.append(generated_images.save_image(output, number, image, settings))
+        generated_images.save_masks(output, numbers[-1], found)
         number = numbers[-1] + 1
     print_line(f"Wrote {generated_images.describe_numbers(numbers)} to {output}")
 

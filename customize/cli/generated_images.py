@@ -25,7 +25,7 @@ def generate_image(
     plan: GenerationPlan,
     arguments: Mapping[str, Any],
     output: str,
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Generate one image.
 
     Args:
@@ -37,7 +37,8 @@ def generate_image(
         output: Attribute of the pipeline's output, "images" or "frames"; videos have one frame.
 
     Returns:
-        The PIL image and the settings that it depends on.
+        The PIL image; concept name -> PIL image of where it acted, if the call returns masks; and
+        the settings that the image depends on.
 
     Raises:
         PipelineError: The image is not finite, and would be stored as black.
@@ -72,11 +73,33 @@ def generate_image(
         "seed": seed,
         "width": image.width,
         "height": image.height,
+        "together": pipe.custom.reports.get("together") if plan.together else None,
         "reference_agreement": _reference_agreement(result),
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
     }
-    return image, settings
+    masks: Mapping[str, Any] = next(iter(getattr(result, "masks", [])), {})
+    return image, {n: m[0] if isinstance(m, list) else m for n, m in masks.items()}, settings
+
+
+def save_masks(folder: Path, number: int, masks: Mapping[str, Any]) -> None:
+    """Save where concepts acted in an image, beside it.
+
+    Args:
+        folder: An existing folder.
+        number: Of the image.
+        masks: Concept name -> PIL image.
+
+    Raises:
+        StorageError: A file exists already or cannot be written.
+    """
+    for name, mask in masks.items():
+        buffer = io.BytesIO()
+        mask.save(buffer, "PNG")
+        safe = re.sub(r"[^\w-]", "_", name)
+        path = folder / f"{number:04}.{safe}.png"
+        with storage_errors(path):
+            write_atomic(path, buffer.getvalue(), new=True)
 
 
 def _reference_agreement(result: Any) -> list[float] | None:

@@ -52,9 +52,12 @@ class GenerationPlan:
         seed: Seed of the first image of each prompt.
         count: Images per prompt, with consecutive seeds.
         size: (width, height) in pixels.
+        together: Whether each concept of a prompt acts on its own words and part of the image.
+        save_masks: Whether these parts are saved.
 
     Raises:
-        ConfigError: A number is out of range, or a text is not valid Unicode.
+        ConfigError: ``save_masks`` is set without ``together``, a number is out of range, or a
+            text is not valid Unicode.
     """
 
     prompts: tuple[str, ...]
@@ -65,8 +68,14 @@ class GenerationPlan:
     seed: int
     count: int
     size: tuple[int, int] | None
+    together: bool = False
+    save_masks: bool = False
 
     def __post_init__(self) -> None:
+        if self.save_masks and not self.together:
+            raise ConfigError(
+                "--save-masks needs --together", where="--save-masks", fix="give both"
+            )
         if self.count > _MAX_COUNT:
             raise ConfigError(
                 f"{self.count} images per prompt are too many",

@@ -47,12 +47,35 @@ def test_boxes_and_masks_equal_the_arguments_of_a_call(
     assert facts["regions"] == {"<rex>": [0.0, 0.0, 0.5, 1.0], "tom": "mask of 8x8"}
 
 
+@pytest.mark.parametrize("boxes", [False, True])
+def test_together_equals_the_argument_of_a_call(
+    run: Run, world: World, tmp_path: Path, boxes: bool
+) -> None:
+    flags = ["--regions", "<rex>=0,0,.5,1", "--regions", "tom=.5,0,1,1"] if boxes else []
+    both = ("generate", world.rex, world.tom, "--base", world.base, "--prompt", PROMPT, *SMALL)
+    steps = ("--steps", "6", "--merge", "sum", "--output", tmp_path / "out")
+    result = run(*both, "--together", "--save-masks", *flags, *steps)
+    assert result.code == 0, result
+    pipe = load_custom(tiny_sd(), world.rex, world.tom, merge="sum")
+    areas = {"<rex>": (0, 0, 0.5, 1), "tom": (0.5, 0, 1, 1)}
+    image = drawn(pipe, num_inference_steps=6, together=areas if boxes else True)
+    assert np.abs(pixels(tmp_path / "out" / "0001.png") - image).max() <= 1
+    assert np.abs(image - drawn(pipe, num_inference_steps=6)).max() > 3
+    masks = [pixels(tmp_path / "out" / f"0001.{name}.png") for name in ("rex", "tom")]
+    assert [mask.shape for mask in masks] == [(16, 16)] * 2
+    if not boxes:
+        assert np.abs(sum(masks) - 255).max() <= 1
+    facts = json.loads((tmp_path / "out" / "0001.json").read_text())
+    assert facts["together"].startswith("together: rex in ")
+    refused(run(*both, "--save-masks"), "--save-masks needs --together", "Fix: ")
+
+
 def drawn(pipe: object, **more: object) -> np.ndarray:
     import torch
 
     noise = torch.Generator().manual_seed(1)
     call = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
-    (image,) = pipe(PROMPT, generator=noise, **call, **more).images  # type: ignore[operator]
+    (image,) = pipe(PROMPT, generator=noise, **{**call, **more}).images  # type: ignore[operator]
     return (image * 255).round().astype(int)
 
 

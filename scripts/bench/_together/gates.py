@@ -54,8 +54,7 @@ class LoraGates:
     def attach(self) -> Iterator[LoraGates]:
         with ExitStack() as stack:
             for channel in self._channels:
-                hook = channel.down.register_forward_hook(partial(self._multiply, channel))
-                stack.callback(hook.remove)
+                stack.callback(channel.mask(partial(self._masks_of, channel)).remove)
             yield self
 
     def open_only(self, *indices: int) -> None:
@@ -64,11 +63,9 @@ class LoraGates:
         weights[..., list(indices)] = 1.0
         self.masks = lambda name, output: weights
 
-    def _multiply(
-        self, channel: RankChannels, module: Any, args: Any, output: Tensor
-    ) -> Tensor | None:
+    def _masks_of(self, channel: RankChannels, output: Tensor) -> Tensor | None:
         masks = None if self.masks is None else self.masks(channel.module, output)
-        return None if masks is None else output * masks[..., list(channel.owners)].to(output)
+        return None if masks is None else masks[..., list(channel.owners)].to(output)
 
 
 def positions_of(family: Any, things: Sequence[str], prompt: str) -> list[tuple[int, ...]]:

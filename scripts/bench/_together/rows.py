@@ -50,7 +50,8 @@ class Row:
         if own.parent.name == "rivals":
             return [own, own.parents[1] / "gates.py"]
         package = ROOT / "customize"
-        return [*sorted((package / "stages").glob("*.py")), package / "core/routing.py"]
+        routing = (package / "core/routing.py", package / "pipeline/rank_channels.py")
+        return [*sorted((package / "stages").glob("*.py")), *routing]
 
 
 @dataclass(frozen=True)

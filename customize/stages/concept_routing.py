@@ -43,7 +43,7 @@ from customize.stages.concept_words import RoutedPrompt
 from customize.stages.prompt_rows import PromptRows, replace_rows
 
 #: Above this noise level, where 1 is pure noise, the layout is decided, and masks are found. Below
-#: it they act, and values are those of each concept alone.
+#: it they act.
 LAYOUT_ABOVE = 0.8
 
 #: See :func:`customize.core.routing.competing_masks`.
@@ -136,13 +136,10 @@ class ConceptRouter:
         self._in_this_call = capture_call_scope()
         self._running: list[_DenoiserCall | None] = []
         # Families whose rows stay as they are encoded have one tensor for all.
-        self._has_keys = any(prompt.keys is not prompt.encoded for prompt in prompts)
-        self._has_values = any(prompt.values is not prompt.keys for prompt in prompts)
-        # The latest text argument of the denoiser, the rows with values of their own, and the
-        # inputs of keys and values in its place.
+        self._has_rows = any(prompt.rows is not prompt.encoded for prompt in prompts)
+        # The latest text argument of the denoiser, and the one in its place.
         self._texts: Tensor | None = None
-        self._own_values: tuple[bool, ...] = ()
-        self._keys, self._values = torch.empty(0), torch.empty(0)
+        self._routed_texts = torch.empty(0)
 
     @contextmanager
     def attach(self) -> Iterator[None]:
@@ -174,10 +171,6 @@ class ConceptRouter:
         for channel in self.channels:
             if channel.component == component:
                 keep(channel.mask(partial(self._mask_of, channel.owners, kinds[channel.module])))
-        if self._has_values:
-            for index, name in enumerate(self.family.cross_attention_layers()):
-                give = partial(self._give_values, index)
-                keep(layers.get_submodule(name).to_v.register_forward_pre_hook(give))
         for attention in self.family.text_attentions(component) if self.given is None else ():
             module = layers.get_submodule(attention.name)
             joint = kinds[f"{attention.name}.{attention.query}"]
@@ -197,13 +190,12 @@ class ConceptRouter:
         if call is None or not call.pictures:
             return None
         replaced = dict(arguments)
-        if self._has_keys or self._has_values:
-            self._encode_rows(call, arguments[self.family.text_argument])
-            replaced[self.family.text_argument] = self._keys
+        texts = arguments[self.family.text_argument]
+        if self._has_rows:
+            replaced[self.family.text_argument] = self._encode_rows(call, texts)
         pooled = {row: p.routed.pooled for row, p in call.pictures.items()}
         vectors = [vector for vector in pooled.values() if vector is not None]
         if vectors:
-            texts = arguments[self.family.text_argument]
             kwargs = self.family.denoiser_kwargs(
                 {"prompt_embeds": texts, "pooled_prompt_embeds": torch.stack(vectors)}
             )
@@ -211,20 +203,15 @@ class ConceptRouter:
             replaced |= replace_rows(arguments, kwargs, list(pooled), replaces_all=False)
         return (), replaced
 
-    def _encode_rows(self, call: _DenoiserCall, texts: Tensor) -> None:
-        """Set the text inputs of keys and values, which stay the same tensors in most steps."""
-        own_values = tuple(
-            picture.masks is not None and not call.finds for picture in call.pictures.values()
-        )
-        if self._texts is texts and self._own_values == own_values:
-            return
-        self._texts, self._own_values = texts, own_values
-        self._keys, self._values = texts.clone(), texts.clone()
-        count = len(texts) // call.batch
-        for (row, picture), is_own in zip(call.pictures.items(), own_values, strict=True):
-            routed, rows = picture.routed, slice(row * count, (row + 1) * count)
-            self._keys[rows] = routed.keys.to(texts)
-            self._values[rows] = (routed.values if is_own else routed.keys).to(texts)
+    def _encode_rows(self, call: _DenoiserCall, texts: Tensor) -> Tensor:
+        """Return the text input with rows of routed prompts, the same tensor in most steps."""
+        if self._texts is not texts:
+            self._texts, self._routed_texts = texts, texts.clone()
+            count = len(texts) // call.batch
+            for row, picture in call.pictures.items():
+                routed = picture.routed.rows.to(texts)
+                self._routed_texts[row * count : (row + 1) * count] = routed
+        return self._routed_texts
 
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         call = self._running.pop()
@@ -363,16 +350,6 @@ class ConceptRouter:
                 fix="leave together= out on this pipeline, and reference pictures with it",
             )
         return grid
-
-    def _give_values(self, index: int, module: Any, args: tuple[Any, ...]) -> Any:
-        """Replace the input of the projection to values of one cross-attention layer."""
-        call = self._running[-1] if self._running and self._in_this_call() else None
-        if call is None or not call.pictures:
-            return None
-        length, values = args[0].shape[1], self._values
-        if values.shape[1] > length:  # the part of this layer, with tokens of its own
-            values = values[:, index * length : (index + 1) * length].contiguous()
-        return (values, *args[1:])
 
     # -- maps -------------------------------------------------------------------------------------
 

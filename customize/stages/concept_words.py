@@ -1,21 +1,18 @@
 """The concepts that a prompt names, and encodings in which each is read by its own words.
 
 CLIP reads each word in the light of those before it: behind ``<rex>``, the rows of ``<tom>`` carry
-what makes ``<rex>`` too. So a prompt is encoded anew, twice:
+what makes ``<rex>`` too, and a concept that was learned as the first thing of its captions changes
+its colours as the second. So a prompt is encoded anew. The rows of a concept are those of its
+class in the prompt, plus what the concept changed of them where it was learned::
 
-- for keys, which say where a concept is: the rows of each trigger are taken from the prompt in
-  which the other concepts are their class ("a photo of a dog and <tom>"), which keeps their number
-  and order;
-- for values, which say what it is: from the prompt that ends with it as the first thing
-  ("a photo of <tom>"), as concepts are learned. In keys these rows draw all things in one place.
+    e(tom) = e("a photo of a dog and a cat")[cat] + e("a photo of <tom>")[tom]
+             - e("a photo of a cat")[cat]
 
-The rows of a trigger are encoded with its concept's update alone. All other rows are taken from the
-prompt in which every concept is its class, encoded without their updates. The pooled prompt of SDXL
-stays that of the whole prompt.
-
-Where prompt and picture share one attention (SD3), a row is both key and value, and CLIP's rows are
-the keys above. A pooled prompt (SD3, FLUX) acts on the whole picture; it is that of the whole
-prompt, with each concept's update at its own tokens.
+The first term says where the thing is, and among which others; the difference says what it is. It
+is encoded with the update of its concept alone. All other rows are those of the prompt in which
+every concept is its class, encoded without their updates. The pooled prompt (SDXL, SD3, FLUX) acts
+on the whole picture; SDXL's stays that of the whole prompt, and the others' are encoded with each
+concept's update at its own tokens.
 
 T5 and LLMs read triggers letter by letter, without learned tokens, and take no updates, so their
 rows carry nothing that a concept learned: other concepts of the same names have the same rows, bit
@@ -25,7 +22,7 @@ for bit. There is nothing to cure, and these rows stay as the pipeline encodes t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +44,12 @@ _DETERMINER = re.compile(
     r"(^|\s)(a|an|the|this|that|my|your|his|her|its|our|their)\s+$", re.IGNORECASE
 )
 
+#: What stands before a concept in the default caption, by which it is learned.
+_ALONE = "a photo of "
+
 Span = tuple[int, int]
+# The index of the concept whose update a text is encoded with, or None, and the text.
+_Text = tuple[int | None, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +75,9 @@ class RoutedPrompt:
 
     Attributes:
         prompt: As given to the pipeline.
-        named: The concepts that it names; empty if they are fewer than two: nothing is routed.
+        named: The concepts that it names; empty if there is none: nothing is routed.
         encoded: (length, width), as the pipeline encodes it.
-        keys: (length, width), the encoding in its place, for the keys of cross-attention.
-        values: (length, width), that for its values.
+        rows: (length, width), the encoding in its place.
         tokens: For each named concept the positions of its tokens.
         pooled: (width,), in place of the pooled prompt; None to leave it.
     """
@@ -84,8 +85,7 @@ class RoutedPrompt:
     prompt: str
     named: tuple[NamedConcept, ...]
     encoded: Tensor
-    keys: Tensor
-    values: Tensor
+    rows: Tensor
     tokens: tuple[tuple[int, ...], ...]
     pooled: Tensor | None = None
 
@@ -136,10 +136,14 @@ def with_classes(
         if not word:
             word = prompt[slice(*span)]
         elif not _DETERMINER.search(text):
-            word = ("an " if word[0] in "aeiou" else "a ") + word
+            word = _with_article(word)
         moved[span] = (len(text), len(text) + len(word))
         text, stop = text + word, span[1]
     return text + prompt[stop:], tuple(tuple(moved[s] for s in each.spans) for each in named)
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def token_positions(family: Family, prompt: str, spans: Sequence[Span]) -> tuple[int, ...]:
@@ -222,22 +226,22 @@ def _read_positions(tokenizer: Any, prompt: str, spans: Sequence[Span]) -> tuple
 
 
 @dataclass(frozen=True, eq=False)
-class _Copy:
-    """Rows to copy from the encoding of another text.
+class _Term:
+    """A term of the sum that rows of a prompt are.
 
     Attributes:
-        concept: Index of the concept whose update the text is encoded with; None: without any.
-        text: The text.
-        positions: Tokens of the text.
-        to: As many tokens of the prompt.
-        is_value: Whether only the values get them.
+        text: The text that it is encoded from.
+        positions: Tokens of the text: one for all rows, or one for each.
+        sign: 1 or -1.
     """
 
-    concept: int | None
-    text: str
+    text: _Text
     positions: Sequence[int]
-    to: Sequence[int]
-    is_value: bool = False
+    sign: int = 1
+
+
+# Tokens of a prompt, and the terms of their rows.
+_Reading = tuple[Sequence[int], Sequence[_Term]]
 
 
 def encode_routed(
@@ -255,18 +259,17 @@ def encode_routed(
         ConfigError: See :func:`named_concepts` and :func:`token_positions`.
     """
     named = [named_concepts(prompt, state) for prompt in prompts]
-    named = [concepts if len(concepts) > 1 else () for concepts in named]
     tokens = [
         tuple(token_positions(family, prompt, each.spans) for each in concepts)
         for prompt, concepts in zip(prompts, named, strict=True)
     ]
-    copies: list[list[_Copy]] = [[] for _ in prompts]
+    readings: list[list[_Reading]] = [[] for _ in prompts]
     if family.has_clip_rows:
-        copies = [list(_copies(family, *each)) for each in zip(prompts, named, strict=True)]
+        readings = [list(_readings(family, *each)) for each in zip(prompts, named, strict=True)]
     texts: dict[int | None, dict[str, None]] = {}
-    for copy in (copy for each in copies for copy in each):
-        texts.setdefault(copy.concept, {})[copy.text] = None
-    read: dict[tuple[int | None, str], Tensor] = {}
+    for index, text in (term.text for each in readings for _, terms in each for term in terms):
+        texts.setdefault(index, {})[text] = None
+    read: dict[_Text, Tensor] = {}
     pooled: Tensor | None = None
     with torch.no_grad():
         conditions = family.encode_prompts(list(prompts))
@@ -283,50 +286,64 @@ def encode_routed(
             with only_concept(channels, concept, len(state.attached)):
                 rows = family.encode_clip_prompts(list(each))["prompt_embeds"]
             read |= {(concept, text): row for text, row in zip(each, rows, strict=True)}
+    length = _clip_length(family) if family.has_clip_rows else 0
     routed = []
-    for k, rows in enumerate(encoded):
-        keys = values = rows
-        if copies[k]:
-            keys = rows.clone()
-            values = rows.clone() if family.reads_prompts_as_encoded else keys
-        for copy in copies[k]:
-            source = read[copy.concept, copy.text]
-            length = _clip_length(family)
-            # Layers may have tokens of their own, and T5's rows follow those of CLIP.
-            starts = range(0, len(rows) if family.reads_prompts_as_encoded else length, length)
-            for start in starts:
-                shared = start % len(source)  # the tokens may be the same for all layers
-                copied = source[[shared + p for p in copy.positions]]
-                for target in (values,) if copy.is_value else (keys, values):
-                    target[[start + p for p in copy.to]] = copied
+    for k, original in enumerate(encoded):
+        rows = original.clone() if readings[k] else original
+        # Layers may have tokens of their own, and T5's rows follow those of CLIP.
+        clip = len(rows) if family.reads_prompts_as_encoded else length
+        for to, terms in readings[k]:
+            for start in range(0, clip, length):
+                rows[[start + position for position in to]] = sum(
+                    (_read_term(read, term, start) for term in terms[1:]),
+                    _read_term(read, terms[0], start),
+                ).expand(len(to), -1)
         own = None if pooled is None or not named[k] else pooled[k]
-        routed.append(RoutedPrompt(prompts[k], named[k], rows, keys, values, tokens[k], own))
+        routed.append(RoutedPrompt(prompts[k], named[k], original, rows, tokens[k], own))
     return routed
 
 
-def _copies(family: Family, prompt: str, named: Sequence[NamedConcept]) -> Iterator[_Copy]:
-    """Yield what replaces CLIP's rows of a prompt, in this order; nothing without concepts."""
+def _read_term(read: Mapping[_Text, Tensor], term: _Term, start: int) -> Tensor:
+    """Return rows (positions, width) for the layer whose tokens begin at ``start``."""
+    rows = read[term.text]
+    first = start % len(rows)  # the tokens may be the same for all layers
+    return term.sign * rows[[first + position for position in term.positions]]
+
+
+def _readings(family: Family, prompt: str, named: Sequence[NamedConcept]) -> Iterator[_Reading]:
+    """Yield how CLIP's rows of a prompt are computed; nothing without concepts."""
     if not named:
         return
     length = _clip_length(family)
     tokens = [_clip_positions(family, prompt, each.spans) for each in named]
-    text, spans = with_classes(prompt, named, None)
+    classes, spans = with_classes(prompt, named, None)
     rest = _without(length, tokens)
-    others = _without(length, [_clip_positions(family, text, each) for each in spans])
+    others = _without(length, [_clip_positions(family, classes, each) for each in spans])
     others += others[-1:] * (len(rest) - len(others))  # more padding
-    yield _Copy(None, text, others[: len(rest)], rest)
-    for index, each in enumerate(named):
-        text, spans = with_classes(prompt, named, each)
-        positions = _clip_positions(family, text, spans[index])
-        yield _Copy(each.index, text, positions, tokens[index])
-    if not family.reads_prompts_as_encoded:
-        return  # a row is both key and value
-    before = prompt[: min(start for each in named for start, _ in each.spans)]
-    for each, to in zip(named, tokens, strict=True):
-        text = before + prompt[slice(*each.spans[0])]
-        at = _clip_positions(family, text, [(len(before), len(text))])
-        repeats = -(-len(to) // len(at))
-        yield _Copy(each.index, text, (at * repeats)[: len(to)], to, is_value=True)
+    yield rest, [_Term((None, classes), others[: len(rest)])]
+    for index, (each, to) in enumerate(zip(named, tokens, strict=True)):
+        if not each.class_word:  # its rows in the prompt, behind the classes of the others
+            text, moved = with_classes(prompt, named, each)
+            yield to, [_Term((each.index, text), _clip_positions(family, text, moved[index]))]
+            continue
+        plain, class_at = _read_alone(family, _with_article(each.class_word))
+        for span, class_span in zip(each.spans, spans[index], strict=True):
+            alone, alone_at = _read_alone(family, prompt[slice(*span)])
+            in_place = _clip_positions(family, classes, [class_span])
+            yield (
+                _clip_positions(family, prompt, [span]),
+                [
+                    _Term((None, classes), in_place[-1:]),
+                    _Term((each.index, alone), alone_at),
+                    _Term((None, plain), class_at[-1:], -1),
+                ],
+            )
+
+
+def _read_alone(family: Family, words: str) -> tuple[str, tuple[int, ...]]:
+    """Return the caption by which words are learned, and their tokens."""
+    text = f"{_ALONE}{words}"
+    return text, _clip_positions(family, text, [(len(_ALONE), len(text))])
 
 
 def _clip_length(family: Family) -> int:

@@ -1,6 +1,6 @@
 """The stage that keeps several concepts of one picture apart: ``together=``.
 
-Where a prompt names two or more attached concepts, each is read by its own words
+Where a prompt names attached concepts, each is read by its own words
 (:mod:`customize.stages.concept_words`) and acts on its own part of the picture, which is found
 while the picture is drawn (:mod:`customize.stages.concept_routing`).
 """
@@ -47,8 +47,8 @@ def _run(
         return
     prompts = _prompts(context, call)
     state = context.state
-    if not any(len(named_concepts(prompt, state)) > 1 for prompt in prompts):
-        message = "no prompt names two attached concepts, so together= has no effect"
+    if not any(named_concepts(prompt, state) for prompt in prompts):
+        message = "no prompt names an attached concept, so together= has no effect"
         warn_user(message)
         state.call_reports[STAGE.name] = f"together: {message}"
         yield call

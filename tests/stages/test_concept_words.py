@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from customize.concepts.types import Lora, LoraInfo
+from customize.core.lowrank import LowRank
 from customize.errors import ConfigError
 from customize.families import family_of
 from customize.pipeline.rank_channels import rank_channels
@@ -88,7 +90,7 @@ def test_prompts_that_are_cut_off_or_name_nothing():
 
 
 @pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
-def test_each_trigger_is_read_by_its_concept_alone_and_other_words_by_none(make):
+def test_rows_of_a_concept_are_those_of_its_class_plus_what_it_changed_alone(make):
     pipe, base = make(), make()
     concepts = [
         concept(pipe, name, index=index, class_word=word)
@@ -103,19 +105,28 @@ def test_each_trigger_is_read_by_its_concept_alone_and_other_words_by_none(make)
     def read(text):
         return family_of(base.components).encode_prompts([text])["prompt_embeds"][0]
 
-    expected = read("a photo of a dog and a cat on the beach").clone()
-    for each, positions, text in zip(
-        concepts,
-        routed.tokens,
-        ("a photo of <rex> and a cat", "a photo of a dog and <tom>"),
-        strict=True,
-    ):
+    # Tokens: begin, "a photo of", 4 and 5 "<rex>" or "a dog", 6 "and", 7 and 8 the second one.
+    classes = read("a photo of a dog and a cat on the beach")
+    expected = classes.clone()
+    for each, at, word in zip(concepts, ((4, 5), (7, 8)), ("dog", "cat"), strict=True):
+        in_class = read(f"a photo of a {word}")[5]
         base.load_custom(each)
-        expected[list(positions)] = read(text)[list(positions)]
+        alone = read(f"a photo of <{each.info.name}>")[4:6]
         base.unload_custom()
-    assert torch.allclose(routed.keys, expected, atol=1e-4)
+        expected[list(at)] = classes[at[1]] + alone - in_class
+    assert routed.tokens == ((4, 5), (7, 8))
+    assert torch.allclose(routed.rows, expected, atol=1e-4)
     assert torch.equal(routed.encoded, family.encode_prompts([prompt])["prompt_embeds"][0])
     assert not torch.allclose(routed.encoded, expected, atol=1e-2)
+
+
+def test_a_concept_in_the_caption_that_it_was_learned_by_is_read_as_without_routing():
+    pipe = tiny_sd()
+    pipe.load_custom(concept(pipe, class_word="dog"))
+    family, state = family_of(pipe.components), get_state(pipe)
+    (routed,) = encode_routed(family, state, rank_channels(family, state), ["a photo of <rex>"])
+    assert routed.tokens == ((4, 5),)
+    assert torch.allclose(routed.rows[4:6], routed.encoded[4:6], atol=1e-4)
 
 
 def test_classes_of_more_tokens_than_the_trigger_leave_no_gap():
@@ -125,26 +136,46 @@ def test_classes_of_more_tokens_than_the_trigger_leave_no_gap():
     family, state = family_of(pipe.components), get_state(pipe)
     prompt = "a <rex> and <tom> on the beach"
     (routed,) = encode_routed(family, state, rank_channels(family, state), [prompt])
-    text = "a red striped dog and a cat on the beach"
-    expected = family_of(base.components).encode_prompts([text])["prompt_embeds"][0]
+
+    def read(text):
+        return family_of(base.components).encode_prompts([text])["prompt_embeds"][0]
+
+    expected = read("a red striped dog and a cat on the beach")
     # "<rex>" has two tokens, and its class three.
-    assert torch.allclose(routed.keys[4], expected[5], atol=1e-4)
-    assert torch.allclose(routed.keys[7:-1], expected[8:], atol=1e-4)
-    assert torch.allclose(routed.keys[-1], expected[-1], atol=1e-4)
+    assert torch.allclose(routed.rows[4], expected[5], atol=1e-4)
+    assert torch.allclose(routed.rows[7:-1], expected[8:], atol=1e-4)
+    assert torch.allclose(routed.rows[-1], expected[-1], atol=1e-4)
+    in_class = read("a photo of a red striped dog")[7]
+    base.load_custom(rex)
+    alone = read("a photo of <rex>")[4:6]
+    assert torch.allclose(routed.rows[2:4], expected[4] + alone - in_class, atol=1e-4)
 
 
-def test_values_of_a_trigger_are_those_of_the_prompt_that_ends_with_it():
+def test_a_lora_without_a_class_is_read_behind_the_classes_of_the_others():
     pipe = tiny_sd()
-    rex, tom = concept(pipe), concept(pipe, "tom", index=1)
-    pipe.load_custom(rex, tom, merge="sum")
+    layer = "unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+    weight = pipe.components[layer[0]].get_submodule(layer[1]).weight
+    update = LowRank(torch.randn(len(weight), 2), torch.randn(2, weight.shape[1]), 0.1)
+    lora = Lora(
+        LoraInfo("hat", "sd", "", 2, trigger_words="red hat"), {layer[0]: {layer[1]: update}}
+    )
+    pipe.load_custom(concept(pipe, class_word="dog"), lora)
+    family, state = family_of(pipe.components), get_state(pipe)
+    prompt = "a photo of <rex> and red hat on the beach"
+    (routed,) = encode_routed(family, state, rank_channels(family, state), [prompt])
+    text = "a photo of a dog and red hat on the beach"
+    expected = family_of(tiny_sd().components).encode_prompts([text])["prompt_embeds"][0]
+    assert torch.allclose(routed.rows[6:], expected[6:], atol=1e-4)
+
+
+def test_a_concept_that_is_named_twice_is_the_same_change_of_both_places():
+    pipe, base = tiny_sd(), tiny_sd()
+    pipe.load_custom(concept(pipe, class_word="dog"), concept(pipe, "tom", index=1))
     family, state = family_of(pipe.components), get_state(pipe)
     prompt = "a photo of <rex> and <tom> with <rex>"
     (routed,) = encode_routed(family, state, rank_channels(family, state), [prompt])
-    of_rex, of_tom = routed.tokens
-    rest = [k for k in range(CLIP_LENGTH) if k not in (*of_rex, *of_tom)]
-    assert torch.equal(routed.values[rest], routed.keys[rest])
-    pipe.unload_custom("rex")
-    alone = family.encode_prompts(["a photo of <tom>"])["prompt_embeds"][0]
-    assert torch.allclose(routed.values[list(of_tom)], alone[4:6], atol=1e-4)
-    assert not torch.allclose(routed.keys[list(of_tom)], alone[4:6], atol=1e-2)
-    assert torch.equal(routed.values[list(of_rex[:2])], routed.values[list(of_rex[2:])])
+    assert routed.tokens[0] == (4, 5, 10, 11)
+    text = "a photo of a dog and a dog with a dog"
+    classes = family_of(base.components).encode_prompts([text])["prompt_embeds"][0]
+    first = routed.rows[[4, 5]] - classes[5]
+    assert torch.allclose(routed.rows[[10, 11]] - classes[11], first, atol=1e-4)

@@ -22,6 +22,7 @@ from customize.families.pipeline_components import is_compiled
 from customize.pipeline.rank_channels import RankChannels, rank_channels
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState
+from customize.pipeline.uncompiled_calls import call_uncompiled
 from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.areas import WeightFunction, weight_function
 from customize.stages.avoid import Decor
@@ -57,15 +58,20 @@ def _run(
     family = type(context.family)(components, context.family.pipeline_config)
     channels = rank_channels(family, state)
     _check_routable(family, channels)
-    routed = encode_routed(family, state, channels, prompts)
+    with call_uncompiled(family.text_encoders.values()):
+        routed = encode_routed(family, state, channels, prompts)
     given = None if areas is None else _given_masks(areas, routed, state)
     router = ConceptRouter(family, channels, len(state.attached), routed, given)
     masks: list[dict[str, Any]] = []  # filled when the call ends
     if return_masks:
         context.results["masks"] = masks
-    with router.attach():
+    denoisers = [components[key] for key in family.denoisers]
+    compiled = any(map(is_compiled, denoisers))
+    if compiled:
+        warn_user("together= runs the denoiser without its compiled code, which has no hooks")
+    with call_uncompiled(denoisers), router.attach():
         yield call
-    state.call_reports[STAGE.name] = _report(router)
+    state.call_reports[STAGE.name] = _report(router) + (", not compiled" if compiled else "")
     masks += _mask_images(router)
 
 
@@ -155,12 +161,6 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
         )
     for key in family.denoisers:
         denoiser = pipe.components[key]
-        if is_compiled(denoiser):
-            raise PipelineError(
-                "the denoiser is compiled, so together= cannot hook its layers",
-                where=key,
-                fix="draw with together= before it is compiled",
-            )
         if getattr(denoiser, "is_cache_enabled", False):
             raise PipelineError(
                 "the denoiser caches outputs from step to step, and together= changes them between",

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from contextlib import ExitStack
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+from customize.base.quantization import quantize_model
+from customize.concepts.io.write_concept import save_concept
 from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank
 from customize.errors import PipelineError
@@ -18,8 +22,9 @@ from customize.pipeline.rank_channels import rank_channels
 from customize.pipeline.state import get_state
 from customize.stages.concept_routing import ConceptRouter
 from customize.stages.concept_words import RoutedPrompt, encode_routed, named_concepts
+from tests.base.test_placement import offload_groups, offload_models
 from tests.families.test_families import PIPELINES
-from tests.pipeline.making import concept
+from tests.pipeline.making import concept, modular
 from tests.stages.together_making import HALVES, LEFT, OTHER, PROMPT, alike
 from tests.tiny import CLIP_LENGTH, drawn
 
@@ -351,6 +356,108 @@ def test_encoders_without_learned_tokens_carry_nothing_that_a_concept_learned(na
     first = CLIP_LENGTH if family.has_clip_rows else 0
     assert torch.equal(rows[:, first:], others[:, first:])
     assert not first or not torch.equal(rows[:, :first], others[:, :first])
+
+
+SOME = ("sd3", "flux-dev", "flux2-klein", "qwen_image", "z_image", "krea2", "wan-2.2-14b")
+some = pytest.mark.parametrize("name", SOME)
+
+
+@some
+@pytest.mark.parametrize("offload", [offload_models, offload_groups])
+def test_offloaded_models_give_the_same_picture(name, offload):
+    pipe = PIPELINES[name]()
+    pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1, class_word="cat"))
+    offload(pipe)
+    assert torch.equal(draw(pipe, together=True), draw(pair(name), together=True))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "qwen_image", "z_image", "flux2-klein"])
+def test_modular_pipelines_draw_the_same_picture(name):
+    pipe = pair(name)
+    other = modular(pipe).load_custom()
+    options = {"seed": 1, "num_inference_steps": 3}
+    assert not torch.allclose(draw(other, together=True, **options), draw(other, **options))
+    swapped = {"<rex>": 1 - LEFT, "<tom>": LEFT}
+    first, second = (draw(other, together=areas, **options) for areas in (HALVES, swapped))
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+@some
+def test_several_pictures_a_prompt_and_threads(name):
+    pipe = pair(name)
+    if name not in ("qwen_image", "wan-2.2-14b"):
+        noise = [torch.Generator().manual_seed(k) for k in (1, 2)]
+        call = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "latent"}
+        several = drawn(
+            pipe, PROMPT, generator=noise, num_images_per_prompt=2, together=True, **call
+        )
+        assert alike(several, torch.cat([draw(pipe, seed=k, together=True) for k in (1, 2)]))
+    calls = [(PROMPT, True), (OTHER, True), (PROMPT, None)]
+    alone = [draw(pipe, prompt, together=on) for prompt, on in calls]
+    results = {}
+
+    def job(number):
+        prompt, on = calls[number]
+        results[number] = draw(pipe, prompt, together=on)
+
+    threads = [threading.Thread(target=job, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[k], expected) for k, expected in enumerate(alone))
+
+
+@some
+def test_avoided_content_library_routing_and_half_precision(name, tmp_path):
+    pipe = PIPELINES[name]()
+    for index, (word, noun) in enumerate((("rex", "dog"), ("tom", "cat"), ("kit", "car"))):
+        save_concept(concept(pipe, word, index=index, class_word=noun), tmp_path / word)
+    pipe.load_custom(library=tmp_path)
+    draw(pipe, "a photo of <kit>")
+    expected = draw(pair(name), together=True)
+    assert alike(draw(pipe, together=True), expected)
+    cleaned = draw(pipe, together=True, avoid="car")
+    assert bool(cleaned.isfinite().all())
+    assert not torch.equal(cleaned, draw(pipe, together=True))
+    half = draw(pipe.to(torch.bfloat16), together=HALVES)
+    assert bool(half.isfinite().all())
+    full = draw(pair(name), together=HALVES)
+    assert float((half.float() - full).norm() / full.norm()) < 0.2
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "qwen_image"])
+def test_true_guidance_leaves_the_negative_call_as_it_is(name):
+    pipe = pair(name)
+    family, _ = family_and_state(pipe)
+    calls: list[torch.Tensor] = []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append(output[0]), with_kwargs=True
+    )
+    negative = {"true_cfg_scale": 3.0, "negative_prompt": "<tom> in a car"}
+    plain, routed = [], []
+    for outputs, areas in ((plain, {}), (routed, {"together": HALVES})):
+        calls.clear()
+        draw(pipe, num_inference_steps=2, **negative, **areas)
+        outputs += calls[:2]
+    hook.remove()
+    assert not torch.allclose(plain[0], routed[0], atol=1e-3)
+    assert torch.equal(plain[1], routed[1])
+
+
+def test_quantized_layers_are_routed():
+    quantizers = ["torchao_int8"] if find_spec("torchao") else []
+    quantizers += ["nf4"] if find_spec("bitsandbytes") else []
+    if not quantizers:
+        pytest.skip("an extra")
+    for quantizer in quantizers:
+        pipe = PIPELINES["flux-dev"]()
+        quantize_model(pipe.transformer, quantizer, torch.float32, torch.device("cpu"))
+        pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1, class_word="cat"))
+        plain = draw(pipe)
+        with router(pipe, PROMPT, True, 1).attach():
+            assert torch.equal(draw(pipe), plain)
+        assert not torch.allclose(draw(pipe, together=HALVES), plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

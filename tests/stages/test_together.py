@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -250,6 +251,36 @@ def test_modular_pipelines_are_routed():
     assert not torch.allclose(draw(pipe, together=True), draw(pipe), atol=1e-3)
     swapped = {"<rex>": 1 - LEFT, "<tom>": LEFT}
     assert not torch.allclose(draw(pipe, together=swapped), draw(pipe, together=HALVES), atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["wrapper", "in place", "blocks"])
+def test_compiled_denoisers_run_uncompiled_and_are_compiled_again(how):
+    pipe = pair(partial(tiny_sd, few_layers=True))
+    plain, expected = draw(pipe), draw(pipe, together=True)
+    unet, compilations = pipe.unet, []
+
+    def backend(module, inputs):
+        compilations.append(module)
+        return module.forward
+
+    if how == "wrapper":
+        pipe.unet = torch.compile(unet, backend=backend)
+    elif how == "in place":
+        unet.compile(backend=backend)
+    else:
+        unet.mid_block.compile(backend=backend)
+    assert alike(draw(pipe), plain)
+    count = len(compilations)
+    assert count
+    with pytest.warns(UserWarning, match="without its compiled code"):
+        assert torch.equal(draw(pipe, together=True), expected)
+    assert pipe.custom.reports["together"].endswith("not compiled")
+    assert alike(draw(pipe), plain)
+    assert len(compilations) == count
+    pipe.text_encoder = torch.compile(pipe.text_encoder, backend=backend)
+    draw(pipe)
+    with pytest.warns(UserWarning, match="without its compiled code"):
+        assert torch.equal(draw(pipe, together=True), expected)
 
 
 @makers

@@ -66,10 +66,6 @@ def test_invalid_calls_are_refused_before_the_denoiser_runs(name):
 def test_concepts_that_cannot_be_routed_are_refused():
     with pytest.raises(PipelineError, match="the merge ties has mixed the concepts"):
         draw(pair(merge="ties"), together=True)
-    pipe = pair()
-    pipe.unet.compile(backend="eager")
-    with pytest.raises(PipelineError, match="the denoiser is compiled"):
-        draw(pipe, together=True)
 
 
 def test_layers_without_positions_are_refused_and_convolutions_routed():

@@ -65,7 +65,7 @@ def router(pipe, prompt, tokens, mask):
     rows = routed.encoded
     positions = tuple(range(len(rows))) if tokens else ()
     named = named_concepts(prompt, state)
-    routed = RoutedPrompt(prompt, named, rows, rows, rows, (positions,) * len(named))
+    routed = RoutedPrompt(prompt, named, rows, rows, (positions,) * len(named))
     channels = rank_channels(family, state)
     return ConceptRouter(
         family,

@@ -33,6 +33,18 @@ def quick_recordings() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def short_padding() -> Iterator[None]:
+    """Families pad prompts to 128 tokens, not to up to 1024, in all tests of a module.
+
+    Padding takes most of the time of a tiny transformer; tests/families has it at full length.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for family in ("flux", "flux2", "krea2", "ltx2", "sd3", "wan"):
+            patch.setattr(f"customize.families.{family}.MAX_SEQUENCE_LENGTH", 128)
+        yield
+
+
 def pytest_collection_finish() -> None:
     """Exempt what is imported from garbage collection, which takes 7 % of the tests' time."""
     gc.collect()

@@ -42,6 +42,8 @@ from tests.training.runs import (
     tensors,
 )
 
+pytestmark = pytest.mark.usefixtures("short_padding")
+
 
 @pytest.fixture(params=TINY_FAMILIES)
 def pipe(request):

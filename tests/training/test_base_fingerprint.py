@@ -17,6 +17,8 @@ from tests.tiny_llm import tiny_flux2_klein, tiny_krea2, tiny_qwen_image_21
 from tests.tiny_video import tiny_wan
 from tests.training.runs import Stop, crash_at, same, settings, tensors
 
+pytestmark = pytest.mark.usefixtures("short_padding")
+
 
 def save_base(folder, factor=1.0):
     """Save the tiny base with multiplied UNet weights, over an existing folder."""

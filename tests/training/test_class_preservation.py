@@ -28,6 +28,8 @@ from tests.training.runs import (
     tensors,
 )
 
+pytestmark = pytest.mark.usefixtures("short_padding")
+
 WITH_CLIP = {"sd": tiny_sd, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 OTHERS = {
     "qwen_image": tiny_qwen_image,

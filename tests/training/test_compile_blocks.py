@@ -21,6 +21,8 @@ from tests.training.runs import (
     tensors,
 )
 
+pytestmark = pytest.mark.usefixtures("short_padding")
+
 SLOW = pytest.mark.slow
 BACKENDS = [pytest.param("inductor", marks=SLOW), "aot_eager"]
 #: Other families use the same code and are slower.

@@ -26,6 +26,8 @@ from tests.tiny_families import TINY_FAMILIES
 from tests.training.runs import make_pictures, settings, tensors
 from tests.training.test_presets import PRESETS
 
+pytestmark = pytest.mark.usefixtures("short_padding")
+
 ROOT = Path(__file__).parents[2]
 ALL = TINY_FAMILIES | {"flux3": tiny_flux3}
 #: Model of a preset -> name in FAMILIES.

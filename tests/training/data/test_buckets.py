@@ -28,6 +28,8 @@ from tests.training.runs import (
     tensors,
 )
 
+pytestmark = pytest.mark.usefixtures("short_padding")
+
 
 def shapes_of(pipe):
     """Collect the (height, width) of the latents in each call of a UNet."""

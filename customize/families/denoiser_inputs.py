@@ -181,6 +181,17 @@ class DenoiserInputs(AdaptableLayers):
         """
         return float(torch.as_tensor(arguments["timestep"]).max()) / self._max_timestep
 
+    def schedule_level(self, arguments: Mapping[str, Any]) -> float:
+        """Return :meth:`noise_level` before the shift that the model was trained with.
+
+        Models of larger pictures decide on the layout at higher noise levels, for which their
+        levels are shifted.
+
+        Args:
+            arguments: Of a call of the denoiser, by name.
+        """
+        return self.noise_level(arguments)
+
     @property
     def _max_timestep(self) -> float:
         """The denoiser's timestep argument for pure noise."""

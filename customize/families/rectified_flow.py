@@ -7,7 +7,7 @@ sigma * num_train_timesteps (usually 1000), after the shift that the pipeline ap
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -69,6 +69,14 @@ class RectifiedFlowFamily(Family):
         scheduler.set_timesteps(sigmas=self._levels(steps), device=device, **extra)
         return scheduler
 
+    def schedule_level(self, arguments: Mapping[str, Any]) -> float:
+        level = self.noise_level(arguments)
+        _, rows, columns = self.token_grid(arguments)
+        # The shift is one of the picture's tokens, each of 2 x 2 latents or a packed one.
+        side = self._latents_of_token
+        shift = self._known_shift((0, rows * side, columns * side)) or 1.0
+        return level / (shift - (shift - 1.0) * level)
+
     def cross_attention_layers(self) -> list[str]:
         return []
 
@@ -110,6 +118,17 @@ class RectifiedFlowFamily(Family):
 
     def _shift(self, shape: Sequence[int]) -> float:
         """Return the factor of :func:`customize.core.objectives.shift_sigmas`."""
+        shift = self._known_shift(shape)
+        if shift is None:
+            raise PipelineError(
+                "the scheduler has no shift of sigmas to train with",
+                where=type(self.scheduler).__name__,
+                fix="give the pipeline the flow-matching scheduler that the model came with",
+            )
+        return shift
+
+    def _known_shift(self, shape: Sequence[int]) -> float | None:
+        """Return :meth:`_shift`; None for a scheduler without one."""
         scheduler = self.scheduler
         if self._is_dynamic:
             mu = self._mu(shape)
@@ -118,13 +137,12 @@ class RectifiedFlowFamily(Family):
         shift = getattr(scheduler, "shift", None)
         if scheduler.config.get("use_flow_sigmas", False):  # UniPC, DPM-Solver and similar
             shift = scheduler.config.flow_shift
-        if shift is None:
-            raise PipelineError(
-                "the scheduler has no shift of sigmas to train with",
-                where=type(scheduler).__name__,
-                fix="give the pipeline the flow-matching scheduler that the model came with",
-            )
-        return float(shift)
+        return None if shift is None else float(shift)
+
+    @property
+    def _latents_of_token(self) -> int:
+        """The height and width in latents of what :meth:`_picture_tokens` counts."""
+        return 2
 
     @property
     def _train_timesteps(self) -> int:
@@ -165,6 +183,10 @@ class PackedLatentsFamily(RectifiedFlowFamily):
     @property
     def _latent_channels(self) -> int:
         return self.denoiser.config.in_channels // self.patch**2
+
+    @property
+    def _latents_of_token(self) -> int:
+        return self.patch
 
     def _picture_tokens(self, shape: Sequence[int]) -> int:
         return (shape[-2] // self.patch) * (shape[-1] // self.patch)

@@ -43,7 +43,7 @@ from customize.stages.concept_words import RoutedPrompt
 from customize.stages.prompt_rows import PromptRows, replace_rows
 
 #: Above this noise level, where 1 is pure noise, the layout is decided, and masks are found. Below
-#: it they act.
+#: it they act. Levels are those before the shift that a model was trained with.
 LAYOUT_ABOVE = 0.8
 
 #: See :func:`customize.core.routing.competing_masks`.
@@ -236,7 +236,7 @@ class ConceptRouter:
             if picture.routed.named:
                 pictures[row] = picture
         grid = self.family.token_grid(arguments)
-        level = self.family.noise_level(arguments)
+        level = self.family.schedule_level(arguments)
         lengths = [len(text) for text in texts]
         valid = arguments.get(self.family.text_mask_argument)
         if valid is None and len(set(lengths)) > 1:

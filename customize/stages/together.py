@@ -145,9 +145,12 @@ def _given_masks(
 def _prompts(context: CallContext, call: CallArguments) -> list[str]:
     """Return the prompts of a call, refusing calls that cannot be routed."""
     pipe, family = context.pipe, context.family
-    if family.regions_unsupported:
+    unsupported = family.regions_unsupported
+    if not unsupported and not family.layer_tokens(family.denoiser_key):
+        unsupported = "it does not say which layers compute from the picture and from the prompt"
+    if unsupported:
         raise PipelineError(
-            f"family {family.name} does not support together=: {family.regions_unsupported}",
+            f"family {family.name} does not support together=: {unsupported}",
             where="together",
             fix="leave it out; customize/families/README.md lists what supports it",
         )

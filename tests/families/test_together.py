@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import threading
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from customize.base.quantization import quantize_model
 from customize.concepts.io.write_concept import save_concept
 from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank
+from customize.core.objectives import shift_sigmas
 from customize.errors import PipelineError
 from customize.families import family_of
 from customize.pipeline.model_guards import ADAPTER_NAME
@@ -23,7 +25,7 @@ from customize.pipeline.state import get_state
 from customize.stages.concept_routing import ConceptRouter
 from customize.stages.concept_words import RoutedPrompt, encode_routed, named_concepts
 from tests.base.test_placement import offload_groups, offload_models
-from tests.families.test_families import PIPELINES
+from tests.families.test_families import PIPELINES, SHAPES
 from tests.pipeline.making import concept, modular
 from tests.stages.together_making import HALVES, LEFT, OTHER, PROMPT, alike
 from tests.tiny import CLIP_LENGTH, drawn
@@ -267,6 +269,30 @@ def test_rows_of_words_are_where_another_word_changes_the_encoded_prompt(name):
     elif family.prompt_text(PROMPT) is not None:
         first = CLIP_LENGTH if family.has_clip_rows else 0
         assert first + int(change[first:].argmax()) in tokens
+
+
+@families
+def test_levels_of_the_layout_are_those_before_the_shift(name):
+    pipe = pair(name)
+    family, _ = family_and_state(pipe)
+    denoiser = pipe.components[family.denoiser_key]
+    names = list(inspect.signature(type(denoiser).forward).parameters)[1:]
+    levels = []
+
+    def note(module, args, kwargs):
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        levels.append((family.noise_level(arguments), family.schedule_level(arguments)))
+
+    hook = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    draw(pipe)
+    hook.remove()
+    assert levels == sorted(levels, reverse=True) and levels[0][1] > 0.8
+    if not hasattr(family, "_shift"):
+        assert all(noise == schedule for noise, schedule in levels)
+        return
+    shift = family._shift(SHAPES.get(family.name, (4, 16, 16)))
+    for noise, schedule in levels:
+        assert float(shift_sigmas(torch.tensor(schedule), shift)) == pytest.approx(noise, abs=1e-5)
 
 
 @families

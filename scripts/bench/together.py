@@ -37,7 +37,7 @@ import _common
 import _workers
 import torch
 from _scorer import open_quietly
-from _together import cast, drawing, tuning
+from _together import cast, drawing, trust, tuning
 from _together.cast import GROUPS, QUICK_GROUPS, Group, Kind, Names, Scene
 from _together.rows import ALONE, BASE, LORA, ROWS, WORDS, AloneRow, Row
 from _together.scores import Hit, Scorer, mean_of, rates, standard_error
@@ -48,6 +48,8 @@ from customize.storybook.judges import load_judges
 
 ROUNDS, QUICK_ROUNDS = 7, 2
 QUICK_STEPS = 40
+# Drawn scenes of each concept that the judges are measured on.
+COUNT, QUICK_COUNT = 12, 1
 
 
 class Bench:
@@ -199,6 +201,10 @@ class Bench:
                 rows.append(row)
                 print(row, flush=True)
         return rows
+
+    def trust(self) -> dict[str, float]:
+        scorer = Scorer(load_judges(self.args.judges))
+        return trust.trust(self.open(), scorer, QUICK_COUNT if self.args.quick else COUNT)
 
     # -- seconds ------------------------------------------------------------------------------
 
@@ -361,6 +367,7 @@ def main() -> None:
         _common.report("together_tuning", args, bench.tune(), {})
     else:
         rows, figures = bench.run()
+        figures |= bench.trust()
         ratios = bench.seconds()
         for row in rows:
             if row["drawn"] in ratios:

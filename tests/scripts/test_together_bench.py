@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from customize.storybook.bundled_assets import assets_folder
 from customize.storybook.judges import judge_inputs, load_judges
@@ -29,7 +30,7 @@ def bench():
     """The modules of the benchmark."""
     sys.path.insert(0, str(BENCH))
     try:
-        names = ("cast", "drawing", "gates", "rows", "scores", "tuning")
+        names = ("cast", "drawing", "gates", "rows", "scores", "trust", "tuning")
         rivals = ("freefuse", "lorashop", "lora_composite", "lora_switch", "attention_regions")
         modules = {name: importlib.import_module(f"_together.{name}") for name in names}
         modules |= {name: importlib.import_module(f"_together.rivals.{name}") for name in rivals}
@@ -217,6 +218,14 @@ def test_crops_of_wide_images_cover_each_part(bench):
         centres = bench.scores.crops_of(columns, part, 2).mean((1, 2, 3, 4))
         assert first <= float(centres.min()) <= float(centres.max()) <= last
     assert len(bench.scores.crops_of(columns[..., :64], 0, 2)) == 1
+
+
+def test_judges_are_measured_in_all_sizes(bench, scorer):
+    vae = AutoencoderKL.from_pretrained(assets_folder() / "storybook/vae")
+    shares = bench.trust.trust(SimpleNamespace(vae=vae), scorer, 1)
+    for width in (64, 96, 128):
+        assert shares[f"judge_known_{width}"] > 0.7
+        assert shares[f"judge_taken_{width}"] < 0.2
 
 
 # --- the benchmark ----------------------------------------------------------------------------

@@ -160,8 +160,8 @@ def scenes(group: Group, names: Names, seed: int) -> list[Scene]:
 
 #: The file of a concept's weights.
 WEIGHTS = "pytorch_lora_weights.safetensors"
-#: The files that all scores depend on.
-SOURCES = (Path(__file__), Path(__file__).with_name("scores.py"))
+#: The files that all scores depend on, besides the scenes.
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("drawing.py", "scores.py"))
 
 
 def recipe(steps: int | None) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class AloneRow:
 
 WORDS, ALONE, BASE = "ours from words, fusion", "each alone beside classes", "base model, classes"
 LORA = ", ordinary LoRAs"
-_SIDES = ("mixed, wide", "same, wide", "triples")
+_WIDE, _SQUARE = ("mixed, wide", "same, wide", "triples"), ("mixed", "same")
 
 ROWS: dict[str, Row | AloneRow] = {
     WORDS: Row(drawing.draw_words, merge="fusion"),
@@ -83,13 +83,13 @@ ROWS: dict[str, Row | AloneRow] = {
     "regions= in boxes, fusion": Row(drawing.draw_regions, merge="fusion"),
     "regions in cross-attention, fusion": Row(attention_regions.draw, merge="fusion"),
     ALONE: AloneRow(drawing.beside_classes),
-    "each alone in its box": AloneRow(drawing.in_boxes, groups=_SIDES),
-    "plain, sum" + LORA: Row(drawing.draw, "lora", is_rival=True),
-    "FreeFuse" + LORA: Row(freefuse.draw, "lora", is_rival=True),
-    "LoRAShop" + LORA: Row(lorashop.draw, "lora", is_rival=True),
-    "LoRA Composite" + LORA: Row(lora_composite.draw, "lora", is_rival=True),
-    "LoRA Switch" + LORA: Row(lora_switch.draw, "lora", is_rival=True),
-    "ours from words" + LORA: Row(drawing.draw_words, "lora"),
-    ALONE + LORA: AloneRow(drawing.beside_classes, "lora"),
+    "each alone in its box": AloneRow(drawing.in_boxes, groups=_WIDE),
+    "plain, sum" + LORA: Row(drawing.draw, "lora", is_rival=True, groups=_SQUARE),
+    "FreeFuse" + LORA: Row(freefuse.draw, "lora", is_rival=True, groups=_SQUARE),
+    "LoRAShop" + LORA: Row(lorashop.draw, "lora", is_rival=True, groups=_SQUARE),
+    "LoRA Composite" + LORA: Row(lora_composite.draw, "lora", is_rival=True, groups=_SQUARE),
+    "LoRA Switch" + LORA: Row(lora_switch.draw, "lora", is_rival=True, groups=_SQUARE),
+    "ours from words" + LORA: Row(drawing.draw_words, "lora", groups=_SQUARE),
+    ALONE + LORA: AloneRow(drawing.beside_classes, "lora", _SQUARE),
     BASE: AloneRow(drawing.no_concepts, groups=("beside a class",)),
 }

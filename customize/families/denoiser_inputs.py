@@ -81,21 +81,21 @@ class DenoiserInputs(AdaptableLayers):
         Returns:
             Full name of a layer -> its positions, without layers that have none.
         """
-        kinds = [(re.compile(pattern), kind) for pattern, kind in self.token_kinds.items()]
-        found = {
-            name: next((kind for pattern, kind in kinds if pattern.fullmatch(name)), None)
-            for name in self.layers(component)
-        }
+        found = {name: self._token_kind(name) for name in self.layers(component)}
         return {name: kind for name, kind in found.items() if kind is not None}
 
     def text_attentions(self, component: str) -> list[TextAttention]:
         """Return the attentions of the picture to the prompt in one of :attr:`denoisers`."""
         return [
-            TextAttention(name, *projections)
+            TextAttention(name, query, key, self._token_kind(f"{name}.{query}") or "picture")
             for name, _ in uncompiled(self.components[component]).named_modules()
-            for pattern, projections in self.text_attention_kinds.items()
+            for pattern, (query, key) in self.text_attention_kinds.items()
             if re.fullmatch(pattern, name)
         ]
+
+    def _token_kind(self, layer: str) -> TokenKind | None:
+        kinds = self.token_kinds.items()
+        return next((kind for pattern, kind in kinds if re.fullmatch(pattern, layer)), None)
 
     def token_grid(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
         """Return (frames, rows, columns) of the picture's tokens; a picture has one frame.

@@ -21,11 +21,13 @@ class TextAttention:
         name: Full name of the module.
         query: Name of the projection in it that the queries of the picture come from.
         key: Name of the projection that the keys of the prompt come from.
+        tokens: The positions of the queries.
     """
 
     name: str
     query: str = "to_q"
     key: str = "to_k"
+    tokens: TokenKind = "picture"
 
 
 @dataclass(frozen=True, eq=False)

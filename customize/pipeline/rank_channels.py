@@ -18,6 +18,7 @@ from customize.core.routing import rank_owners
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
+from customize.families.token_layout import TokenKind
 from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.state import AttachedState
 from customize.pipeline.transaction import plan_layers
@@ -39,6 +40,7 @@ class RankChannels:
         module: Name of the layer in the component.
         layer: peft's LoRA layer; for an update in the weight the layer, with or without adapters.
         owners: For each rank the index of its concept, in the order of the attached ones.
+        tokens: The positions of a denoiser's layer; None for a layer without positions.
         fused: The update, if it is in the weight.
     """
 
@@ -46,6 +48,7 @@ class RankChannels:
     module: str
     layer: Any
     owners: tuple[int, ...]
+    tokens: TokenKind | None
     fused: LowRank | None = None
     _factors: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
@@ -139,22 +142,25 @@ def _find_channels(family: Family, state: AttachedState) -> list[RankChannels]:
         fused: [k for k, item in enumerate(state.attached.values()) if item.fused == fused]
         for fused in (False, True)
     }
+    kinds = {key: family.layer_tokens(key) for key in family.denoisers}
     for adapter in state.adapters:
         for component, layers in adapter.layers.items():
+            tokens = kinds.get(component, {})
             for module, layer in layers.items():
                 up = layer.lora_B[ADAPTER_NAME].weight.detach().flatten(1)
                 if not up.shape[1]:
                     continue  # wrapped for the concepts of another call
                 plan = beside[component][module]
                 owners = _owners(up, plan, numbers[False], f"{component}.{module}", method)
-                channels.append(RankChannels(component, module, layer, owners))
+                channels.append(RankChannels(component, module, layer, owners, tokens.get(module)))
     for component, plans in in_weights.items():
         model = uncompiled(family.components[component])
         for module, plan in _nonzero(plans).items():
             update = plan.compute()
             owners = _owners(update.up, plan, numbers[True], f"{component}.{module}", method)
-            layer = model.get_submodule(module)
-            channels.append(RankChannels(component, module, layer, owners, update))
+            layer, tokens = model.get_submodule(module), kinds.get(component, {})
+            kind = tokens.get(module)
+            channels.append(RankChannels(component, module, layer, owners, kind, update))
     return channels
 
 

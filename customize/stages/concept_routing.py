@@ -165,19 +165,17 @@ class ConceptRouter:
         """Hook one denoiser."""
         denoiser = self.family.components[component]
         layers = uncompiled(denoiser)
-        kinds = self.family.layer_tokens(component)
         keep(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
         keep(denoiser.register_forward_hook(self._after, with_kwargs=True, prepend=True))
         for channel in self.channels:
-            if channel.component == component:
-                keep(channel.mask(partial(self._mask_of, channel.owners, kinds[channel.module])))
+            if channel.component == component and channel.tokens is not None:
+                keep(channel.mask(partial(self._mask_of, channel.owners, channel.tokens)))
         for attention in self.family.text_attentions(component) if self.given is None else ():
             module = layers.get_submodule(attention.name)
-            joint = kinds[f"{attention.name}.{attention.query}"]
             query, key = (module.get_submodule(name) for name in (attention.query, attention.key))
             keep(query.register_forward_hook(partial(self._keep_query, attention.name)))
             keep(key.register_forward_hook(partial(self._keep_key, attention.name)))
-            collect = partial(self._collect, attention, joint)
+            collect = partial(self._collect, attention)
             keep(module.register_forward_hook(collect, with_kwargs=True))
 
     # -- the denoiser -----------------------------------------------------------------------------
@@ -369,7 +367,6 @@ class ConceptRouter:
     def _collect(
         self,
         attention: TextAttention,
-        kind: TokenKind,
         module: Any,
         args: Any,
         kwargs: dict[str, Any],
@@ -387,7 +384,7 @@ class ConceptRouter:
                 fix="call unfuse_qkv_projections(), or set diffusers' own processor",
             )
         query, key = call.queries.pop(name), call.keys.pop(name)
-        attended = self._attended(call, attention, kind, module, kwargs, query, key)
+        attended = self._attended(call, attention, module, kwargs, query, key)
         for each, (row, picture) in zip(attended, call.pictures.items(), strict=True):
             maps = torch.stack([each[:, list(at)].sum(-1) for at in picture.routed.tokens])
             grid = self._layer_grid(call, maps.shape[1])
@@ -399,7 +396,6 @@ class ConceptRouter:
         self,
         call: _DenoiserCall,
         attention: TextAttention,
-        kind: TokenKind,
         module: Any,
         kwargs: dict[str, Any],
         query: Tensor,
@@ -415,8 +411,8 @@ class ConceptRouter:
         key_heads = getattr(module, "num_kv_heads", heads)
         key = _normed(key, key_heads, getattr(module, norm, None))
         key = key.repeat_interleave(heads // key_heads, 2)
-        if kind not in ("picture", "text"):
-            picture, text = self.family.token_offsets(kind, call.texts, call.grid)
+        if attention.tokens != "picture":
+            picture, text = self.family.token_offsets(attention.tokens, call.texts, call.grid)
             query = query[:, picture : picture + math.prod(call.grid)]
             key = key[:, text : text + call.texts]
         of_picture, of_text = self.family.rotations(kwargs, call.texts, call.grid)

@@ -146,7 +146,7 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
     """Return the prompts of a call, refusing calls that cannot be routed."""
     pipe, family = context.pipe, context.family
     unsupported = family.regions_unsupported
-    if not unsupported and not family.layer_tokens(family.denoiser_key):
+    if not unsupported and not family.text_attentions(family.denoiser_key):
         unsupported = "it does not say which layers compute from the picture and from the prompt"
     if unsupported:
         raise PipelineError(
@@ -185,9 +185,8 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
 
 def _check_routable(family: Family, channels: Sequence[RankChannels]) -> None:
     """Refuse concepts in layers of the denoiser that have no positions."""
-    kinds = {key: family.layer_tokens(key) for key in family.denoisers}
     for channel in channels:
-        if channel.component in kinds and channel.module not in kinds[channel.component]:
+        if channel.component in family.denoisers and channel.tokens is None:
             raise PipelineError(
                 "a concept changes a layer without positions, which acts on the whole picture",
                 where=f"{channel.component}.{channel.module}",

@@ -17,11 +17,13 @@ from customize.concepts.io.write_concept import save_concept
 from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank
 from customize.core.objectives import shift_sigmas
+from customize.core.routing import resize_masks
 from customize.errors import PipelineError
 from customize.families import family_of
 from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.rank_channels import rank_channels
 from customize.pipeline.state import get_state
+from customize.stages import concept_routing
 from customize.stages.concept_routing import ConceptRouter
 from customize.stages.concept_words import RoutedPrompt, encode_routed, named_concepts
 from tests.base.test_placement import offload_groups, offload_models
@@ -34,6 +36,8 @@ UNSUPPORTED = ("qwen_image_21", "ltx2")
 # Stable Diffusion and SDXL are in tests/stages/test_together.py.
 NAMES = [name for name in PIPELINES if not name.startswith((*UNSUPPORTED, "sd-e", "sd-v", "sdxl"))]
 families = pytest.mark.parametrize("name", NAMES)
+SOME = ("sd3", "flux-dev", "flux2-klein", "qwen_image", "z_image", "krea2", "wan-2.2-14b")
+some = pytest.mark.parametrize("name", SOME)
 
 # Keys of the prompt in an attention's keys: all of them, or before or behind those of the picture.
 ORDER = {"sd": "all", "wan": "all", "sd3": "last", "z_image": "last"}
@@ -341,6 +345,27 @@ def test_concepts_in_the_weights_are_routed_as_beside_them(name):
         assert torch.equal(draw(fused), plain) or name == "z_image"
 
 
+@some
+def test_masks_that_were_found_act_as_those_that_are_given(name):
+    pipe = pair(name)
+    family, state = family_and_state(pipe)
+    routed = encode_routed(family, state, [], [PROMPT])
+    masks = torch.stack([LEFT, 1 - LEFT])[:, None]
+    answers = []
+    for given in ([lambda *grid: resize_masks(masks[:, 0], *grid)], None):
+        router = ConceptRouter(family, rank_channels(family, state), 2, routed, given)
+        if given is None:
+            found = concept_routing._Picture(routed[0], masks, 1, masks, 1)
+            router.pictures[0] = found
+        with torch.no_grad(), router.attach():
+            conditions = family.encode_prompts([PROMPT])
+            shape = SHAPES.get(family.name, (4, 16, 16))
+            noisy = torch.randn(1, *shape, generator=torch.Generator().manual_seed(3))
+            t = family.timesteps(torch.tensor([0.3]), shape)
+            answers.append(family.predict(noisy, t, conditions))
+    assert alike(*answers)
+
+
 @families
 def test_the_order_of_adapters_does_not_matter(name):
     pipe = pair(name)
@@ -365,6 +390,8 @@ def test_sizes_of_other_shapes_masks_and_the_report(name):
     output = pipe(prompt=PROMPT, together=HALVES, return_masks=True, **call, **frames)
     mask = output.masks[0]["rex"]
     if frames:
+        pipe(prompt=PROMPT, together=True, **call, **frames)
+        assert " % of the picture" in pipe.custom.reports["together"]
         assert isinstance(mask, list) and len(mask) > 1
         mask = mask[0]
     assert mask.getpixel((0, 0)) == 255 and mask.getpixel((mask.width - 1, mask.height - 1)) == 0
@@ -382,10 +409,6 @@ def test_encoders_without_learned_tokens_carry_nothing_that_a_concept_learned(na
     first = CLIP_LENGTH if family.has_clip_rows else 0
     assert torch.equal(rows[:, first:], others[:, first:])
     assert not first or not torch.equal(rows[:, :first], others[:, :first])
-
-
-SOME = ("sd3", "flux-dev", "flux2-klein", "qwen_image", "z_image", "krea2", "wan-2.2-14b")
-some = pytest.mark.parametrize("name", SOME)
 
 
 @some
@@ -455,7 +478,6 @@ def test_avoided_content_library_routing_and_half_precision(name, tmp_path):
 @pytest.mark.parametrize("name", ["flux-dev", "flux-schnell", "qwen_image"])
 def test_true_guidance_leaves_the_negative_call_as_it_is(name):
     pipe = pair(name)
-    family, _ = family_and_state(pipe)
     calls: list[torch.Tensor] = []
     hook = pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: calls.append(output[0]), with_kwargs=True
@@ -484,6 +506,37 @@ def test_quantized_layers_are_routed():
         with router(pipe, PROMPT, True, 1).attach():
             assert torch.equal(draw(pipe), plain)
         assert not torch.allclose(draw(pipe, together=HALVES), plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+def test_the_pooled_prompt_is_read_with_each_update_at_its_own_tokens(name, long):
+    pipe = pair(name)
+    family, state = family_and_state(pipe)
+    prompt = "<rex> " + "a red " * 3 + "cat and <tom>"
+    if long and name == "flux-dev":  # T5 reads more than CLIP
+        prompt = "<rex> " + "a red " * 12 + "cat and <tom>"
+    channels = [c for c in rank_channels(family, state) if c.component == "text_encoder"]
+    inputs: dict[str, list[torch.Tensor]] = {}
+    with ExitStack() as stack:
+        for channel in channels:
+
+            def note(_, args, module=channel.module):
+                # The whole prompt without masks, with them, then other texts.
+                inputs.setdefault(module, []).append(args[0])
+
+            up = channel.layer.lora_B[ADAPTER_NAME]
+            stack.callback(up.register_forward_pre_hook(note).remove)
+        (routed,) = encode_routed(family, state, rank_channels(family, state), [prompt])
+    assert routed.pooled is not None and inputs
+    ids = family.token_dictionaries()[0].tokenizer(prompt, add_special_tokens=False).input_ids
+    positions = {"rex": [1, 2], "tom": [1 + k for k in range(len(ids) - 2, len(ids))]}
+    for channel in channels:
+        middle = inputs[channel.module][1][0]
+        for index, at in enumerate(positions.values()):
+            ranks = [k for k, owner in enumerate(channel.owners) if owner == index]
+            expected = [k for k in at if k < CLIP_LENGTH]
+            assert (middle[:, ranks] != 0).any(1).nonzero()[:, 0].tolist() == expected
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

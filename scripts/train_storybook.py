@@ -23,6 +23,13 @@ def positive(text: str) -> int:
     return number
 
 
+def share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{number} is not between 0 and 1")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=pretrain_base.PRESETS, default="cpu")
@@ -46,6 +53,14 @@ def main() -> None:
         action="store_true",
         help="train in bfloat16, faster on processors with bfloat16 matrix instructions",
     )
+    parser.add_argument(
+        "--two", type=share, help="share of square scenes with two things (default: the preset's)"
+    )
+    parser.add_argument(
+        "--wide",
+        type=share,
+        help="share of steps on wide scenes of one to three things (default: the preset's)",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all)")
     args = parser.parse_args()
@@ -56,6 +71,10 @@ def main() -> None:
         preset = replace(preset, vae_steps=args.vae_steps)
     if args.bf16:
         preset = replace(preset, bf16=True)
+    if args.two is not None:
+        preset = replace(preset, two=args.two)
+    if args.wide is not None:
+        preset = replace(preset, wide=args.wide)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.folder = args.folder or Path("runs") / f"storybook-{args.preset}"

@@ -9,7 +9,6 @@ from customize.storybook.class_drawing import FIGURES, INK, SUPERSAMPLING, Ancho
 from customize.storybook.world import RGB, Identity, Scene, Thing
 
 SIZE = 64
-_S = SIZE * SUPERSAMPLING
 
 HAT: RGB = (32, 36, 88)
 HAT_BAND: RGB = (232, 60, 70)
@@ -94,7 +93,8 @@ def _draw_thing(image: Image.Image, thing: Thing) -> None:
 
 def _draw_background(image: Image.Image, background: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    draw, u = ImageDraw.Draw(image), _S / 64
+    draw, u = ImageDraw.Draw(image), SUPERSAMPLING
+    width = image.width // SUPERSAMPLING
 
     def box(x0: float, y0: float, x1: float, y1: float, fill: RGB) -> None:
         draw.rectangle([x0 * u, y0 * u, x1 * u, y1 * u], fill=fill)
@@ -107,55 +107,57 @@ def _draw_background(image: Image.Image, background: str, seed: int) -> None:
 
     horizon = 34 + rng.uniform(-3, 3)
     if background == "beach":
-        box(0, 0, 64, horizon, (150, 210, 240))
-        box(0, horizon - 9, 64, horizon, (40, 120, 190))
-        box(0, horizon, 64, 64, (238, 214, 160))
-        disc(rng.uniform(8, 56), rng.uniform(6, 12), 5, (255, 225, 90))
+        box(0, 0, width, horizon, (150, 210, 240))
+        box(0, horizon - 9, width, horizon, (40, 120, 190))
+        box(0, horizon, width, 64, (238, 214, 160))
+        disc(rng.uniform(8, width - 8), rng.uniform(6, 12), 5, (255, 225, 90))
     elif background == "forest":
-        box(0, 0, 64, 64, (150, 200, 160))
-        box(0, horizon + 6, 64, 64, (90, 130, 60))
-        for x in np.arange(-2, 68, 13) + rng.uniform(-3, 3):
+        box(0, 0, width, 64, (150, 200, 160))
+        box(0, horizon + 6, width, 64, (90, 130, 60))
+        for x in np.arange(-2, width + 4, 13) + rng.uniform(-3, 3):
             tip = rng.uniform(2, 10)
             box(x - 1.5, 30, x + 1.5, horizon + 8, (96, 66, 40))
             poly([(x, tip), (x - 8, 33), (x + 8, 33)], (34, 92, 50))
     elif background == "city":
-        box(0, 0, 64, 64, (196, 204, 214))
+        box(0, 0, width, 64, (196, 204, 214))
         x = -rng.uniform(0, 6)
-        while x < 64:
-            width, top = rng.uniform(9, 14), rng.uniform(4, 22)
+        while x < width:
+            breadth, top = rng.uniform(9, 14), rng.uniform(4, 22)
             shade = int(rng.uniform(95, 140))
-            box(x, top, x + width - 1, 52, (shade, shade, shade + 14))
-            for wx in np.arange(x + 2, x + width - 3.4, 5):
+            box(x, top, x + breadth - 1, 52, (shade, shade, shade + 14))
+            for wx in np.arange(x + 2, x + breadth - 3.4, 5):
                 for wy in np.arange(top + 4, 44, 9):
                     box(wx, wy, wx + 2.4, wy + 4, (250, 226, 140))
-            x += width
-        box(0, 52, 64, 64, (84, 84, 90))
+            x += breadth
+        box(0, 52, width, 64, (84, 84, 90))
     elif background == "snow":
-        box(0, 0, 64, 64, (176, 200, 226))
-        peak = rng.uniform(16, 48)
+        box(0, 0, width, 64, (176, 200, 226))
+        peak = rng.uniform(16, width - 16)
         poly([(peak - 34, 42), (peak, 8), (peak + 34, 42)], (128, 146, 176))
         poly([(peak - 10, 18), (peak, 8), (peak + 10, 18)], (250, 250, 255))
-        box(0, horizon + 4, 64, 64, (244, 247, 252))
+        box(0, horizon + 4, width, 64, (244, 247, 252))
         for _ in range(10):
-            disc(rng.uniform(0, 64), rng.uniform(0, horizon), 1.1, (255, 255, 255))
+            disc(rng.uniform(0, width), rng.uniform(0, horizon), 1.1, (255, 255, 255))
     elif background == "room":
-        box(0, 0, 64, 64, (236, 200, 176))
-        box(0, horizon + 12, 64, 64, (150, 100, 62))
-        x = rng.uniform(4, 40)
+        box(0, 0, width, 64, (236, 200, 176))
+        box(0, horizon + 12, width, 64, (150, 100, 62))
+        x = rng.uniform(4, width - 24)
         box(x, 5, x + 20, 24, (255, 255, 255))
         box(x + 1.5, 6.5, x + 9.2, 22.5, (140, 200, 240))
         box(x + 10.8, 6.5, x + 18.5, 22.5, (140, 200, 240))
     else:  # space
-        box(0, 0, 64, 64, (16, 14, 44))
-        disc(rng.uniform(6, 58), rng.uniform(8, 18), rng.uniform(5, 8), (205, 120, 90))
+        box(0, 0, width, 64, (16, 14, 44))
+        disc(rng.uniform(6, width - 6), rng.uniform(8, 18), rng.uniform(5, 8), (205, 120, 90))
         for _ in range(16):
-            disc(rng.uniform(0, 64), rng.uniform(0, 50), rng.uniform(0.6, 1.1), (250, 250, 220))
-        poly([(0, 64), (0, 56), (20, 52), (44, 55), (64, 51), (64, 64)], (90, 88, 110))
+            disc(rng.uniform(0, width), rng.uniform(0, 50), rng.uniform(0.6, 1.1), (250, 250, 220))
+        v = width / 64  # the ground stretches
+        hills = ((0, 64), (0, 56), (20, 52), (44, 55), (64, 51), (64, 64))
+        poly([(x * v, y) for x, y in hills], (90, 88, 110))
 
 
 def draw_scene(scene: Scene) -> Image.Image:
-    """Draw a scene as an RGB image of 64 x 64 pixels."""
-    image = Image.new("RGB", (_S, _S))
+    """Draw a scene as an RGB image, 64 pixels high and as wide as the scene."""
+    image = Image.new("RGB", (scene.width * SUPERSAMPLING, SIZE * SUPERSAMPLING))
     _draw_background(image, scene.background, scene.background_seed)
     for thing in scene.things:
         _draw_thing(image, thing)

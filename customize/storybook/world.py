@@ -1,6 +1,6 @@
 """Scenes of the test world, and random ones.
 
-A scene has one or two things in front of a background, such as a beach. A thing has a class
+A scene has one to three things in front of a background, such as a beach. A thing has a class
 ("dog"), a body colour, a pattern and an accessory, which captions name, and an *identity*, which
 they do not: its exact hues, proportions and the seed of its markings. A concept is one identity in
 a few images.
@@ -69,12 +69,21 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things, left to right, and a background, whose details depend on its seed."""
+    """Things, left to right, and a background, whose details depend on its seed.
+
+    Attributes:
+        things: One to three.
+        background: One of :data:`BACKGROUNDS`.
+        background_seed: Of the background's details.
+        light: Factor of the brightness.
+        width: Of the image in pixels, at least 64; it is 64 high.
+    """
 
     things: tuple[Thing, ...]
     background: str
     background_seed: int = 0
     light: float = 1.0
+    width: int = 64
 
 
 def colour_word(rgb: RGB) -> str | None:
@@ -192,3 +201,35 @@ def random_scene(rng: np.random.Generator, two: float = 0.3) -> Scene:
         colour = None if rng.random() < 0.33 else str(rng.choice(COLOURS))
         identities.append(random_identity(rng, str(kind), colour))
     return compose_scene(rng, tuple(identities))
+
+
+def random_wide_scene(rng: np.random.Generator, width: int) -> Scene:
+    """A random scene wider than 64 pixels, with one to three things in columns of equal width.
+
+    A thing is as large as in a square scene, or as large as its column holds.
+
+    Args:
+        rng: Random number generator.
+        width: Of the image in pixels.
+    """
+    count = int(rng.choice((1, 2, 3), p=(0.15, 0.5, 0.35)))
+    things = []
+    for column in range(count):
+        colour = None if rng.random() < 0.33 else str(rng.choice(COLOURS))
+        identity = random_identity(rng, None, colour)
+        share = width / count
+        size = min(22.0, 0.46 * share) * rng.uniform(0.94, 1.06)
+        spare = (share / 2 - size) / 2 + 1
+        things.append(
+            Thing(
+                identity,
+                str(rng.choice(ACCESSORIES)),
+                x=float((column + 0.5) * share + rng.uniform(-spare, spare)),
+                y=float(38 + rng.uniform(-2, 3)),
+                size=float(size),
+                flip=bool(rng.random() < 0.5),
+                tilt=float(rng.uniform(-6, 6)),
+            )
+        )
+    background, seed = str(rng.choice(BACKGROUNDS)), int(rng.integers(2**31))
+    return Scene(tuple(things), background, seed, float(rng.uniform(0.92, 1.06)), width)

@@ -25,7 +25,7 @@ from customize.image_tensors import images_to_tensor
 from customize.storybook import bundled_models
 from customize.storybook.caption_grammar import caption
 from customize.storybook.scene_drawing import draw_scene
-from customize.storybook.world import Scene, random_scene
+from customize.storybook.world import Scene, random_scene, random_wide_scene
 
 from .contact_sheet import save_contact_sheet
 from .muon_adamw import EMA, MuonAdamW, trapezoid
@@ -47,7 +47,13 @@ SAMPLE_PROMPTS = (
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a run. Scenes are drawn once; captions are drawn anew at each step."""
+    """Sizes of a run. Scenes are drawn once; captions are drawn anew at each step.
+
+    Attributes:
+        scenes: Number of square scenes; each of :data:`WIDTHS` has a quarter of it.
+        two: Share of square scenes with two things.
+        wide: Share of steps on wide scenes.
+    """
 
     scenes: int
     vae_steps: int
@@ -61,7 +67,12 @@ class Preset:
     lr: float = 2e-3
     seed: int = 0
     bf16: bool = False
+    two: float = 0.3
+    wide: float = 0.0
 
+
+#: Widths of wide scenes in pixels.
+WIDTHS = (96, 128)
 
 PRESETS = {
     "cpu": Preset(scenes=40_000, vae_steps=1_600, vae_batch=16, steps=6_000, batch=64),
@@ -81,13 +92,14 @@ PRESETS = {
 }
 
 
-def training_scene(seed: int, index: int) -> Scene:
+def training_scene(seed: int, index: int, two: float = 0.3, width: int = 64) -> Scene:
     """The training scene of an index, the same on every machine."""
-    return random_scene(np.random.default_rng((seed, index)))
+    rng = np.random.default_rng((seed, index))
+    return random_scene(rng, two) if width == 64 else random_wide_scene(rng, width)
 
 
 def draw_tensor(scenes: list[Scene]) -> torch.Tensor:
-    """Draw n scenes as (n, 3, 64, 64) in [-1, 1]."""
+    """Draw n scenes of one width as (n, 3, 64, width) in [-1, 1]."""
     return images_to_tensor([draw_scene(scene) for scene in scenes])
 
 
@@ -244,32 +256,50 @@ def train_vae(
     return vae.eval().requires_grad_(False)
 
 
-def encode_scenes(
-    folder: Path, preset: Preset, vae: bundled_models.AutoencoderKL, device: str
-) -> torch.Tensor:
-    """Encode the training scenes, in chunks that are cached on disk by a digest of the autoencoder.
+@dataclass(frozen=True, eq=False)
+class EncodedScenes:
+    """Training scenes of one width.
 
-    Returns:
-        Scaled latents (scenes, 4, 16, 16), float16.
+    Attributes:
+        scenes: Their descriptions, for captions.
+        latents: (scenes, 4, 16, width / 4), float16, scaled.
     """
-    digest = hashlib.sha256(f"{preset.seed} {vae.config.scaling_factor}".encode())
+
+    scenes: list[Scene]
+    latents: torch.Tensor
+
+
+def encode_scenes(
+    folder: Path,
+    preset: Preset,
+    vae: bundled_models.AutoencoderKL,
+    device: str,
+    width: int = 64,
+) -> EncodedScenes:
+    """Encode the training scenes of a width, in chunks that are cached on disk.
+
+    The names of the chunks have a digest of the autoencoder and of what describes the scenes.
+    """
+    count = preset.scenes if width == 64 else -(-preset.scenes // 4)
+    scenes = [training_scene(preset.seed, k, preset.two, width) for k in range(count)]
+    described = f"{preset.seed} {preset.two} {width} {vae.config.scaling_factor}"
+    digest = hashlib.sha256(described.encode())
     for tensor in vae.state_dict().values():
         digest.update(tensor.float().cpu().numpy().tobytes())
     chunks = []
-    for first in range(0, preset.scenes, 2_000):
-        end = min(first + 2_000, preset.scenes)
+    for first in range(0, count, 2_000):
+        end = min(first + 2_000, count)
         path = folder / f"latents-{digest.hexdigest()[:8]}-{first:06d}-{end:06d}.safetensors"
         if not path.exists():
-            scenes = [training_scene(preset.seed, k) for k in range(first, end)]
             with torch.no_grad():
                 parts = [
                     vae.encode(x.to(device)).latent_dist.mode()
-                    for x in draw_tensor(scenes).split(100)
+                    for x in draw_tensor(scenes[first:end]).split(100)
                 ]
             save_tensors(path, {"latents": (torch.cat(parts) * vae.config.scaling_factor).half()})
-            log_row(folder, stage="latents", scenes=first + len(scenes))
+            log_row(folder, stage="latents", width=width, scenes=end)
         chunks.append(load_file(path)["latents"])
-    return torch.cat(chunks)
+    return EncodedScenes(scenes, torch.cat(chunks))
 
 
 def train_denoiser(
@@ -290,8 +320,8 @@ def train_denoiser(
         device: name.
         start: base to take the initial weights from if there is no checkpoint; None: random ones.
     """
-    latents = encode_scenes(folder, preset, vae, device)
-    scenes = [training_scene(preset.seed, k) for k in range(preset.scenes)]
+    widths = WIDTHS if preset.wide else ()
+    square, *wide = (encode_scenes(folder, preset, vae, device, w) for w in (64, *widths))
     torch.manual_seed(preset.seed)
     tokenizer = bundled_models.make_tokenizer()
     text_encoder, unet = (
@@ -314,16 +344,19 @@ def train_denoiser(
     alphas = pipe.scheduler.alphas_cumprod.to(device)
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
-        rows = torch.randint(len(latents), (preset.batch,), generator=generator)
+        data = square
+        if wide and float(torch.rand(1, generator=generator)) < preset.wide:
+            data = wide[int(torch.randint(len(wide), (1,), generator=generator))]
+        rows = torch.randint(len(data.scenes), (preset.batch,), generator=generator)
         caption_rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         captions = [
-            "" if caption_rng.random() < 0.1 else caption(scenes[row], caption_rng)
+            "" if caption_rng.random() < 0.1 else caption(data.scenes[row], caption_rng)
             for row in rows.tolist()
         ]
         ids = tokenizer(
             captions, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids.to(device)
-        x0 = latents[rows].float().to(device)
+        x0 = data.latents[rows].float().to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         # Stratified timesteps, one per stratum, reduce the variance of the loss between steps.
         fractions = (

@@ -32,6 +32,7 @@ from customize.storybook.world import (
     compose_scene,
     random_identity,
     random_scene,
+    random_wide_scene,
 )
 
 
@@ -261,3 +262,24 @@ def test_bundled_concepts_have_two_backgrounds_and_no_accessory(name, tmp_path):
 def test_triggers_may_contain_words_of_the_grammar():
     request = parse_prompt("a photo of <salt-and-pepper> and a red dog on a beach")
     assert len(request.things) == 2 and request.things[1].kind == "dog"
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 2**32), st.sampled_from((96, 128, 160)))
+def test_wide_scenes_hold_their_things_whole_and_apart(seed: int, width: int) -> None:
+    scene = random_wide_scene(np.random.default_rng(seed), width)
+    assert draw_scene(scene).size == (width, 64)
+    edges = [(thing.x - thing.size, thing.x + thing.size) for thing in scene.things]
+    # Figures reach up to 1.05 times their size to the sides; tails may touch.
+    assert all(-2 <= left and right <= width + 2 for left, right in edges)
+    centres = [thing.x for thing in scene.things]
+    assert all(b - a > 20 for a, b in zip(centres, centres[1:], strict=False))
+    things = parse_prompt(caption(scene)).things
+    assert [thing.kind for thing in things] == [thing.identity.kind for thing in scene.things]
+
+
+def test_a_wide_background_goes_on_to_the_right_border() -> None:
+    for background in BACKGROUNDS:
+        image = np.asarray(draw_scene(Scene((), background, 3, width=128)))
+        assert (image[-1] == image[-1, :1]).all() or background == "space"
+        assert image[:, 64:].std() > 5  # the right half is drawn too

@@ -123,6 +123,36 @@ def test_scenes_depend_on_seed_and_index_only():
     )
 
 
+def test_a_run_on_wide_scenes_resumes_and_reads_latents_of_each_width(folders, whole, tmp_path):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(folders / "whole/base", subfolder="vae")
+    preset = replace(TINY, wide=0.5, two=1.0)
+
+    def train(folder, steps):
+        folder.mkdir(exist_ok=True)
+        preset_ = replace(preset, steps=steps)
+        return pretrain_base.train_denoiser(
+            folder, preset_, vae, "cpu", start=folders / "whole/base"
+        )
+
+    expected = weights(train(tmp_path / "whole", 4))
+    train(tmp_path / "parts", 2)
+    actual = weights(train(tmp_path / "parts", 4))
+    assert [name for name in expected if not torch.equal(expected[name], actual[name])] == []
+    latents = [load_file(path)["latents"] for path in (tmp_path / "whole").glob("latents-*")]
+    shapes = sorted(tuple(each.shape) for each in latents)
+    assert shapes == [(24, 4, 16, 24), (24, 4, 16, 32), (96, 4, 16, 16)]
+
+
+def test_the_share_of_scenes_with_two_things_is_a_setting():
+    counts = [len(pretrain_base.training_scene(1, k, two=1.0).things) for k in range(20)]
+    assert set(counts) == {2}
+    wide = [pretrain_base.training_scene(1, k, width=128) for k in range(60)]
+    assert {scene.width for scene in wide} == {128}
+    assert {len(scene.things) for scene in wide} == {1, 2, 3}
+
+
 # The loop on its own
 
 

@@ -79,7 +79,9 @@ class CogVideoX(VideoVAEFamily, DDPMFamily):
 
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoder = self._component("text_encoder")
-        ids = tokenize(self._component("tokenizer"), prompts, MAX_SEQUENCE_LENGTH).input_ids
+        ids = tokenize(
+            self._component("tokenizer"), prompts, self._length(MAX_SEQUENCE_LENGTH)
+        ).input_ids
         return {"prompt_embeds": encoder(to_device(ids, encoder.device))[0].to(encoder.dtype)}
 
     def predict(
@@ -123,7 +125,9 @@ class CogVideoX(VideoVAEFamily, DDPMFamily):
         return (None if of_picture is None else complex_rotations(of_picture)), None
 
     def prompt_text(self, prompt: str) -> PromptText:
-        return PromptText(self._component("tokenizer"), prompt, 0, MAX_SEQUENCE_LENGTH)
+        return PromptText(
+            self._component("tokenizer"), prompt, 0, self._length(MAX_SEQUENCE_LENGTH)
+        )
 
     def _frames(self, arguments: Mapping[str, Any]) -> int:
         return int(arguments[self.latents_argument].shape[1])

@@ -137,7 +137,9 @@ class Flux(PackedLatentsFamily):
         conditions = self.encode_clip_prompts(prompts)
         device = conditions["pooled_prompt_embeds"].device
         t5 = self._component("text_encoder_2")
-        ids = tokenize(self._component("tokenizer_2"), prompts, MAX_SEQUENCE_LENGTH).input_ids
+        ids = tokenize(
+            self._component("tokenizer_2"), prompts, self._length(MAX_SEQUENCE_LENGTH)
+        ).input_ids
         hidden = t5(to_device(ids, t5.device))[0]
         return {"prompt_embeds": hidden.to(device, t5.dtype)} | conditions
 
@@ -181,7 +183,9 @@ class Flux(PackedLatentsFamily):
         return grid_of_positions(arguments["img_ids"])
 
     def prompt_text(self, prompt: str) -> PromptText:
-        return PromptText(self._component("tokenizer_2"), prompt, 0, MAX_SEQUENCE_LENGTH)
+        return PromptText(
+            self._component("tokenizer_2"), prompt, 0, self._length(MAX_SEQUENCE_LENGTH)
+        )
 
     @property
     def default_guidance(self) -> float:  # type: ignore[override]

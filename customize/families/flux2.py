@@ -217,10 +217,12 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
         else:
             text = _qwen_text(tokenizer, prompt)
             mask = self._qwen_tokens([prompt])["attention_mask"][0]
-        read = PromptText(tokenizer, text, 0, MAX_SEQUENCE_LENGTH, special_tokens=False)
+        read = PromptText(
+            tokenizer, text, 0, self._length(MAX_SEQUENCE_LENGTH), special_tokens=False
+        )
         # Padding may come first, and a token that begins each text.
         attended = mask.nonzero()[:, 0]
-        extra = len(attended) - min(count_prompt_tokens(read), MAX_SEQUENCE_LENGTH)
+        extra = len(attended) - min(count_prompt_tokens(read), self._length(MAX_SEQUENCE_LENGTH))
         return dataclasses.replace(read, shift=int(attended[0]) + extra)
 
     @property
@@ -254,14 +256,14 @@ class Flux2(Flux2VAEFamily, PackedLatentsFamily):
             processor_kwargs={
                 "padding": "max_length",
                 "truncation": True,
-                "max_length": MAX_SEQUENCE_LENGTH,
+                "max_length": self._length(MAX_SEQUENCE_LENGTH),
             },
         )
 
     def _qwen_tokens(self, prompts: Sequence[str]) -> Any:
         tokenizer = self._component("tokenizer")
         texts = [_qwen_text(tokenizer, prompt) for prompt in prompts]
-        return tokenize(tokenizer, texts, MAX_SEQUENCE_LENGTH)
+        return tokenize(tokenizer, texts, self._length(MAX_SEQUENCE_LENGTH))
 
 
 def _mistral_messages(prompts: Sequence[str]) -> list[list[dict[str, Any]]]:

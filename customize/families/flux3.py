@@ -155,7 +155,9 @@ class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
 
     def prompt_text(self, prompt: str) -> PromptText:
         text = self._in_template(prompt)
-        return PromptText(self._component("tokenizer").tokenizer, text, 0, MAX_SEQUENCE_LENGTH)
+        return PromptText(
+            self._component("tokenizer").tokenizer, text, 0, self._length(MAX_SEQUENCE_LENGTH)
+        )
 
     def _in_template(self, prompt: str) -> str:
         return str(
@@ -170,8 +172,10 @@ class Flux3(Flux2VAEFamily, RectifiedFlowFamily):
         text = self._in_template(prompt)
         cut = {"truncation": True, "return_tensors": "pt"}
         tokenizer = processor.tokenizer
-        length = tokenizer(text, max_length=MAX_SEQUENCE_LENGTH, **cut).input_ids.shape[1]
-        window = min(math.ceil(length / _WINDOW) * _WINDOW, MAX_SEQUENCE_LENGTH)
+        length = tokenizer(
+            text, max_length=self._length(MAX_SEQUENCE_LENGTH), **cut
+        ).input_ids.shape[1]
+        window = min(math.ceil(length / _WINDOW) * _WINDOW, self._length(MAX_SEQUENCE_LENGTH))
         tokens = tokenizer(
             text, padding="max_length", padding_side="right", max_length=window, **cut
         )

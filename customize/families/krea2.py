@@ -76,7 +76,7 @@ class Krea2(QwenImageVAEFamily):
     def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         tokenizer, encoder = self._component("tokenizer"), self._component("text_encoder")
         layers = self._layers()
-        length = MAX_SEQUENCE_LENGTH + _PREFIX_TOKENS - _SUFFIX_TOKENS
+        length = self._length(MAX_SEQUENCE_LENGTH) + _PREFIX_TOKENS - _SUFFIX_TOKENS
         start = tokenize(tokenizer, [_PREFIX + prompt for prompt in prompts], length)
         end = tokenizer([_SUFFIX] * len(prompts), return_tensors="pt")
         ids = torch.cat([start.input_ids, end.input_ids], dim=1)
@@ -123,7 +123,7 @@ class Krea2(QwenImageVAEFamily):
         return grid_of_positions(arguments["position_ids"])
 
     def prompt_text(self, prompt: str) -> PromptText:
-        rows = MAX_SEQUENCE_LENGTH - _SUFFIX_TOKENS
+        rows = self._length(MAX_SEQUENCE_LENGTH) - _SUFFIX_TOKENS
         return PromptText(self._component("tokenizer"), _PREFIX + prompt, -_PREFIX_TOKENS, rows)
 
     @property

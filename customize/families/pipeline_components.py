@@ -43,6 +43,8 @@ class Components:
         pipeline_config: As ``pipe.config``, which in some pipelines describes the model: whether it
             was distilled, which layers of its LLM the denoiser reads, or the noise level at which
             one denoiser follows another.
+        max_sequence_length: The number of tokens that a call of the pipeline reads of a prompt;
+            None for the pipeline's default.
     """
 
     name: ClassVar[str]
@@ -59,6 +61,7 @@ class Components:
     ) -> None:
         self.components = dict(components)
         self.pipeline_config = pipeline_config
+        self.max_sequence_length: int | None = None
         self._dtype_seen: tuple[int, torch.dtype, torch.dtype] | None = None
 
     @classmethod
@@ -134,6 +137,10 @@ class Components:
             TokenDictionary(key, self._component(self.clip_encoders[key]), encoder)
             for key, encoder in self.text_encoders.items()
         ]
+
+    def _length(self, default: int) -> int:
+        """Return the number of tokens that are read of a prompt."""
+        return self.max_sequence_length or default
 
     @property
     def _denoiser_dtype(self) -> torch.dtype:

@@ -115,7 +115,7 @@ class QwenImage(QwenImageVAEFamily):
             attention_mask=to_device(tokens.attention_mask, encoder.device),
             output_hidden_states=True,
         ).hidden_states[-1]
-        read = slice(_TEMPLATE_TOKENS, _TEMPLATE_TOKENS + MAX_SEQUENCE_LENGTH)
+        read = slice(_TEMPLATE_TOKENS, _TEMPLATE_TOKENS + self._length(MAX_SEQUENCE_LENGTH))
         rows = [row[read] for row in unpad_sequences(states, tokens.attention_mask)]
         masks = [torch.ones(len(row), dtype=torch.long, device=row.device) for row in rows]
         return {
@@ -165,7 +165,7 @@ class QwenImage(QwenImageVAEFamily):
             self._component("tokenizer"),
             _TEMPLATE.format(prompt),
             -_TEMPLATE_TOKENS,
-            MAX_SEQUENCE_LENGTH,
+            self._length(MAX_SEQUENCE_LENGTH),
         )
 
     def apply_guidance(self, unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:

@@ -183,7 +183,7 @@ class StableDiffusion3(RectifiedFlowFamily):
         if self.components.get("text_encoder_3") is None:
             return None
         first = self._component("tokenizer").model_max_length
-        rows = first + MAX_SEQUENCE_LENGTH
+        rows = first + self._length(MAX_SEQUENCE_LENGTH)
         return PromptText(self._component("tokenizer_3"), prompt, first, rows)
 
     def _encode_clip(self, prompts: Sequence[str], key: str) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,9 @@ class StableDiffusion3(RectifiedFlowFamily):
         encoder = self.components.get("text_encoder_3")
         if encoder is None:
             width = self.denoiser.config.joint_attention_dim
-            return like.new_zeros(len(prompts), MAX_SEQUENCE_LENGTH, width)
-        tokens = tokenize(self._component("tokenizer_3"), prompts, MAX_SEQUENCE_LENGTH)
+            return like.new_zeros(len(prompts), self._length(MAX_SEQUENCE_LENGTH), width)
+        tokens = tokenize(
+            self._component("tokenizer_3"), prompts, self._length(MAX_SEQUENCE_LENGTH)
+        )
         hidden = encoder(to_device(tokens.input_ids, encoder.device))[0]
         return hidden.to(like.device, encoder.dtype)

@@ -114,7 +114,7 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
 
         encoder = self._component("text_encoder")
         texts = [prompt_clean(prompt) for prompt in prompts]
-        tokens = tokenize(self._component("tokenizer"), texts, MAX_SEQUENCE_LENGTH)
+        tokens = tokenize(self._component("tokenizer"), texts, self._length(MAX_SEQUENCE_LENGTH))
         mask = to_device(tokens.attention_mask, encoder.device)
         states = encoder(to_device(tokens.input_ids, encoder.device), mask).last_hidden_state
         # The denoiser has no mask: it was trained with zeros as padding.
@@ -220,7 +220,7 @@ class Wan(VideoVAEFamily, RectifiedFlowFamily):
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
         text = prompt_clean(prompt)
-        return PromptText(self._component("tokenizer"), text, 0, MAX_SEQUENCE_LENGTH)
+        return PromptText(self._component("tokenizer"), text, 0, self._length(MAX_SEQUENCE_LENGTH))
 
     def cross_attention_layers(self) -> list[str]:
         return modules_named(self.denoiser, r"blocks\.\d+\.attn2")

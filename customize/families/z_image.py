@@ -110,7 +110,7 @@ class ZImage(RectifiedFlowFamily):
         """
         tokenizer, encoder = self._component("tokenizer"), self._component("text_encoder")
         texts = [self._in_template(prompt) for prompt in prompts]
-        tokens = tokenize(tokenizer, texts, MAX_SEQUENCE_LENGTH)
+        tokens = tokenize(tokenizer, texts, self._length(MAX_SEQUENCE_LENGTH))
         states = encoder(
             input_ids=to_device(tokens.input_ids, encoder.device),
             attention_mask=to_device(tokens.attention_mask.bool(), encoder.device),
@@ -168,7 +168,9 @@ class ZImage(RectifiedFlowFamily):
 
     def prompt_text(self, prompt: str) -> PromptText:
         tokenizer = self._component("tokenizer")
-        return PromptText(tokenizer, self._in_template(prompt), 0, MAX_SEQUENCE_LENGTH)
+        return PromptText(
+            tokenizer, self._in_template(prompt), 0, self._length(MAX_SEQUENCE_LENGTH)
+        )
 
     def _in_template(self, prompt: str) -> str:
         return str(

@@ -42,6 +42,7 @@ def _run(context: CallContext, call: CallArguments, regions: Any = None) -> Iter
     # The pipeline's components include torch.compile's wrapper, whose hooks are the ones called.
     components = dict(context.pipe.components)
     family = type(context.family)(components, context.family.pipeline_config)
+    family.max_sequence_length = call.get("max_sequence_length")
     with denoise_by_regions(family, regional):
         yield call
 

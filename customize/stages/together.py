@@ -56,6 +56,7 @@ def _run(
         return
     components = dict(context.pipe.components)
     family = type(context.family)(components, context.family.pipeline_config)
+    family.max_sequence_length = call.get("max_sequence_length")
     channels = rank_channels(family, state)
     _check_routable(family, channels)
     with call_uncompiled(family.text_encoders.values()):

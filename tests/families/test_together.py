@@ -30,7 +30,7 @@ from tests.base.test_placement import offload_groups, offload_models
 from tests.families.test_families import PIPELINES, SHAPES
 from tests.pipeline.making import concept, modular
 from tests.stages.together_making import HALVES, LEFT, OTHER, PROMPT, alike
-from tests.tiny import CLIP_LENGTH, drawn
+from tests.tiny import CLIP_LENGTH, drawn, short_prompts
 
 UNSUPPORTED = ("qwen_image_21", "ltx2")
 # Stable Diffusion and SDXL are in tests/stages/test_together.py.
@@ -364,6 +364,17 @@ def test_masks_that_were_found_act_as_those_that_are_given(name):
             t = family.timesteps(torch.tensor([0.3]), shape)
             answers.append(family.predict(noisy, t, conditions))
     assert alike(*answers)
+
+
+@families
+def test_prompts_of_other_lengths_are_recognized(name):
+    pipe = pair(name)
+    other = dict.fromkeys(short_prompts(pipe), 320)
+    if not other or name.startswith("cogvideox"):
+        pytest.skip("the pipeline or its model has one length")
+    plain, areas = draw(pipe, **other), {"<rex>": LEFT, "tom": 1 - LEFT}
+    assert not torch.allclose(draw(pipe, together=areas, **other), plain, atol=1e-3)
+    assert not torch.allclose(draw(pipe, regions={"<rex>": LEFT}, **other), plain, atol=1e-3)
 
 
 @families

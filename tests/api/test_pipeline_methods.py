@@ -12,7 +12,7 @@ import pytest
 from diffusers import DiffusionPipeline, ModularPipeline, StableDiffusionPipeline
 
 import customize
-from tests.forked import ROOT, run_forked
+from tests.forked import ROOT, TORCH, run_forked
 
 FOREIGN = """
 import sys, types, warnings
@@ -47,7 +47,9 @@ def run(code: str) -> str:
 
 
 def test_pipelines_have_the_methods_if_customize_is_imported_first():
-    run(f"import customize\n{BOTH}{HAVE_METHODS}")
+    code = f"import customize, sys\nassert 'diffusers' not in sys.modules\n{BOTH}{HAVE_METHODS}"
+    done = run_forked(code, preload=TORCH)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,24 +3,20 @@
 import importlib
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import ROOT, run_forked
+
 SCRIPT = ROOT / "scripts/bench/gpu.py"
 PARTS = ("training", "memory", "attention", "calls", "loading", "merging")
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), "--device", "cpu", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    code = "import runpy, sys; from pathlib import Path; del sys.argv[0]; script = sys.argv[0]; "
+    code += "sys.path[0] = str(Path(script).parent); runpy.run_path(script, run_name='__main__')"
+    return run_forked(code, SCRIPT, "--device", "cpu", *words)
 
 
 def test_missing_gpus_and_unknown_parts_are_refused():

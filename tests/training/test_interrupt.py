@@ -104,7 +104,7 @@ def test_accelerate_launches_the_script(tmp_path):
     assert load_concept(tmp_path / "out").info.rank == 2
 
 
-@pytest.mark.parametrize("buckets", [False, True])
+@pytest.mark.parametrize("buckets", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_train_one_concept(buckets, tmp_path):
     """Two processes use the batches that one process would accumulate."""
     pipe = tiny_sd()

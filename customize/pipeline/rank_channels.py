@@ -114,8 +114,9 @@ def rank_channels(family: Family, state: AttachedState) -> list[RankChannels]:
         state: The concepts attached to them.
 
     Raises:
-        PipelineError: A part of a concept is in no rank of its own: a concept changes biases or
-            norms, or was merged by a method that mixes ranks; or someone removed the adapter.
+        PipelineError: A part of a concept is in no rank of its own: a concept with words changes
+            biases or norms, or was merged by a method that mixes ranks; or someone removed the
+            adapter.
     """
     if not state.has_all_adapters:
         raise _unroutable("the adapter was removed by someone else", "call load_custom again")
@@ -127,7 +128,8 @@ def rank_channels(family: Family, state: AttachedState) -> list[RankChannels]:
 
 def _find_channels(family: Family, state: AttachedState) -> list[RankChannels]:
     for name, attached in state.attached.items():
-        if isinstance(attached.concept, Lora) and attached.concept.vector_updates:
+        has_words = any((*attached.concept.info.triggers, attached.concept.info.trigger_words))
+        if isinstance(attached.concept, Lora) and attached.concept.vector_updates and has_words:
             raise _unroutable(
                 f"the concept {name} changes biases or norms, which act on the whole picture",
                 "leave together= out for it",

@@ -117,6 +117,7 @@ class ConceptRouter:
         concepts: The number of attached concepts.
         prompts: One for each prompt of the call, in their order.
         given: Masks of each prompt's concepts; None to find them.
+        wordless: Indices of concepts that act everywhere, as without routing.
     """
 
     def __init__(
@@ -126,10 +127,11 @@ class ConceptRouter:
         concepts: int,
         prompts: Sequence[RoutedPrompt],
         given: Sequence[GivenMasks] | None = None,
+        wordless: Sequence[int] = (),
     ) -> None:
         self.family, self.prompts, self.given = family, prompts, given
         self.channels = [c for c in channels if c.component in family.denoisers]
-        self.concepts = concepts
+        self.concepts, self.wordless = concepts, list(wordless)
         self.has_matched = False
         self.pictures: dict[int, _Picture] = {}
         self._prompt_rows = PromptRows([prompt.encoded for prompt in prompts])
@@ -327,6 +329,7 @@ class ConceptRouter:
             if picture.masks is not None:
                 resized = resize_masks(picture.masks, rows, columns)
                 masks[row] = 0.0  # of concepts that the prompt does not name
+                masks[row, self.wordless] = 1.0
                 masks[row, [each.index for each in picture.routed.named]] = resized.to(masks)
         return masks
 
@@ -335,6 +338,7 @@ class ConceptRouter:
         masks = torch.ones(call.batch, self.concepts, length, device=device)
         for row, picture in call.pictures.items():
             masks[row] = 0.0
+            masks[row, self.wordless] = 1.0
             for each, positions in zip(picture.routed.named, picture.routed.tokens, strict=True):
                 masks[row, each.index, list(positions)] = 1.0
         return masks

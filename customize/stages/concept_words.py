@@ -113,6 +113,18 @@ def named_concepts(prompt: str, state: AttachedState) -> tuple[NamedConcept, ...
     return tuple(named)
 
 
+def wordless_concepts(state: AttachedState) -> tuple[int, ...]:
+    """Return the indices of attached concepts without words, such as styles of LoRA files.
+
+    They act on the whole picture and on all words, as without routing.
+    """
+    return tuple(
+        index
+        for index, attached in enumerate(state.attached.values())
+        if not any((*attached.concept.info.triggers, attached.concept.info.trigger_words))
+    )
+
+
 def with_classes(
     prompt: str, named: Sequence[NamedConcept], kept: NamedConcept | None
 ) -> tuple[str, tuple[tuple[Span, ...], ...]]:
@@ -280,10 +292,10 @@ def encode_routed(
             for i in range(len(prompts))
         ]
         if "pooled_prompt_embeds" in conditions and not family.reads_prompts_as_encoded:
-            with _each_at_own_tokens(family, channels, len(state.attached), prompts, named):
+            with _each_at_own_tokens(family, channels, state, prompts, named):
                 pooled = family.encode_clip_prompts(list(prompts))["pooled_prompt_embeds"]
         for concept, each in texts.items():
-            with only_concept(channels, concept, len(state.attached)):
+            with only_concept(channels, concept, state):
                 rows = family.encode_clip_prompts(list(each))["prompt_embeds"]
             read |= {(concept, text): row for text, row in zip(each, rows, strict=True)}
     length = _clip_length(family) if family.has_clip_rows else 0
@@ -357,16 +369,17 @@ def _without(length: int, positions: Sequence[Sequence[int]]) -> list[int]:
 
 @contextmanager
 def only_concept(
-    channels: Sequence[RankChannels], index: int | None, concepts: int
+    channels: Sequence[RankChannels], index: int | None, state: AttachedState
 ) -> Iterator[None]:
-    """Make the text encoders compute with the update of one concept alone.
+    """Make the text encoders compute with the updates of one concept and of wordless ones alone.
 
     Args:
         channels: The ranks of all adapted layers.
         index: Of the concept among the attached ones; None for no concept.
-        concepts: The number of attached concepts.
+        state: The attached concepts.
     """
-    masks = torch.zeros(1, concepts, 1)
+    masks = torch.zeros(1, len(state.attached), 1)
+    masks[:, wordless_concepts(state)] = 1.0
     if index is not None:
         masks[:, index] = 1.0
     with _text_encoder_masks(channels, lambda component: masks):
@@ -377,7 +390,7 @@ def only_concept(
 def _each_at_own_tokens(
     family: Family,
     channels: Sequence[RankChannels],
-    concepts: int,
+    state: AttachedState,
     prompts: Sequence[str],
     named: Sequence[tuple[NamedConcept, ...]],
 ) -> Iterator[None]:
@@ -385,9 +398,10 @@ def _each_at_own_tokens(
     masks = {}
     for dictionary in family.token_dictionaries():
         length = _clip_length(family)
-        mask = masks[dictionary.key] = torch.ones(len(prompts), concepts, length)
+        mask = masks[dictionary.key] = torch.ones(len(prompts), len(state.attached), length)
         for row, (prompt, words) in enumerate(zip(prompts, named, strict=True)):
             mask[row] = 0.0 if words else 1.0
+            mask[row, wordless_concepts(state)] = 1.0
             for each in words:
                 positions = _read_positions(dictionary.tokenizer, prompt, each.spans)
                 mask[row, each.index, [p for p in positions if p < length]] = 1.0

@@ -27,7 +27,12 @@ from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.areas import WeightFunction, weight_function
 from customize.stages.avoid import Decor
 from customize.stages.concept_routing import ConceptRouter, GivenMasks
-from customize.stages.concept_words import RoutedPrompt, encode_routed, named_concepts
+from customize.stages.concept_words import (
+    RoutedPrompt,
+    encode_routed,
+    named_concepts,
+    wordless_concepts,
+)
 from customize.stages.text_prompts import text_prompts
 from customize.text import quote
 from customize.user_warnings import warn_user
@@ -58,11 +63,12 @@ def _run(
     family = type(context.family)(components, context.family.pipeline_config)
     family.max_sequence_length = call.get("max_sequence_length")
     channels = rank_channels(family, state)
-    _check_routable(family, channels)
+    wordless = wordless_concepts(state)
+    _check_routable(family, channels, wordless)
     with call_uncompiled(family.text_encoders.values()):
         routed = encode_routed(family, state, channels, prompts)
     given = None if areas is None else _given_masks(areas, routed, state)
-    router = ConceptRouter(family, channels, len(state.attached), routed, given)
+    router = ConceptRouter(family, channels, len(state.attached), routed, given, wordless)
     masks: list[dict[str, Any]] = []  # filled when the call ends
     if return_masks:
         context.results["masks"] = masks
@@ -184,10 +190,13 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
     return prompts
 
 
-def _check_routable(family: Family, channels: Sequence[RankChannels]) -> None:
+def _check_routable(
+    family: Family, channels: Sequence[RankChannels], wordless: Sequence[int]
+) -> None:
     """Refuse concepts in layers of the denoiser that have no positions."""
     for channel in channels:
-        if channel.component in family.denoisers and channel.tokens is None:
+        is_of_denoiser = channel.component in family.denoisers
+        if is_of_denoiser and channel.tokens is None and not set(channel.owners) <= set(wordless):
             raise PipelineError(
                 "a concept changes a layer without positions, which acts on the whole picture",
                 where=f"{channel.component}.{channel.module}",

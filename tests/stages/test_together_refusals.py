@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from customize.concepts.types import Lora, LoraInfo
 from customize.core.lowrank import LowRank
 from customize.errors import ConfigError, PipelineError
 from customize.families import family_of
-from tests.stages.together_making import HALVES, LEFT, PROMPT, draw, pair
+from customize.pipeline.rank_channels import rank_channels
+from customize.pipeline.state import get_state
+from customize.stages.concept_routing import ConceptRouter
+from customize.stages.concept_words import RoutedPrompt, named_concepts, wordless_concepts
+from tests.stages.together_making import HALVES, LEFT, PROMPT, alike, draw, pair
 from tests.tiny import CLIP_LENGTH
 
 
@@ -66,6 +71,61 @@ def test_invalid_calls_are_refused_before_the_denoiser_runs(name):
 def test_concepts_that_cannot_be_routed_are_refused():
     with pytest.raises(PipelineError, match="the merge ties has mixed the concepts"):
         draw(pair(merge="ties"), together=True)
+
+
+def test_dora_whose_ranks_fill_a_layer_is_refused_by_name(tmp_path):
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    pipe, generator = pair(names=("rex",)), torch.Generator().manual_seed(3)
+    out, width = family_of(pipe.components).layers("unet")[name]
+    tensors = {
+        f"unet.{name}.lora_A.weight": torch.randn(2, width, generator=generator),
+        f"unet.{name}.lora_B.weight": 0.1 * torch.randn(out, 2, generator=generator),
+        f"unet.{name}.lora_magnitude_vector": torch.ones(out),
+    }
+    save_file(tensors, tmp_path / "dora.safetensors")
+    pipe.load_custom(tmp_path / "dora.safetensors", merge="sum")
+    with pytest.raises(PipelineError, match=f"mixed the concepts in the layer unet.{name}"):
+        draw(pipe, "a photo of <rex> and a cat", together=True)
+
+
+def test_concepts_without_words_act_everywhere():
+    pipe = pair()
+    family = family_of(pipe.components)
+    generator = torch.Generator().manual_seed(3)
+    layers = family.layers("unet")
+    modules = [*family.adapter_targets("unet"), "mid_block.resnets.0.time_emb_proj"]
+
+    def style():
+        updates = {
+            module: LowRank(
+                0.1 * torch.randn(layers[module][0], 2, generator=generator),
+                torch.randn(2, layers[module][1], generator=generator),
+                1.0,
+            )
+            for module in modules
+        }
+        info = LoraInfo("style", "sd", "", 2)
+        return Lora(info, {"unet": updates})
+
+    routed = draw(pipe, together=HALVES)
+    pipe.load_custom(style())
+    state = get_state(pipe)
+    assert wordless_concepts(state) == (2,)
+    assert not torch.allclose(draw(pipe, together=HALVES), routed, atol=1e-2)
+    named = named_concepts(PROMPT, state)
+    encoded = family.encode_prompts([PROMPT])["prompt_embeds"][0].detach()
+    nowhere = ConceptRouter(
+        family,
+        rank_channels(family, state),
+        3,
+        [RoutedPrompt(PROMPT, named, encoded, encoded, ((), ()))],
+        [lambda *grid: torch.zeros(2, *grid)],
+        wordless_concepts(state),
+    )
+    with nowhere.attach():
+        alone = draw(pipe, guidance_scale=1.0)
+    pipe.load_custom(weights={"rex": {"unet": 0.0}, "tom": {"unet": 0.0}})
+    assert alike(alone, draw(pipe, guidance_scale=1.0))
 
 
 def test_layers_without_positions_are_refused_and_convolutions_routed():

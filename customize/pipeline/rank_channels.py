@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from customize.base.offload import materialize
 from customize.concepts.merge.merge_concepts import LayerMerge
 from customize.concepts.types import Lora
 from customize.core.lowrank import LowRank
@@ -121,7 +122,8 @@ def rank_channels(family: Family, state: AttachedState) -> list[RankChannels]:
     if not state.has_all_adapters:
         raise _unroutable("the adapter was removed by someone else", "call load_custom again")
     if _CACHE not in state.derived:
-        state.derived[_CACHE] = _find_channels(family, state)
+        with materialize(family.adaptable):  # weights may be offloaded
+            state.derived[_CACHE] = _find_channels(family, state)
     found: list[RankChannels] = state.derived[_CACHE]
     return found
 

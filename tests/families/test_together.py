@@ -11,6 +11,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from diffusers import FirstBlockCacheConfig
 
 from customize.base.quantization import quantize_model
 from customize.concepts.io.write_concept import save_concept
@@ -429,6 +431,47 @@ def test_offloaded_models_give_the_same_picture(name, offload):
     pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1, class_word="cat"))
     offload(pipe)
     assert torch.equal(draw(pipe, together=True), draw(pair(name), together=True))
+
+
+@some
+def test_layers_of_the_denoiser_may_be_offloaded_one_by_one(name):
+    pipe = PIPELINES[name]()
+    pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1, class_word="cat"))
+    family, _ = family_and_state(pipe)
+    for denoiser in family.denoisers.values():
+        cpu_offload(denoiser, torch.device("cpu"))
+    assert torch.equal(draw(pipe, together=True), draw(pair(name), together=True))
+
+
+@some
+def test_hooks_are_removed_after_a_call_and_an_error_during_it(name):
+    pipe = pair(name)
+    family, _ = family_and_state(pipe)
+    plain = draw(pipe)
+
+    def hooks():
+        return [
+            (len(module._forward_hooks), len(module._forward_pre_hooks))
+            for denoiser in family.denoisers.values()
+            for module in denoiser.modules()
+        ]
+
+    def fail(*args):
+        raise RuntimeError("stop")
+
+    counts = hooks()
+    with pytest.raises(RuntimeError, match="stop"):
+        draw(pipe, together=True, callback_on_step_end=fail)
+    assert hooks() == counts
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_denoisers_with_an_enabled_cache_are_refused():
+    pipe = PIPELINES["flux-dev"]()
+    pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(PipelineError, match="caches outputs from step to step"):
+        draw(pipe, together=True)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux-dev", "qwen_image", "z_image", "flux2-klein"])

@@ -101,7 +101,10 @@ class Bench:
         return [
             (group, title)
             for group, title in itertools.product(*chosen)
-            if group in self.groups and group in ROWS[title].groups
+            if group in self.groups
+            and group in ROWS[title].groups
+            # Two ordinary LoRAs are enough for a rough figure.
+            and not (self.args.quick and ROWS[title].kind == "lora" and group != "mixed")
         ]
 
     def file(self, group: str, title: str, names: Names) -> Path:

@@ -9,8 +9,8 @@ A group of its own draws each concept beside a plain thing of another class, wit
 attached, and counts how often the plain thing is taken for one of them, or has the colour and
 pattern of the named one. Errors are standard errors over images.
 
-The settings of other methods were chosen on other concepts, seeds and places (`--tune`), as the
-constants of `customize/stages/` on other seeds and places.
+`--tune` tries settings of other methods on other concepts, seeds and places; the constants of
+`customize/stages/` were chosen on other seeds and places.
 
 Missing concepts are trained, a minute each. Scores are stored by row and by concepts, so an
 interrupted run resumes; they are named by the weights, the methods' code and their settings, so

@@ -24,7 +24,7 @@ _GROUPS = {
     "same": "One class",
     "mixed, wide": "Two classes, 128 x 64",
     "same, wide": "One class, 128 x 64",
-    "triples": "Triples, 96 x 64",
+    "triples": "Triples, 128 x 64",
 }
 
 

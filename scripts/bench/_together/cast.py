@@ -34,8 +34,7 @@ Names = tuple[str, ...]
 _TUNING_KINDS = {"c06": "rabbit", "c08": "fish", "c13": "rabbit", "c14": "fish"}
 
 BUNDLED_BASE = assets_folder() / "storybook"
-# The base draws a thing on 32 pixels of the width; triples have room for three.
-SQUARE, WIDE, THIRDS = (64, 64), (64, 128), (64, 96)
+SQUARE, WIDE = (64, 64), (64, 128)
 _PLACES = tuple(BACKGROUND_PHRASES.values())
 
 
@@ -84,6 +83,8 @@ _MIXED = ordered(
 )
 _SAME = ordered(("c00", "c02"), ("c01", "c05"), ("c03", "c10"), ("c04", "c11"), ("c07", "c12"))
 _TRIPLES = ordered(("rex", "tom", "bolt"), ("c04", "c05", "c07"))
+#: All of them.
+SCORED = tuple(sorted({name for names in (*_MIXED, *_SAME, *_TRIPLES) for name in names}))
 _SEEN, _SEEDS = _PLACES[2:], (1, 2, 3)
 
 GROUPS = {
@@ -91,14 +92,14 @@ GROUPS = {
     "same": Group(_SAME, SQUARE, _SEEN, _SEEDS),
     "mixed, wide": Group(_MIXED, WIDE, _SEEN, _SEEDS),
     "same, wide": Group(_SAME, WIDE, _SEEN, _SEEDS),
-    "triples": Group(_TRIPLES, THIRDS, _SEEN, _SEEDS),
+    "triples": Group(_TRIPLES, WIDE, _SEEN, _SEEDS),
     "beside a class": Group(_MIXED, SQUARE, _SEEN, _SEEDS, has_plain=True),
 }
 QUICK_GROUPS = {
     "mixed": Group(_MIXED[:1], SQUARE, _SEEN[:2], (1,)),
     "same": Group((("c00", "c02"),), SQUARE, _SEEN[:2], (1,)),
     "mixed, wide": Group(_MIXED[:1], WIDE, _SEEN[:2], (1,)),
-    "triples": Group(_TRIPLES[:1], THIRDS, _SEEN[:2], (1,)),
+    "triples": Group(_TRIPLES[:1], WIDE, _SEEN[:2], (1,)),
     "beside a class": Group(_MIXED[:1], SQUARE, _SEEN[:2], (1,), has_plain=True),
 }
 _TUNING_SEEN, _TUNING_SEEDS = _PLACES[:2], (11, 12)

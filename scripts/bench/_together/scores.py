@@ -1,7 +1,7 @@
 """What the judges of the storybook see in images of several things, from left to right.
 
 Each thing has an equal part of the image's width. In 64 x 64 pixels two things have the places that
-the judges were trained with; in wider images the best of several crops of a part counts, in both
+the judges were trained with; in wider images the best of several crops of a part counts, in the
 sizes that the storybook draws things in.
 """
 
@@ -22,7 +22,9 @@ from customize.storybook.world import BACKGROUNDS, CLASSES, PATTERNS
 
 Hit = dict[str, float]
 
-# Pixels between the left edges of neighbouring crops.
+# Upper edge and side of crops of wide images, for things from a quarter of the width to all of the
+# height; and the pixels between the left edges of neighbouring crops.
+WIDE_CROPS = ((22, 36), (15, 46), (10, 52))
 STRIDE = 6
 
 
@@ -33,8 +35,7 @@ def crops_of(images: Tensor, part: int, parts: int) -> Tensor:
         boxes = [CROPS[("left", "right")[part]]]
     else:
         boxes = []
-        for name in ("left", "single"):
-            _, top, side = CROPS[name]
+        for top, side in WIDE_CROPS:
             # A thing's centre is in its part.
             first, last = (round(width * (part + k) / parts) for k in (0, 1))
             edges = range(first + 8 - side // 2, last - 8 - side // 2 + 1, STRIDE)

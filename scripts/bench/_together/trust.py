@@ -11,36 +11,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from _together.cast import GROUPS, SQUARE, Size, class_of, story
+from _together.cast import GROUPS, SCORED, SQUARE, Size, class_of, story
 from _together.scores import Scorer, SeenThing
-from customize.storybook.judges import judge_inputs
+from customize.image_tensors import images_to_tensor
 from customize.storybook.scene_drawing import draw_scene
-from customize.storybook.world import BACKGROUNDS, Identity, compose_scene, random_identity
+from customize.storybook.world import (
+    ACCESSORIES,
+    Identity,
+    Thing,
+    compose_scene,
+    random_identity,
+)
 
 
-def trust(pipe: Any, scorer: Scorer, count: int) -> dict[str, float]:
+def trust(pipe: Any, scorer: Scorer, count: int, names: Sequence[str] = SCORED) -> dict[str, float]:
     """Shares of concepts that are recognised, and of others of their class that are taken for them.
 
     Args:
         pipe: The pipeline, for its autoencoder.
         scorer: The judges.
         count: Images of each concept.
+        names: The concepts.
 
     Returns:
-        "judge_known_64", "judge_taken_64" and so on, by the width in pixels.
+        "judge_known_2_in_64", "judge_taken_2_in_64" and so on: the number of things and the width
+        in pixels.
     """
-    sizes = {group.size: len(group.names[0]) for group in GROUPS.values()}
+    sizes = dict.fromkeys((group.size, len(group.names[0])) for group in GROUPS.values())
     return {
-        f"judge_{key}_{size[1]}": share
-        for size, parts in sizes.items()
-        for key, share in _measure(pipe, scorer, size, parts, count).items()
+        f"judge_{key}_{parts}_in_{size[1]}": share
+        for size, parts in sizes
+        for key, share in _measure(pipe, scorer, size, parts, count, names).items()
     }
 
 
 @torch.no_grad()
-def _measure(pipe: Any, scorer: Scorer, size: Size, parts: int, count: int) -> dict[str, float]:
+def _measure(
+    pipe: Any, scorer: Scorer, size: Size, parts: int, count: int, names: Sequence[str]
+) -> dict[str, float]:
     rng = np.random.default_rng(7)
-    names = sorted({name for group in GROUPS.values() for each in group.names for name in each})
     known: list[bool] = []
     taken: list[bool] = []
     for name in names:
@@ -49,8 +58,7 @@ def _measure(pipe: Any, scorer: Scorer, size: Size, parts: int, count: int) -> d
             others = [random_identity(rng, class_of(name)) for _ in range(parts)]
             place = position % parts
             things = [own if i == place else other for i, other in enumerate(others)]
-            is_large = size[1] // parts >= SQUARE[1] and position % 2 == 0
-            image = _rendered(rng, things, size, is_large)[None]
+            image = _rendered(rng, things, size, is_large=position // parts % 2 == 0)[None]
             seen = pipe.vae.decode(pipe.vae.encode(image).latent_dist.mean).sample
             for i in range(parts):
                 thing = SeenThing(scorer.judges, seen, i, parts)
@@ -62,21 +70,24 @@ def _measure(pipe: Any, scorer: Scorer, size: Size, parts: int, count: int) -> d
 def _rendered(
     rng: np.random.Generator, things: Sequence[Identity], size: Size, is_large: bool
 ) -> Tensor:
-    """A drawn scene (3, *size) in [-1, 1]; parts of wide ones are drawn one by one, in one place.
+    """A drawn scene (3, *size) in [-1, 1].
 
-    Things have the size of one in 64 x 64 pixels, or of one of two.
+    In a wide one things are as large as their columns hold, or as two in 64 x 64 pixels.
     """
-    if size == SQUARE:
-        return judge_inputs([draw_scene(compose_scene(rng, tuple(things)))])[0]
-    place = str(rng.choice(BACKGROUNDS))
-    width = size[1] // len(things)
-    parts = []
-    for identity in things:
-        scene = compose_scene(rng, (identity,), background=place)
-        if not is_large:
-            x, y = width / 2 + rng.uniform(-3, 3), 40 + rng.uniform(-3, 3)
-            (thing,) = scene.things
-            smaller = replace(thing, x=float(x), y=float(y), size=float(rng.uniform(14, 15.5)))
-            scene = replace(scene, things=(smaller,))
-        parts.append(judge_inputs([draw_scene(scene)])[0][..., :width])
-    return torch.cat(parts, -1)
+    scene = compose_scene(rng, tuple(things[:2]))
+    if size != SQUARE:
+        share = size[1] / len(things)
+        extent = min(22.0, 0.46 * share) if is_large else 14.75
+        placed = [
+            Thing(
+                identity,
+                str(rng.choice(ACCESSORIES)),
+                x=float((column + 0.5) * share + rng.uniform(-3, 3)),
+                y=float((38 if is_large else 40) + rng.uniform(-2, 3)),
+                size=extent * float(rng.uniform(0.94, 1.06)),
+                flip=bool(rng.random() < 0.5),
+            )
+            for column, identity in enumerate(things)
+        ]
+        scene = replace(scene, things=tuple(placed), width=size[1])
+    return images_to_tensor([draw_scene(scene)])[0]

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from _together import cast
-from _together.rivals import freefuse, lora_switch, lorashop
+from _together import cast, drawing
+from _together.rivals import freefuse, lora_composite, lora_switch, lorashop
 from _together.scores import Hit, Scorer, mean_of
 
 _BLOCKS = tuple(
@@ -77,6 +77,9 @@ METHODS = {
             "found_at": (0.94, 0.9, 0.85),
         },
     ),
+    # Without settings, for comparison.
+    "plain, sum": Method(drawing.draw, {}, {}),
+    "LoRA Composite": Method(lora_composite.draw, {}, {}),
     "LoRA Switch": Method(lora_switch.draw, {"turn": 2}, {"turn": (1, 2, 3, 5)}),
 }
 
@@ -102,6 +105,8 @@ def tune(
         return float(tried[key]["recognised"])
 
     chosen = dict(METHODS[method].start)
+    quality(chosen)
+    yield tried[tuple(chosen.values())]
     for name, values in METHODS[method].values.items():
         for value in values:
             is_new = tuple((chosen | {name: value}).values()) not in tried

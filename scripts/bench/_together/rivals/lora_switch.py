@@ -13,7 +13,7 @@ from torch import Tensor
 from _together.drawing import draw as draw_plain
 from _together.gates import LoraGates
 
-# Steps of a turn; the paper's 5 are of 100 steps or more. See results/together_tuning.json.
+# Steps of a turn of 25; the paper's are 5 of 100 steps or more. Not tuned yet.
 TURN = 2
 
 

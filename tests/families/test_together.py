@@ -37,7 +37,10 @@ from tests.tiny import CLIP_LENGTH, drawn, short_prompts
 UNSUPPORTED = ("qwen_image_21", "ltx2")
 # Stable Diffusion and SDXL are in tests/stages/test_together.py.
 NAMES = [name for name in PIPELINES if not name.startswith((*UNSUPPORTED, "sd-e", "sd-v", "sdxl"))]
-families = pytest.mark.parametrize("name", NAMES)
+variants = pytest.mark.parametrize("name", NAMES)
+# One model of each architecture.
+TWINS = ("flux-schnell", "flux2-distilled", "krea2-distilled", "wan-2.2-5b")
+families = pytest.mark.parametrize("name", [name for name in NAMES if name not in TWINS])
 SOME = ("sd3", "flux-dev", "flux2-klein", "qwen_image", "z_image", "krea2", "wan-2.2-14b")
 some = pytest.mark.parametrize("name", SOME)
 
@@ -89,7 +92,7 @@ def encoded(pipe, prompt):
     return encode_routed(family, state, [], [prompt])[0].encoded
 
 
-@families
+@variants
 def test_masks_of_one_are_the_plain_picture_bit_for_bit_and_of_zero_the_base(name):
     pipe = pair(name)
     prompt = PROMPT
@@ -211,7 +214,7 @@ def _check_side(acts, is_left, module):
     assert not bool(grid[:, side // 2 :].any()), module
 
 
-@families
+@variants
 def test_maps_are_what_positions_attend_to_in_the_layer(name, monkeypatch):
     pipe = pair(name)
     family, _ = family_and_state(pipe)
@@ -277,7 +280,7 @@ def test_rows_of_words_are_where_another_word_changes_the_encoded_prompt(name):
         assert first + int(change[first:].argmax()) in tokens
 
 
-@families
+@variants
 def test_levels_of_the_layout_are_those_before_the_shift(name):
     pipe = pair(name)
     family, _ = family_and_state(pipe)
@@ -301,7 +304,7 @@ def test_levels_of_the_layout_are_those_before_the_shift(name):
         assert float(shift_sigmas(torch.tensor(schedule), shift)) == pytest.approx(noise, abs=1e-5)
 
 
-@families
+@variants
 def test_the_negative_branch_and_other_prompts_are_what_they_were(name):
     pipe = pair(name)
     family, _ = family_and_state(pipe)

@@ -138,7 +138,7 @@ def test_switch_takes_turns_and_begins_with_the_first_thing(bench, monkeypatch):
     monkeypatch.setattr(
         bench.gates.LoraGates,
         "open_only",
-        lambda self, *indices: opened.append(indices) or original(self, *indices),
+        lambda self, *indices, **how: opened.append(indices) or original(self, *indices, **how),
     )
     bench.lora_switch.draw(pipe, ("<tom>", "<rex>"), *SCENE[1:], turn=2)
     assert opened == [(1,), (1,), (0,), (0,), (1,)]

@@ -57,10 +57,10 @@ class LoraGates:
                 stack.callback(channel.mask(partial(self._masks_of, channel)).remove)
             yield self
 
-    def open_only(self, *indices: int) -> None:
+    def open_only(self, *indices: int, strength: float = 1.0) -> None:
         """Let these LoRAs act everywhere, and no other."""
         weights = torch.zeros(1, 1, len(self.owners))
-        weights[..., list(indices)] = 1.0
+        weights[..., list(indices)] = strength
         self.masks = lambda name, output: weights
 
     def _masks_of(self, channel: RankChannels, output: Tensor) -> Tensor | None:

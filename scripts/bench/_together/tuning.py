@@ -77,10 +77,13 @@ METHODS = {
             "found_at": (0.94, 0.9, 0.85),
         },
     ),
-    # Without settings, for comparison.
-    "plain, sum": Method(drawing.draw, {}, {}),
-    "LoRA Composite": Method(lora_composite.draw, {}, {}),
-    "LoRA Switch": Method(lora_switch.draw, {"turn": 2}, {"turn": (1, 2, 3, 5)}),
+    "plain, sum": Method(drawing.draw, {}, {}),  # for comparison
+    "LoRA Composite": Method(lora_composite.draw, {"strength": 1.0}, {"strength": (1.0, 1.4, 2.0)}),
+    "LoRA Switch": Method(
+        lora_switch.draw,
+        {"turn": 2, "strength": 1.0},
+        {"strength": (1.0, 1.4, 2.0), "turn": (1, 2, 3, 5)},
+    ),
 }
 
 

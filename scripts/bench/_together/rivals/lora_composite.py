@@ -16,15 +16,18 @@ from torch import Tensor
 from _together.drawing import draw as draw_plain
 from _together.gates import LoraGates
 
+# The weight of each LoRA; the paper's is 1. Not tuned yet.
+STRENGTH = 1.0
 
-def draw(pipe: Any, *scene: Any) -> Tensor:
+
+def draw(pipe: Any, *scene: Any, strength: float = STRENGTH) -> Tensor:
     gates = LoraGates(pipe)
-    with gates.attach(), _averaged(pipe.unet, gates):
+    with gates.attach(), _averaged(pipe.unet, gates, strength):
         return draw_plain(pipe, *scene)
 
 
 @contextmanager
-def _averaged(denoiser: Any, gates: LoraGates) -> Iterator[None]:
+def _averaged(denoiser: Any, gates: LoraGates, strength: float = 1.0) -> Iterator[None]:
     loras = range(len(gates.owners))
     is_inner = False
 
@@ -38,14 +41,14 @@ def _averaged(denoiser: Any, gates: LoraGates) -> Iterator[None]:
         is_inner = True
         try:
             for index in loras[1:]:
-                gates.open_only(index)
+                gates.open_only(index, strength=strength)
                 outputs.append(module(*args, **kwargs)[0])
         finally:
             is_inner = False
-            gates.open_only(0)
+            gates.open_only(0, strength=strength)
         return (torch.stack(outputs).mean(0),)
 
-    gates.open_only(0)
+    gates.open_only(0, strength=strength)
     handle = denoiser.register_forward_hook(average, with_kwargs=True)
     try:
         yield

@@ -15,9 +15,13 @@ from _together.gates import LoraGates
 
 # Steps of a turn of 25; the paper's are 5 of 100 steps or more. Not tuned yet.
 TURN = 2
+# The weight of each LoRA; the paper's is 1.
+STRENGTH = 1.0
 
 
-def draw(pipe: Any, things: Any, *scene: Any, turn: int = TURN) -> Tensor:
+def draw(
+    pipe: Any, things: Any, *scene: Any, turn: int = TURN, strength: float = STRENGTH
+) -> Tensor:
     gates = LoraGates(pipe)
     order = [gates.owners[thing] for thing in things if thing in gates.owners]
     order += [index for index in gates.owners.values() if index not in order]
@@ -25,7 +29,7 @@ def draw(pipe: Any, things: Any, *scene: Any, turn: int = TURN) -> Tensor:
 
     def next_step(module: Any, args: Any, kwargs: Any) -> None:
         nonlocal step
-        gates.open_only(order[step % (len(order) * turn) // turn])
+        gates.open_only(order[step % (len(order) * turn) // turn], strength=strength)
         step += 1
 
     handle = pipe.unet.register_forward_pre_hook(next_step, with_kwargs=True)

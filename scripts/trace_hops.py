@@ -96,7 +96,8 @@ def main_paths(folder: Path) -> dict[str, list[tuple[str, str]]]:
 
     def draw(**arguments: Any) -> None:
         size = {"height": 32, "width": 32, "num_inference_steps": steps, "output_type": "pil"}
-        pipe("a photo of <rex> and <tom> on a beach", **size, **arguments)
+        prompt = "a photo of <rex> and <tom> on a beach"
+        pipe(prompt, together=False, **size, **arguments)
 
     train("tom")  # so that what is imported and recorded once does not count
     paths = {"a training run": traced(lambda: train("rex"))}

@@ -76,13 +76,15 @@ def generate(
         ),
     ] = None,
     together: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--together",
+            "--together/--no-together",
             help="Let each concept of a prompt act on its own words and on its own part of the"
-            " image, which is found while it is generated; --regions gives these parts instead",
+            " image, which is found while it is generated; --regions gives these parts instead"
+            " (default: on Stable Diffusion, for prompts with two or more concepts)",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     save_masks: Annotated[
         bool,
         typer.Option(
@@ -317,9 +319,11 @@ def generate_images(
     arguments, scale = generation_checks.guidance_arguments(pipe, family, plan)
     if plan.together:
         arguments["together"] = dict(regions) or True
-        arguments["return_masks"] = plan.save_masks or None
     elif regions:
         arguments["regions"] = dict(regions)
+    elif plan.together is False:
+        arguments["together"] = False
+    arguments["return_masks"] = plan.save_masks or None
     stage_settings: list[Any] = [] if plan.avoid is None else [Decor(avoid=plan.avoid)]
     if references is not None:
         check_base(references, pipe, family)

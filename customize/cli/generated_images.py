@@ -46,6 +46,10 @@ def generate_image(
     import numpy as np
     import torch
 
+    from customize.pipeline.state import get_state
+
+    if (state := get_state(pipe)) is not None:
+        state.call_reports.pop("together", None)  # of an earlier image
     requested = {
         "num_inference_steps": plan.steps,
         **arguments,
@@ -73,7 +77,7 @@ def generate_image(
         "seed": seed,
         "width": image.width,
         "height": image.height,
-        "together": pipe.custom.reports.get("together") if plan.together else None,
+        "together": pipe.custom.reports.get("together"),
         "reference_agreement": _reference_agreement(result),
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),

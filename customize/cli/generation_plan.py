@@ -52,11 +52,12 @@ class GenerationPlan:
         seed: Seed of the first image of each prompt.
         count: Images per prompt, with consecutive seeds.
         size: (width, height) in pixels.
-        together: Whether each concept of a prompt acts on its own words and part of the image.
+        together: Whether each concept of a prompt acts on its own words and part of the image;
+            None: the pipeline decides.
         save_masks: Whether these parts are saved.
 
     Raises:
-        ConfigError: ``save_masks`` is set without ``together``, a number is out of range, or a
+        ConfigError: ``save_masks`` is set and ``together`` is False, a number is out of range, or a
             text is not valid Unicode.
     """
 
@@ -68,13 +69,15 @@ class GenerationPlan:
     seed: int
     count: int
     size: tuple[int, int] | None
-    together: bool = False
+    together: bool | None = None
     save_masks: bool = False
 
     def __post_init__(self) -> None:
-        if self.save_masks and not self.together:
+        if self.save_masks and self.together is False:
             raise ConfigError(
-                "--save-masks needs --together", where="--save-masks", fix="give both"
+                "--save-masks needs the masks that --no-together leaves out",
+                where="--save-masks",
+                fix="leave one of them out",
             )
         if self.count > _MAX_COUNT:
             raise ConfigError(

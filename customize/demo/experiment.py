@@ -53,7 +53,7 @@ class DrawnImages:
 
     Attributes:
         concepts: Name -> its images, seed after seed.
-        pairs: Two names -> images of both, for the first seed.
+        pairs: Two names -> images of both, seed after seed.
         unrelated: Images of prompts without a concept; None if the model did not draw them.
     """
 
@@ -88,7 +88,7 @@ def model_prompts(
 
 def prompt_seeds(model: str, key: Any) -> tuple[int, ...]:
     """The seeds with which a model draws the prompts of a key of :func:`model_prompts`."""
-    return SEEDS if key in NAMES and model != BASE else SEEDS[:1]
+    return SEEDS if key != "unrelated" and model != BASE else SEEDS[:1]
 
 
 def group_images(images: Mapping[Any, Tensor]) -> DrawnImages:

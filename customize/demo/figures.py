@@ -55,6 +55,7 @@ def draw_grid(drawn: Mapping[str, DrawnImages], per_concept: int = 4) -> Image.I
     top = IMAGE_SIZE + 36
     concept_prompts = [evaluation_prompts(f"<{name}>")[:per_concept] for name in NAMES]
     prompts_of_pairs = [pair_prompts((f"<{a}>", f"<{b}>")) for a, b in PAIRS]
+    per_pair = len(prompts_of_pairs[0])  # of the first seed
     prompts = [prompt for group in (*concept_prompts, *prompts_of_pairs) for prompt in group]
     for column, prompt in enumerate(prompts):
         text = wrap_text(prompt.removeprefix("a photo of ").replace("wearing ", ""), font)
@@ -65,7 +66,7 @@ def draw_grid(drawn: Mapping[str, DrawnImages], per_concept: int = 4) -> Image.I
         pen.text((6, y + IMAGE_SIZE / 2 - 8 * (1 + label.count("\n"))), label, "black", font)
         images = [
             *(tensor for name in NAMES for tensor in drawn[model].concepts[name][:per_concept]),
-            *(tensor for pair in PAIRS for tensor in drawn[model].pairs.get(pair, ())),
+            *(tensor for pair in PAIRS for tensor in drawn[model].pairs.get(pair, ())[:per_pair]),
         ]
         for column, tensor in enumerate(images):
             _paste(sheet, tensor, column, y)

@@ -185,7 +185,9 @@ def _list_models(
         for name, concept in concepts[subfolder].items():
             models.append((alone, [concept], of_one(triggers[name], name), {}))
         prompts = experiment.model_prompts(triggers, PAIRS, unrelated=True)
-        models.append((merged, [*concepts[subfolder].values()], prompts, {}))
+        # The baseline is used in the usual way; ours reads a prompt of two concepts by together=.
+        call: dict[str, Any] = {"together": False} if merged == LORA_MERGED else {}
+        models.append((merged, [*concepts[subfolder].values()], prompts, call))
     folder = references_folder()
     if folder is not None:
         from customize.stages.references import References

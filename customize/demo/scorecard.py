@@ -137,8 +137,8 @@ def markdown_page(card: Mapping[str, Any], folder: Path) -> str:
     text = [
         "# Scorecard",
         "",
-        f"Shares of images ± standard deviation over {len(experiment.SEEDS)} seeds (pairs and",
-        "drift: one seed), scored by judges that no model here was trained against.",
+        f"Shares of images ± standard deviation over {len(experiment.SEEDS)} seeds (drift: one",
+        "seed), scored by judges that no model here was trained against.",
         "",
         "- *identity*: the image shows the trained subject, not another one of its class.",
         "- *prompt*: requested attributes that the image shows.",

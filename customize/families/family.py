@@ -48,6 +48,9 @@ class Family(DenoiserInputs):
     attention_mask: ClassVar[MaskKind | None] = None
     #: Whether cross-attention reads the text encoders' states without layers in between.
     reads_prompts_as_encoded: ClassVar[bool] = False
+    #: Whether concepts that one prompt names are kept apart unless a call says ``together=False``.
+    #: For families in which that was measured to be better.
+    together_by_default: ClassVar[bool] = False
     #: The pipelines of the family that read reference images by themselves.
     native_references: ClassVar[tuple[NativeReferences, ...]] = ()
 

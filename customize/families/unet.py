@@ -36,6 +36,7 @@ class UNetFamily(DDPMFamily):
     denoiser_key = "unet"
     latents_argument = "sample"
     reads_prompts_as_encoded = True
+    together_by_default = True
     has_clip_rows = True
     # Excludes AnimateDiff's motion modules, which are siblings of the attentions.
     attention_projections = re.compile(

@@ -67,7 +67,8 @@ def wrap_call(
             return [
                 stage
                 for stage in (load_stages() if state is not None or requested else ())
-                if stage.is_requested(requested) or (state is not None and stage.acts(state))
+                if stage.is_requested(requested)
+                or (state is not None and stage.acts(state, kwargs if bound is None else bound))
             ]
 
         def request() -> LockRequest:

@@ -57,7 +57,7 @@ class CallContext:
         return get_family(self.pipe)
 
 
-def _acts_on_no_call(state: AttachedState) -> bool:
+def _acts_on_no_call(state: AttachedState, arguments: CallArguments) -> bool:
     return False
 
 
@@ -76,7 +76,8 @@ class Stage:
             change the dict that it receives. A stage argument that the call omits is None.
         arguments: Keyword arguments that the stage adds to every pipeline's call.
         setting: Type that ``load_custom`` accepts for this stage; None for no setting.
-        acts: ``acts(state)`` is whether the stage runs on calls that omit all its arguments.
+        acts: ``acts(state, arguments)`` is whether the stage runs on a call with these arguments
+            that omits all of its own.
         exclusive: Whether no other call may use the models while the stage acts.
         prepare: ``prepare(context, arguments)`` returns the call's arguments as all stages are to
             see them. It runs before the first stage, in calls with an argument of this stage.
@@ -90,7 +91,7 @@ class Stage:
     run: Callable[..., AbstractContextManager[CallArguments]]
     arguments: tuple[str, ...] = ()
     setting: type[StageSetting] | None = None
-    acts: Callable[[AttachedState], bool] = _acts_on_no_call
+    acts: Callable[[AttachedState, CallArguments], bool] = _acts_on_no_call
     exclusive: bool = True
     prepare: Callable[[CallContext, CallArguments], CallArguments] = _as_given
     any_family: bool = False

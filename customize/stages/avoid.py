@@ -208,7 +208,7 @@ def _run(context: CallContext, call: CallArguments, avoid: Any = None) -> Iterat
         yield call
 
 
-def _cleans_all_calls(state: AttachedState) -> bool:
+def _cleans_all_calls(state: AttachedState, arguments: CallArguments) -> bool:
     settings = state.get_setting(Decor)
     return settings is not None and settings.avoid is not None
 

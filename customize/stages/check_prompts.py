@@ -90,7 +90,7 @@ def _run(context: CallContext, call: CallArguments) -> Iterator[CallArguments]:
 
 
 #: Checks the prompts of customized pipelines.
-STAGE = Stage("prompts", _run, acts=lambda state: state.changes_models, exclusive=False)
+STAGE = Stage("prompts", _run, acts=lambda state, arguments: state.changes_models, exclusive=False)
 
 
 def warn_about_triggers(context: CallContext, call: CallArguments) -> None:

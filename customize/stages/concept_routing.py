@@ -118,6 +118,8 @@ class ConceptRouter:
         prompts: One for each prompt of the call, in their order.
         given: Masks of each prompt's concepts; None to find them.
         wordless: Indices of concepts that act everywhere, as without routing.
+        is_requested: Whether the call asks for routing. If not, what cannot be routed is drawn on
+            without it, and ``stopped_by`` says why.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class ConceptRouter:
         prompts: Sequence[RoutedPrompt],
         given: Sequence[GivenMasks] | None = None,
         wordless: Sequence[int] = (),
+        is_requested: bool = True,
     ) -> None:
         self.family, self.prompts, self.given = family, prompts, given
+        self.is_requested, self.stopped_by = is_requested, ""
         self.channels = [c for c in channels if c.component in family.denoisers]
         self.concepts, self.wordless = concepts, list(wordless)
         self.has_matched = False
@@ -156,12 +160,21 @@ class ConceptRouter:
                 self._hook(component, lambda handle: stack.callback(handle.remove))
             yield
         if not self.has_matched:
-            raise PipelineError(
-                "the denoiser was never called with the encoded prompt, so together= had no effect",
-                where="together",
-                fix="leave out arguments that change how prompts are encoded, and steps that "
-                "rewrite them",
+            self._stop(
+                PipelineError(
+                    "the denoiser was never called with the encoded prompt, so together= had no "
+                    "effect",
+                    where="together",
+                    fix="leave out arguments that change how prompts are encoded, and steps that "
+                    "rewrite them",
+                )
             )
+
+    def _stop(self, error: PipelineError) -> None:
+        """Raise an error if the call asks for routing; otherwise route nothing from here on."""
+        if self.is_requested:
+            raise error
+        self.stopped_by = error.problem
 
     def _hook(self, component: str, keep: Callable[[Any], Any]) -> None:
         """Hook one denoiser."""
@@ -185,7 +198,8 @@ class ConceptRouter:
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         names = list(inspect.signature(type(uncompiled(module)).forward).parameters)[1:]
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        call = self._plan(arguments) if self._in_this_call() else None
+        is_routed = self._in_this_call() and not self.stopped_by
+        call = self._plan(arguments) if is_routed else None
         self._running.append(call)
         if call is None or not call.pictures:
             return None
@@ -265,17 +279,25 @@ class ConceptRouter:
 
     def _mask_of(self, owners: tuple[int, ...], kind: TokenKind, output: Tensor) -> Tensor | None:
         """Return the mask of a mid-activation; None in calls that are not routed."""
-        call = self._running[-1] if self._running and self._in_this_call() else None
-        if call is None or not call.pictures:
+        call = self._routed_call()
+        if call is None:
             return None
         if output.ndim > 3:  # of a convolution
             return self._convolution_mask(call, owners, output)
         key = (kind, owners, output.shape[:2])
         if key not in call.masks:
             per_row = len(output) // call.batch
-            masks = self._position_masks(call, kind, per_row, output)
+            try:
+                masks = self._position_masks(call, kind, per_row, output)
+            except PipelineError as error:
+                self._stop(error)
+                return None
             call.masks[key] = rank_mask(masks, owners).to(output)
         return call.masks[key]
+
+    def _routed_call(self) -> _DenoiserCall | None:
+        call = self._running[-1] if self._running and self._in_this_call() else None
+        return call if call is not None and call.pictures and not self.stopped_by else None
 
     def _position_masks(
         self, call: _DenoiserCall, kind: TokenKind, per_row: int, output: Tensor
@@ -364,8 +386,8 @@ class ConceptRouter:
             call.keys[name] = output
 
     def _finding(self) -> _DenoiserCall | None:
-        call = self._running[-1] if self._running and self._in_this_call() else None
-        return call if call is not None and call.finds and call.pictures else None
+        call = self._routed_call()
+        return call if call is not None and call.finds else None
 
     @torch.no_grad()
     def _collect(
@@ -379,6 +401,14 @@ class ConceptRouter:
         call = self._finding()
         if call is None:
             return
+        try:
+            self._collect_maps(call, attention, module, kwargs)
+        except PipelineError as error:
+            self._stop(error)
+
+    def _collect_maps(
+        self, call: _DenoiserCall, attention: TextAttention, module: Any, kwargs: dict[str, Any]
+    ) -> None:
         name = attention.name
         if name not in call.queries or name not in call.keys:
             raise PipelineError(

@@ -75,7 +75,7 @@ class RoutedPrompt:
 
     Attributes:
         prompt: As given to the pipeline.
-        named: The concepts that it names; empty if there is none: nothing is routed.
+        named: The concepts that it names; empty if nothing is routed.
         encoded: (length, width), as the pipeline encodes it.
         rows: (length, width), the encoding in its place.
         tokens: For each named concept the positions of its tokens.
@@ -257,7 +257,11 @@ _Reading = tuple[Sequence[int], Sequence[_Term]]
 
 
 def encode_routed(
-    family: Family, state: AttachedState, channels: Sequence[RankChannels], prompts: Sequence[str]
+    family: Family,
+    state: AttachedState,
+    channels: Sequence[RankChannels],
+    prompts: Sequence[str],
+    fewest: int = 1,
 ) -> list[RoutedPrompt]:
     """Encode prompts with each concept read by its own words.
 
@@ -266,11 +270,13 @@ def encode_routed(
         state: The concepts attached to them.
         channels: The ranks of their layers.
         prompts: The prompts of a call.
+        fewest: Concepts that a prompt names for it to be routed.
 
     Raises:
         ConfigError: See :func:`named_concepts` and :func:`token_positions`.
     """
     named = [named_concepts(prompt, state) for prompt in prompts]
+    named = [concepts if len(concepts) >= fewest else () for concepts in named]
     tokens = [
         tuple(token_positions(family, prompt, each.spans) for each in concepts)
         for prompt, concepts in zip(prompts, named, strict=True)

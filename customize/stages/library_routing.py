@@ -213,7 +213,7 @@ STAGE = Stage(
     "library",
     _run,
     setting=LibraryCache,
-    acts=lambda state: LibraryCache in state.stage_settings,
+    acts=lambda state, arguments: LibraryCache in state.stage_settings,
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -48,42 +49,127 @@ def _run(
     context: CallContext, call: CallArguments, together: Any = None, return_masks: Any = None
 ) -> Iterator[CallArguments]:
     areas = _check_arguments(together, return_masks)
-    if not together:
+    if return_masks and together is None:
+        together = True
+    is_requested = together is not None
+    if together is None:
+        plan = _plan_by_default(context, call)
+    else:
+        plan = _plan(context, call) if together else None
+    if plan is None:
         yield call
         return
-    prompts = _prompts(context, call)
-    state = context.state
-    if not any(named_concepts(prompt, state) for prompt in prompts):
-        message = "no prompt names an attached concept, so together= has no effect"
-        warn_user(message)
-        state.call_reports[STAGE.name] = f"together: {message}"
-        yield call
-        return
-    components = dict(context.pipe.components)
-    family = type(context.family)(components, context.family.pipeline_config)
-    family.max_sequence_length = call.get("max_sequence_length")
-    channels = rank_channels(family, state)
-    wordless = wordless_concepts(state)
-    _check_routable(family, channels, wordless)
-    with call_uncompiled(family.text_encoders.values()):
-        routed = encode_routed(family, state, channels, prompts)
-    given = None if areas is None else _given_masks(areas, routed, state)
-    router = ConceptRouter(family, channels, len(state.attached), routed, given, wordless)
+    given = None if areas is None else _given_masks(areas, plan.routed, context.state)
+    router = ConceptRouter(
+        plan.family,
+        plan.channels,
+        len(context.state.attached),
+        plan.routed,
+        given,
+        wordless_concepts(context.state),
+        is_requested,
+    )
     masks: list[dict[str, Any]] = []  # filled when the call ends
     if return_masks:
         context.results["masks"] = masks
-    denoisers = [components[key] for key in family.denoisers]
+    denoisers = [plan.family.components[key] for key in plan.family.denoisers]
     compiled = any(map(is_compiled, denoisers))
     if compiled:
         warn_user("together= runs the denoiser without its compiled code, which has no hooks")
     with call_uncompiled(denoisers), router.attach():
         yield call
-    state.call_reports[STAGE.name] = _report(router) + (", not compiled" if compiled else "")
+    report = _report(router) + (", not compiled" if compiled else "")
+    context.state.call_reports[STAGE.name] = report
     masks += _mask_images(router)
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What a call routes.
+
+    Attributes:
+        family: The models of the pipeline, as they are in this call.
+        channels: The ranks of their layers.
+        routed: The prompts of the call.
+    """
+
+    family: Family
+    channels: Sequence[RankChannels]
+    routed: Sequence[RoutedPrompt]
+
+
+def _plan(context: CallContext, call: CallArguments, fewest: int = 1) -> _Plan | None:
+    """Return what a call with ``together=`` routes; None if its prompts name no concept.
+
+    Args:
+        context: Of the call.
+        call: Its arguments.
+        fewest: Concepts that a prompt names for it to be routed.
+
+    Raises:
+        ConfigError: Other arguments of the call exclude it.
+        PipelineError: The family, the models or the concepts cannot be routed.
+    """
+    prompts, state = _prompts(context, call), context.state
+    if not any(named_concepts(prompt, state) for prompt in prompts):
+        message = "no prompt names an attached concept, so together= has no effect"
+        warn_user(message)
+        state.call_reports[STAGE.name] = f"together: {message}"
+        return None
+    family = type(context.family)(dict(context.pipe.components), context.family.pipeline_config)
+    family.max_sequence_length = call.get("max_sequence_length")
+    channels = rank_channels(family, state)
+    _check_routable(family, channels, wordless_concepts(state))
+    with call_uncompiled(family.text_encoders.values()):
+        return _Plan(family, channels, encode_routed(family, state, channels, prompts, fewest))
+
+
+def _plan_by_default(context: CallContext, call: CallArguments) -> _Plan | None:
+    """Return what a call without ``together=`` routes: concepts that share a prompt, if it can.
+
+    Where it cannot, ``pipe.custom`` says why.
+    """
+    state = context.state
+    try:
+        family = context.family
+        if not family.together_by_default or not _share_a_prompt(state, call):
+            return None
+        if any(is_compiled(context.pipe.components[key]) for key in family.denoisers):
+            raise PipelineError("the denoiser is compiled")
+        return _plan(context, call, fewest=2)
+    except (ConfigError, PipelineError) as error:
+        state.call_reports[STAGE.name] = f"together: off: {error.problem}"
+        return None
+
+
+def _acts(state: AttachedState, arguments: CallArguments) -> bool:
+    """Whether concepts share a prompt of a call, or may, once a library has attached some."""
+    return state.update_cache is not None or _share_a_prompt(state, arguments)
+
+
+def _share_a_prompt(state: AttachedState, arguments: CallArguments) -> bool:
+    """Whether a prompt of a call names two attached concepts."""
+    try:
+        return any(len(named_concepts(text, state)) > 1 for text in _texts(arguments))
+    except ConfigError:
+        return False
+
+
+def _texts(arguments: CallArguments) -> Sequence[str]:
+    """Return the prompts of a call; none if it has no prompts, or others than texts."""
+    prompts = arguments.get("prompt")
+    texts: Sequence[Any] = prompts if isinstance(prompts, list | tuple) else [prompts]
+    return texts if all(isinstance(text, str) for text in texts) else ()
+
+
 #: Adds ``together=`` and ``return_masks=`` to the arguments of pipelines.
-STAGE = Stage("together", _run, arguments=("together", "return_masks"))
+STAGE = Stage(
+    "together",
+    _run,
+    arguments=("together", "return_masks"),
+    acts=_acts,
+    any_family=True,
+)
 
 
 def _check_arguments(together: Any, return_masks: Any) -> Mapping[str, Any] | None:
@@ -94,11 +180,11 @@ def _check_arguments(together: Any, return_masks: Any) -> Mapping[str, Any] | No
             where="return_masks",
             fix="give True or False",
         )
-    if return_masks and not together:
+    if return_masks and together is False:
         raise ConfigError(
-            "return_masks=True needs together=True, which finds the masks",
+            "return_masks=True needs the masks that together=False leaves out",
             where="return_masks",
-            fix="give both, or neither",
+            fix="leave one of them out",
         )
     if isinstance(together, bool | None):
         return None
@@ -206,6 +292,8 @@ def _check_routable(
 
 def _report(router: ConceptRouter) -> str:
     """Return the line of ``pipe.custom`` on the latest call, and warn where nothing was found."""
+    if router.stopped_by:
+        return f"together: off: {router.stopped_by}"
     parts = []
     for picture in router.pictures.values():
         names = [each.name for each in picture.routed.named]
@@ -216,10 +304,11 @@ def _report(router: ConceptRouter) -> str:
             parts.append(f"{areas} of the picture")
         elif names:
             parts.append(f"{' and '.join(names)} not told apart, and not confined")
-            warn_user(
-                f"{' and '.join(names)} were not found in different parts of the picture, so they "
-                "acted on all of it"
-            )
+            if router.is_requested:
+                warn_user(
+                    f"{' and '.join(names)} were not found in different parts of the picture, so "
+                    "they acted on all of it"
+                )
     return f"together: {'; '.join(dict.fromkeys(parts))}"
 
 

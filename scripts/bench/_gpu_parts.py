@@ -120,12 +120,16 @@ def calls(run: Run) -> Iterator[Row]:
         ways = {
             "no concept": (pipe.unload_custom, draw),
             "a concept": (one, partial(draw, prompt=PROMPT.replace("a dog", "<rex0>"))),
-            "two concepts": (both, partial(draw, prompt=prompt)),
-            "two concepts, avoid=": (both, partial(draw, prompt=prompt, avoid="fence")),
+            "two concepts": (both, partial(draw, prompt=prompt, together=False)),
+            "two concepts, together=": (both, partial(draw, prompt=prompt, together=True)),
+            "two concepts, avoid=": (
+                both,
+                partial(draw, prompt=prompt, avoid="fence", together=False),
+            ),
             "two concepts, regions=": (both, partial(draw, prompt=prompt, regions=halves)),
             "a library": (
                 partial(prepared, pipe, library=library),
-                partial(draw, prompt=prompt),
+                partial(draw, prompt=prompt, together=False),
             ),
         }
         for row in in_turns(run, ways, "no concept"):

@@ -145,7 +145,7 @@ def rendered(rng: np.random.Generator, pair: Sequence[Identity], size: tuple[int
 
 
 def drawn(pipe: Any, texts: Sequence[str], seed: int, size: tuple[int, int], **call: Any) -> Tensor:
-    """Generate images (n, 3, *size) in [-1, 1], with one seed each."""
+    """Generate images (n, 3, *size) in [-1, 1], with one seed each, without ``together=``."""
     images = pipe(
         list(texts),
         height=size[0],
@@ -154,6 +154,7 @@ def drawn(pipe: Any, texts: Sequence[str], seed: int, size: tuple[int, int], **c
         guidance_scale=GUIDANCE,
         generator=[torch.Generator().manual_seed(1000 * seed + k) for k in range(len(texts))],
         output_type="pt",
+        together=False,
         **call,
     ).images
     return images.float() * 2 - 1

@@ -60,14 +60,15 @@ def test_together_equals_the_argument_of_a_call(
     areas = {"<rex>": (0, 0, 0.5, 1), "tom": (0.5, 0, 1, 1)}
     image = drawn(pipe, num_inference_steps=6, together=areas if boxes else True)
     assert np.abs(pixels(tmp_path / "out" / "0001.png") - image).max() <= 1
-    assert np.abs(image - drawn(pipe, num_inference_steps=6)).max() > 3
+    assert np.abs(image - drawn(pipe, num_inference_steps=6, together=False)).max() > 3
     masks = [pixels(tmp_path / "out" / f"0001.{name}.png") for name in ("rex", "tom")]
     assert [mask.shape for mask in masks] == [(16, 16)] * 2
     if not boxes:
         assert np.abs(sum(masks) - 255).max() <= 1
     facts = json.loads((tmp_path / "out" / "0001.json").read_text())
     assert facts["together"].startswith("together: rex in ")
-    refused(run(*both, "--save-masks"), "--save-masks needs --together", "Fix: ")
+    problem = "--save-masks needs the masks that --no-together leaves out"
+    refused(run(*both, "--save-masks", "--no-together"), problem, "Fix: ")
 
 
 def drawn(pipe: object, **more: object) -> np.ndarray:

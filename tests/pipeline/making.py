@@ -76,10 +76,10 @@ def table(text_encoder: Any) -> Tensor:
     return text_encoder.get_input_embeddings().weight
 
 
-def draw(pipe: Any, prompt: str = PROMPT) -> np.ndarray:
+def draw(pipe: Any, prompt: str = PROMPT, **call: Any) -> np.ndarray:
     noise = torch.Generator().manual_seed(1)
-    call = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
-    return drawn(pipe, prompt, generator=noise, **call)[0]
+    usual = {"num_inference_steps": 2, "output_type": "np", "height": 32, "width": 32}
+    return drawn(pipe, prompt, generator=noise, **usual | call)[0]
 
 
 def modular(pipe: Any, without: Sequence[str] = (), **arguments: Any) -> Any:

@@ -203,13 +203,13 @@ def test_attached_concepts_are_not_attached_again(library, monkeypatch):
 
 def test_cached_sets_are_not_read_merged_or_wrapped_again(library, monkeypatch):
     pipe = tiny_sd().load_custom(library=library)
-    expected = {prompt: draw(pipe, prompt) for prompt, _ in CALLS}
+    expected = {prompt: draw(pipe, prompt, together=False) for prompt, _ in CALLS}
     layers = {name: id(module) for name, module in pipe.unet.named_modules()}
     vocabulary = pipe.tokenizer.get_vocab()
     monkeypatch.setattr(library_routing, "read_sources", None)
     monkeypatch.setattr("customize.pipeline.transaction.plan_merge", None)
     for prompt, names in CALLS:
-        assert np.array_equal(draw(pipe, prompt), expected[prompt])
+        assert np.array_equal(draw(pipe, prompt, together=False), expected[prompt])
         assert active(pipe) == names
     assert {name: id(module) for name, module in pipe.unet.named_modules()} == layers
     assert pipe.tokenizer.get_vocab() == vocabulary

@@ -288,8 +288,16 @@ def test_arguments_that_a_denoiser_pops_are_passed_to_every_region():
 
 def test_prompts_that_the_pipeline_encodes_differently_are_refused():
     pipe = attached(tiny_flux)
+    encode = pipe.encode_prompt
+
+    def encode_otherwise(*args, **kwargs):
+        embeds, *rest = encode(*args, **kwargs)
+        return 2 * embeds, *rest
+
+    pipe.encode_prompt = encode_otherwise
     with pytest.raises(PipelineError, match="never called with the encoded prompt"):
-        draw(pipe, regions=REGIONS, max_sequence_length=64)
+        draw(pipe, regions=REGIONS)
+    del pipe.encode_prompt
     assert not pipe.transformer._forward_hooks
     for name, value in (
         ("prompt_2", "a cat"),

@@ -40,7 +40,7 @@ def test_a_stage_takes_its_arguments_by_name_and_may_leave_them_out(stage):
     parameters = list(inspect.signature(stage.run).parameters.values())[2:]
     assert tuple(parameter.name for parameter in parameters) == stage.arguments
     assert all(parameter.default is None for parameter in parameters)
-    assert not stage.acts(AttachedState())
+    assert not stage.acts(AttachedState(), {})
     assert stage.setting is None or issubclass(stage.setting, StageSetting)
 
 
@@ -61,7 +61,10 @@ def _add_suffix(context, arguments):
 
 
 STAGE = Stage(
-    "suffix", _add_suffix, setting=Suffix, acts=lambda state: Suffix in state.stage_settings
+    "suffix",
+    _add_suffix,
+    setting=Suffix,
+    acts=lambda state, arguments: Suffix in state.stage_settings,
 )
 
 

@@ -31,7 +31,10 @@ WRONG = {
     "text": ({"together": "yes"}, "invalid together='yes'"),
     "number": ({"together": 1.0}, "invalid together=1.0"),
     "empty": ({"together": {}}, "invalid together={}"),
-    "masks": ({"return_masks": True}, "return_masks=True needs together=True"),
+    "masks": (
+        {"return_masks": True, "together": False},
+        "return_masks=True needs the masks that together=False leaves out",
+    ),
     "masks of text": ({"together": True, "return_masks": "yes"}, "invalid return_masks='yes'"),
     "unknown": ({"together": HALVES | {"<kit>": LEFT}}, "'<kit>' is no concept.*rex, tom"),
     "twice": ({"together": HALVES | {"rex": LEFT}}, "'rex' is given two areas"),

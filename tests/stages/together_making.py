@@ -26,6 +26,11 @@ def pair(make=tiny_sd, names=("rex", "tom"), **load):
 
 
 def draw(pipe, prompt=PROMPT, seeds=(1,), **call):
+    """Draw latents, without ``together=`` if the call does not ask for it."""
+    return draw_by_default(pipe, prompt, seeds, **{"together": False} | call)
+
+
+def draw_by_default(pipe, prompt=PROMPT, seeds=(1,), **call):
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     size = {"num_inference_steps": 6, "height": 32, "width": 32, "output_type": "latent"}
     return drawn(pipe, prompt, generator=noise, **size | call)

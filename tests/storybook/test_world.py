@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -271,9 +272,9 @@ def test_wide_scenes_hold_their_things_whole_and_apart(seed: int, width: int) ->
     assert draw_scene(scene).size == (width, 64)
     edges = [(thing.x - thing.size, thing.x + thing.size) for thing in scene.things]
     # Figures reach up to 1.05 times their size to the sides; tails may touch.
-    assert all(-2 <= left and right <= width + 2 for left, right in edges)
+    assert all(left >= -2 and right <= width + 2 for left, right in edges)
     centres = [thing.x for thing in scene.things]
-    assert all(b - a > 20 for a, b in zip(centres, centres[1:], strict=False))
+    assert all(b - a > 20 for a, b in itertools.pairwise(centres))
     things = parse_prompt(caption(scene)).things
     assert [thing.kind for thing in things] == [thing.identity.kind for thing in scene.things]
 

@@ -23,7 +23,7 @@ def draw(
     size: Size,
     **call: Any,
 ) -> Tensor:
-    """Draw by plain prompts, or with further arguments of the call.
+    """Draw by plain prompts without ``together=``, or with further arguments of the call.
 
     Args:
         pipe: The pipeline, with concepts attached.
@@ -44,7 +44,7 @@ def draw(
         guidance_scale=GUIDANCE,
         generator=[torch.Generator().manual_seed(number) for number in numbers],
         output_type="pt",
-        **call,
+        **{"together": False} | call,
     ).images
     return images.float() * 2 - 1
 

@@ -154,8 +154,7 @@ def drawn(pipe: Any, texts: Sequence[str], seed: int, size: tuple[int, int], **c
         guidance_scale=GUIDANCE,
         generator=[torch.Generator().manual_seed(1000 * seed + k) for k in range(len(texts))],
         output_type="pt",
-        together=False,
-        **call,
+        **{"together": False} | call,
     ).images
     return images.float() * 2 - 1
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from customize.core.lowrank import LowRank
 from customize.core.precision import full_precision
 
 # The relative difference of factors that rounding to bfloat16 explains.
@@ -57,10 +58,45 @@ def rank_owners(up: Tensor, parts: Sequence[Tensor]) -> list[int] | None:
     return owners
 
 
-def _is_multiple(columns: Tensor, part: Tensor) -> bool:
+def _factor(columns: Tensor, part: Tensor) -> Tensor:
+    """Return f of columns = f * part."""
     square = part.square().sum()
-    factor = (columns * part).sum() / square if square > 0 else square
-    return bool((columns - factor * part).norm() <= _ROUNDING * columns.norm())
+    return (columns * part).sum() / square if square > 0 else square
+
+
+def _is_multiple(columns: Tensor, part: Tensor) -> bool:
+    return bool((columns - _factor(columns, part) * part).norm() <= _ROUNDING * columns.norm())
+
+
+@full_precision()
+def own_down(
+    up: Tensor, owners: Sequence[int], updates: Sequence[LowRank], weights: Sequence[float]
+) -> Tensor:
+    """Return the down-projection by which each concept is itself beside a merged up-projection.
+
+    A merge such as fusion changes each concept so that concepts disturb one another less. Where
+    masks keep them apart this is not needed. With up-projection U = [f_1 B_1, f_2 B_2, ...] of the
+    merge and updates w_c s_c B_c A_c of the concepts, it is [w_1 s_1 / f_1 A_1; ...].
+
+    Args:
+        up: (out, ranks), U.
+        owners: For each rank the index of its concept; those of a concept are side by side.
+        updates: For each concept its update.
+        weights: For each concept its weight w_c.
+
+    Returns:
+        (ranks, in), float32.
+    """
+    rows: list[Tensor] = []
+    start = 0
+    for index in dict.fromkeys(owners):
+        update = updates[index]
+        part = update.up.to(up.device).float()
+        factor = _factor(up[:, start : start + update.rank].float(), part)
+        scale = weights[index] * update.scale / float(factor) if factor != 0 else 0.0
+        rows.append(scale * update.down.to(up.device).float())
+        start += update.rank
+    return torch.cat(rows)
 
 
 def rank_mask(masks: Tensor, owners: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ from customize.base.offload import materialize
 from customize.concepts.merge.merge_concepts import LayerMerge
 from customize.concepts.types import Lora
 from customize.core.lowrank import LowRank
-from customize.core.routing import rank_owners
+from customize.core.routing import own_down, rank_owners
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
@@ -27,6 +27,8 @@ from customize.pipeline.transaction import plan_layers
 #: Mid-activation -> its mask; None to leave it. Both are (..., positions, ranks), or (batch, ranks,
 #: ...) for a convolution.
 MaskFunction = Callable[[Tensor], Tensor | None]
+#: Mid-activation -> for each of its entries whether concepts act by their own updates, (entries,).
+EntryFunction = Callable[[Tensor], Tensor]
 
 # The key of the channels in the state's derived values.
 _CACHE = "rank channels"
@@ -43,6 +45,8 @@ class RankChannels:
         owners: For each rank the index of its concept, in the order of the attached ones.
         tokens: The positions of a denoiser's layer; None for a layer without positions.
         fused: The update, if it is in the weight.
+        own: (ranks, in), the down-projection by which each concept is itself, times the scale of
+            the up-projection; None if the merge has left the concepts as they are.
     """
 
     component: str
@@ -51,9 +55,10 @@ class RankChannels:
     owners: tuple[int, ...]
     tokens: TokenKind | None
     fused: LowRank | None = None
-    _factors: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    own: Tensor | None = None
+    _factors: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    def mask(self, masks: MaskFunction) -> Any:
+    def mask(self, masks: MaskFunction, own_entries: EntryFunction | None = None) -> Any:
         """Multiply the mid-activation by masks, until the returned handle is removed.
 
         An update in the weight gets what is missing at the layer's output::
@@ -62,14 +67,49 @@ class RankChannels:
 
         Args:
             masks: Called with the mid-activation in every call of the layer.
+            own_entries: Entries in which concepts act by their own updates instead of the merged
+                ones; None for none.
         """
         if self.fused is None:
             down = self.layer.lora_A[ADAPTER_NAME]
-            return down.register_forward_hook(partial(_multiply, masks))
-        return self.layer.register_forward_hook(partial(self._add_difference, self.fused, masks))
+            return down.register_forward_hook(partial(self._multiply, masks, own_entries))
+        return self.layer.register_forward_hook(
+            partial(self._add_difference, self.fused, masks, own_entries)
+        )
+
+    def _multiply(
+        self,
+        masks: MaskFunction,
+        own_entries: EntryFunction | None,
+        module: Any,
+        args: Any,
+        output: Tensor,
+    ) -> Tensor | None:
+        mask = masks(output)
+        if mask is None:
+            return None
+        return self._own_middle(own_entries, module, args[0], output) * mask
+
+    def _own_middle(
+        self, own_entries: EntryFunction | None, base: Any, inputs: Tensor, middle: Tensor
+    ) -> Tensor:
+        """Return the mid-activation, in some entries by the concepts' own down-projections."""
+        if own_entries is None or self.own is None:
+            return middle
+        key = ("own", inputs.device, inputs.dtype)
+        if key not in self._factors:
+            self._factors[key] = _shaped(self.own.to(inputs), base)
+        entries = own_entries(middle).reshape(-1, *[1] * (middle.ndim - 1))
+        return torch.where(entries, _apply(base, inputs, self._factors[key]), middle)
 
     def _add_difference(
-        self, fused: LowRank, masks: MaskFunction, module: Any, args: Any, output: Tensor
+        self,
+        fused: LowRank,
+        masks: MaskFunction,
+        own_entries: EntryFunction | None,
+        module: Any,
+        args: Any,
+        output: Tensor,
     ) -> Tensor | None:
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
         down, up = self._moved(fused, args[0], base)
@@ -77,7 +117,7 @@ class RankChannels:
         mask = masks(middle)
         if mask is None:
             return None
-        difference = middle * (mask - 1)
+        difference = self._own_middle(own_entries, base, args[0], middle) * mask - middle
         if isinstance(base, nn.Linear):
             return output + functional.linear(difference, up)
         return output + torch.einsum("or,br...->bo...", up, difference)
@@ -86,16 +126,17 @@ class RankChannels:
         """Return the factors on the device and in the dtype of an input; the scale is in ``up``."""
         key = (like.device, like.dtype)
         if key not in self._factors:
-            down = fused.down.to(like)
-            if not isinstance(base, nn.Linear):
-                down = down.reshape(len(down), base.in_channels, *base.kernel_size)
+            down = _shaped(fused.down.to(like), base)
             self._factors[key] = down, (fused.up * fused.scale).to(like)
-        return self._factors[key]
+        factors: tuple[Tensor, Tensor] = self._factors[key]
+        return factors
 
 
-def _multiply(masks: MaskFunction, module: Any, args: Any, output: Tensor) -> Tensor | None:
-    mask = masks(output)
-    return None if mask is None else output * mask
+def _shaped(down: Tensor, base: Any) -> Tensor:
+    """Return a down-projection (ranks, in) in the shape of the weight of a layer's kind."""
+    if isinstance(base, nn.Linear):
+        return down
+    return down.reshape(len(down), base.in_channels, *base.kernel_size)
 
 
 def _apply(base: Any, inputs: Tensor, down: Tensor) -> Tensor:
@@ -155,16 +196,22 @@ def _find_channels(family: Family, state: AttachedState) -> list[RankChannels]:
                 if not up.shape[1]:
                     continue  # wrapped for the concepts of another call
                 plan = beside[component][module]
-                owners = _owners(up, plan, numbers[False], f"{component}.{module}", method)
-                channels.append(RankChannels(component, module, layer, owners, tokens.get(module)))
+                owners, own = _owners(up, plan, numbers[False], f"{component}.{module}", method)
+                if own is not None:
+                    own = own / layer.scaling[ADAPTER_NAME]
+                kind = tokens.get(module)
+                channels.append(RankChannels(component, module, layer, owners, kind, own=own))
     for component, plans in in_weights.items():
         model = uncompiled(family.components[component])
         for module, plan in _nonzero(plans).items():
             update = plan.compute()
-            owners = _owners(update.up, plan, numbers[True], f"{component}.{module}", method)
+            where = f"{component}.{module}"
+            owners, own = _owners(update.up, plan, numbers[True], where, method)
+            if own is not None:
+                own = own / update.scale
             layer, tokens = model.get_submodule(module), kinds.get(component, {})
             kind = tokens.get(module)
-            channels.append(RankChannels(component, module, layer, owners, kind, update))
+            channels.append(RankChannels(component, module, layer, owners, kind, update, own))
     return channels
 
 
@@ -174,8 +221,11 @@ def _nonzero(plans: Mapping[str, LayerMerge]) -> dict[str, LayerMerge]:
 
 def _owners(
     up: Tensor, plan: LayerMerge, numbers: list[int], where: str, method: str
-) -> tuple[int, ...]:
-    """Return the index of the attached concept of each column; numbers are those of the plan's."""
+) -> tuple[tuple[int, ...], Tensor | None]:
+    """Return the index of the attached concept of each column, and :func:`own_down` of a merge.
+
+    ``numbers`` are the indices of the concepts of the plan.
+    """
     owners = rank_owners(up, [update.up.to(up.device) for update in plan.updates])
     if owners is None:
         raise _unroutable(
@@ -183,7 +233,8 @@ def _owners(
             "ranks is one concept's",
             'merge by "fusion", or by "sum" concepts that share no slice',
         )
-    return tuple(numbers[owner] for owner in owners)
+    own = None if plan.merge is None else own_down(up, owners, plan.updates, plan.weights)
+    return tuple(numbers[owner] for owner in owners), own
 
 
 def _unroutable(problem: str, fix: str) -> PipelineError:

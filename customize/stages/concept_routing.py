@@ -184,7 +184,8 @@ class ConceptRouter:
         keep(denoiser.register_forward_hook(self._after, with_kwargs=True, prepend=True))
         for channel in self.channels:
             if channel.component == component and channel.tokens is not None:
-                keep(channel.mask(partial(self._mask_of, channel.owners, channel.tokens)))
+                masks = partial(self._mask_of, channel.owners, channel.tokens)
+                keep(channel.mask(masks, self._routed_entries))
         for attention in self.family.text_attentions(component) if self.given is None else ():
             module = layers.get_submodule(attention.name)
             query, key = (module.get_submodule(name) for name in (attention.query, attention.key))
@@ -295,6 +296,14 @@ class ConceptRouter:
             call.masks[key] = rank_mask(masks, owners).to(output)
         return call.masks[key]
 
+    def _routed_entries(self, middle: Tensor) -> Tensor:
+        """Return whether each entry of a mid-activation belongs to a routed row, (entries,)."""
+        call = self._routed_call()
+        rows = () if call is None else call.pictures
+        batch = len(middle) if call is None else call.batch
+        is_routed = torch.tensor([row in rows for row in range(batch)], device=middle.device)
+        return is_routed.repeat_interleave(len(middle) // batch)
+
     def _routed_call(self) -> _DenoiserCall | None:
         call = self._running[-1] if self._running and self._in_this_call() else None
         return call if call is not None and call.pictures and not self.stopped_by else None
@@ -345,14 +354,17 @@ class ConceptRouter:
     def _picture_masks(
         self, call: _DenoiserCall, frames: int, rows: int, columns: int, device: torch.device
     ) -> Tensor:
-        """(batch, concepts, frames, rows, columns): ones where nothing is routed, or not yet."""
+        """(batch, concepts, frames, rows, columns): ones in rows that are not routed.
+
+        Of a routed row, those of the concepts that its prompt names are ones until they are found.
+        """
         masks = torch.ones(call.batch, self.concepts, frames, rows, columns, device=device)
         for row, picture in call.pictures.items():
+            named = [each.index for each in picture.routed.named]
+            masks[row] = 0.0  # of concepts that the prompt does not name
+            masks[row, [*self.wordless, *named]] = 1.0
             if picture.masks is not None:
-                resized = resize_masks(picture.masks, rows, columns)
-                masks[row] = 0.0  # of concepts that the prompt does not name
-                masks[row, self.wordless] = 1.0
-                masks[row, [each.index for each in picture.routed.named]] = resized.to(masks)
+                masks[row, named] = resize_masks(picture.masks, rows, columns).to(masks)
         return masks
 
     def _token_masks(self, call: _DenoiserCall, length: int, device: torch.device) -> Tensor:

@@ -424,5 +424,9 @@ def _text_encoder_masks(
         for channel in channels:
             if channel.component.startswith("text_encoder"):
                 mask = rank_mask(masks(channel.component), channel.owners)
-                stack.callback(channel.mask(mask.to).remove)
+                stack.callback(channel.mask(mask.to, _every_entry).remove)
         yield
+
+
+def _every_entry(middle: Tensor) -> Tensor:
+    return torch.ones(len(middle), dtype=torch.bool, device=middle.device)

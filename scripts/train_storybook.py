@@ -14,6 +14,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from storybook_training import pretrain_base, train_judges
+from storybook_training.base_files import save_base
+from storybook_training.worlds import STORYBOOK
 
 
 def positive(text: str) -> int:
@@ -86,7 +88,7 @@ def main() -> None:
     if args.vae_steps == 0:
         vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae").to(args.device)
     else:
-        vae = pretrain_base.train_vae(args.folder, preset, args.device, args.start)
+        vae = pretrain_base.train_vae(STORYBOOK, args.folder, preset, args.device, args.start)
     if args.stage in ("judges", "all"):
         figures = train_judges.train_judges(
             args.folder / "judges",
@@ -98,8 +100,10 @@ def main() -> None:
         print(f"the judges are in {args.folder / 'judges'}: {figures}")
     if args.stage in ("base", "all"):
         vae = vae.to(args.device)
-        pipe = pretrain_base.train_denoiser(args.folder, preset, vae, args.device, args.start)
-        pretrain_base.save_base(pipe, args.folder / "base")
+        pipe = pretrain_base.train_denoiser(
+            STORYBOOK, args.folder, preset, vae, args.device, args.start
+        )
+        save_base(pipe, args.folder / "base")
         print(f"the base model is in {args.folder / 'base'}")
 
 

@@ -7,6 +7,7 @@ disjoint slices of rank 8.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -32,11 +33,18 @@ def _bpe(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
     return pieces
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """A CLIP byte-pair tokenizer in which every word of the grammar is one token."""
+def make_tokenizer(words: Sequence[str] = WORDS, length: int = TEXT_LENGTH) -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer in which each known word is one token.
+
+    Other words are split into known pieces, down to letters.
+
+    Args:
+        words: Lower-case words; the default: those of the storybook's grammar.
+        length: Maximum number of tokens of a prompt.
+    """
     letters = sorted(ByteLevel.alphabet())
     ranks: dict[tuple[str, str], int] = {}
-    for word in WORDS:
+    for word in words:
         # Merges of later words rank lower, so that they do not split earlier words.
         pieces = _bpe(word, ranks)
         while len(pieces) > 1:
@@ -50,7 +58,7 @@ def make_tokenizer() -> CLIPTokenizer:
         EOS,
     ]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=list(ranks), model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=list(ranks), model_max_length=length)
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -62,7 +70,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         projection_dim=TEXT_WIDTH,
         num_hidden_layers=3,
         num_attention_heads=4,
-        max_position_embeddings=TEXT_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -12,37 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from customize.atomic import write_atomic
 from customize.core import objectives
 from customize.image_tensors import images_to_tensor
 from customize.storybook import bundled_models
-from customize.storybook.caption_grammar import caption
-from customize.storybook.scene_drawing import draw_scene
-from customize.storybook.world import Scene, random_scene, random_wide_scene
 
+from .base_files import load_start, save_base
 from .contact_sheet import save_contact_sheet
 from .muon_adamw import EMA, MuonAdamW, trapezoid
 from .training_files import log_row, save_tensors
-
-SAMPLE_PROMPTS = (
-    "a photo of a red dog on a beach",
-    "a photo of a striped blue cat wearing a hat in a forest",
-    "a photo of a green car in the snow",
-    "a photo of a spotted yellow cup wearing glasses in a room",
-    "a photo of a white robot wearing a scarf in space",
-    "a photo of a purple rabbit in a city",
-    "a photo of a blue fish wearing a hat on a beach",
-    "a photo of a spotted red bird in the snow",
-    "a photo of a red dog and a blue cup in a room",
-    "a photo of a yellow cat wearing glasses and a green car in a city",
-)
+from .worlds import World
 
 
 @dataclass(frozen=True)
@@ -92,15 +78,9 @@ PRESETS = {
 }
 
 
-def training_scene(seed: int, index: int, two: float = 0.3, width: int = 64) -> Scene:
-    """The training scene of an index, the same on every machine."""
-    rng = np.random.default_rng((seed, index))
-    return random_scene(rng, two) if width == 64 else random_wide_scene(rng, width)
-
-
-def draw_tensor(scenes: list[Scene]) -> torch.Tensor:
+def draw_tensor(world: World, scenes: list[Any]) -> torch.Tensor:
     """Draw n scenes of one width as (n, 3, 64, width) in [-1, 1]."""
-    return images_to_tensor([draw_scene(scene) for scene in scenes])
+    return images_to_tensor([world.draw(scene) for scene in scenes])
 
 
 @contextmanager
@@ -187,11 +167,12 @@ def train_loop(
 
 
 def train_vae(
-    folder: Path, preset: Preset, device: str, start: Path | None = None
+    world: World, folder: Path, preset: Preset, device: str, start: Path | None = None
 ) -> bundled_models.AutoencoderKL:
     """Train the autoencoder on drawn scenes: L1 of pixels and of their differences, and a small KL.
 
     Args:
+        world: of the scenes.
         folder: for checkpoints, logs and samples.
         preset: sizes.
         device: name.
@@ -205,12 +186,15 @@ def train_vae(
         )
     # Images are reused a few times, as drawing them takes a third of a step.
     pool = draw_tensor(
+        world,
         [
-            training_scene(preset.seed + 1, k)
+            world.training_scene(preset.seed + 1, k)
             for k in range(min(12_000, preset.vae_steps * preset.vae_batch))
-        ]
+        ],
     )
-    held_out = draw_tensor([training_scene(preset.seed + 2, k) for k in range(20)]).to(device)
+    held_out = draw_tensor(world, [world.training_scene(preset.seed + 2, k) for k in range(20)]).to(
+        device
+    )
 
     def loss_of(generator: torch.Generator) -> torch.Tensor:
         rows = torch.randint(len(pool), (preset.vae_batch,), generator=generator)
@@ -265,11 +249,12 @@ class EncodedScenes:
         latents: (scenes, 4, 16, width / 4), float16, scaled.
     """
 
-    scenes: list[Scene]
+    scenes: list[Any]
     latents: torch.Tensor
 
 
 def encode_scenes(
+    world: World,
     folder: Path,
     preset: Preset,
     vae: bundled_models.AutoencoderKL,
@@ -281,8 +266,9 @@ def encode_scenes(
     The names of the chunks have a digest of the autoencoder and of what describes the scenes.
     """
     count = preset.scenes if width == 64 else -(-preset.scenes // 4)
-    scenes = [training_scene(preset.seed, k, preset.two, width) for k in range(count)]
+    scenes = [world.training_scene(preset.seed, k, preset.two, width) for k in range(count)]
     described = f"{preset.seed} {preset.two} {width} {vae.config.scaling_factor}"
+    described += world.fingerprint
     digest = hashlib.sha256(described.encode())
     for tensor in vae.state_dict().values():
         digest.update(tensor.float().cpu().numpy().tobytes())
@@ -294,7 +280,7 @@ def encode_scenes(
             with torch.no_grad():
                 parts = [
                     vae.encode(x.to(device)).latent_dist.mode()
-                    for x in draw_tensor(scenes[first:end]).split(100)
+                    for x in draw_tensor(world, scenes[first:end]).split(100)
                 ]
             save_tensors(path, {"latents": (torch.cat(parts) * vae.config.scaling_factor).half()})
             log_row(folder, stage="latents", width=width, scenes=end)
@@ -303,6 +289,7 @@ def encode_scenes(
 
 
 def train_denoiser(
+    world: World,
     folder: Path,
     preset: Preset,
     vae: bundled_models.AutoencoderKL,
@@ -314,6 +301,7 @@ def train_denoiser(
     A tenth of the captions is empty, for classifier-free guidance.
 
     Args:
+        world: of the scenes and captions.
         folder: for checkpoints, logs, samples and latents.
         preset: sizes.
         vae: trained autoencoder.
@@ -321,24 +309,17 @@ def train_denoiser(
         start: base to take the initial weights from if there is no checkpoint; None: random ones.
     """
     widths = WIDTHS if preset.wide else ()
-    square, *wide = (encode_scenes(folder, preset, vae, device, w) for w in (64, *widths))
+    square, *wide = (
+        encode_scenes(world, folder, preset, vae, device, width) for width in (64, *widths)
+    )
     torch.manual_seed(preset.seed)
-    tokenizer = bundled_models.make_tokenizer()
+    tokenizer = world.make_tokenizer()
     text_encoder, unet = (
         bundled_models.make_text_encoder(tokenizer).to(device),
         bundled_models.make_unet().to(device),
     )
     if start is not None:
-        unet.load_state_dict(
-            bundled_models.UNet2DConditionModel.from_pretrained(
-                start, subfolder="unet"
-            ).state_dict()
-        )
-        text_encoder.load_state_dict(
-            bundled_models.CLIPTextModel.from_pretrained(
-                start, subfolder="text_encoder"
-            ).state_dict()
-        )
+        load_start(start, unet, text_encoder, tokenizer)
     pipe = bundled_models.make_pipeline(vae, text_encoder, tokenizer, unet)
     pipe.set_progress_bar_config(disable=True)
     alphas = pipe.scheduler.alphas_cumprod.to(device)
@@ -350,7 +331,7 @@ def train_denoiser(
         rows = torch.randint(len(data.scenes), (preset.batch,), generator=generator)
         caption_rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         captions = [
-            "" if caption_rng.random() < 0.1 else caption(data.scenes[row], caption_rng)
+            "" if caption_rng.random() < 0.1 else world.caption(data.scenes[row], caption_rng)
             for row in rows.tolist()
         ]
         ids = tokenizer(
@@ -375,14 +356,14 @@ def train_denoiser(
         for module in (unet, text_encoder):
             module.eval()
         images = pipe(
-            list(SAMPLE_PROMPTS) * 2,
+            list(world.sample_prompts) * 2,
             num_inference_steps=25,
             guidance_scale=4.0,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         ).images
         save_contact_sheet(images * 2 - 1, folder / f"samples-{step:06d}.png")
-        save_base(pipe, folder / "base")
+        save_base(pipe, folder / "base", world.attribution)
         for module in (unet, text_encoder):
             module.train()
 
@@ -399,11 +380,3 @@ def train_denoiser(
         every=500,
     )
     return pipe
-
-
-def save_base(pipe: bundled_models.StableDiffusionPipeline, folder: Path) -> None:
-    """Write the pipeline as float16 safetensors, without changing the dtype of the live one."""
-    pipe.save_pretrained(folder, safe_serialization=True)
-    for path in folder.rglob("*.safetensors"):
-        tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
-        write_atomic(path, save(tensors, metadata={"format": "pt"}))

@@ -15,21 +15,20 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scripts.storybook_training import pretrain_base
+from scripts.storybook_training.worlds import STORYBOOK
 
 TINY = pretrain_base.PRESETS["tiny"]
 
 
-@pytest.fixture(autouse=True)
-def _few_samples(monkeypatch):
-    # Each checkpoint draws the sample prompts at 25 steps; one will do here.
-    monkeypatch.setattr(pretrain_base, "SAMPLE_PROMPTS", pretrain_base.SAMPLE_PROMPTS[:1])
+# Each checkpoint draws the sample prompts at 25 steps; one will do here.
+WORLD = replace(STORYBOOK, sample_prompts=STORYBOOK.sample_prompts[:1])
 
 
 def make(folder: Path, steps: int) -> StableDiffusionPipeline:
     folder.mkdir(exist_ok=True)
     preset = replace(TINY, steps=steps)
-    vae = pretrain_base.train_vae(folder, preset, "cpu")
-    return pretrain_base.train_denoiser(folder, preset, vae, "cpu")
+    vae = pretrain_base.train_vae(WORLD, folder, preset, "cpu")
+    return pretrain_base.train_denoiser(WORLD, folder, preset, vae, "cpu")
 
 
 def weights(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
@@ -47,9 +46,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(folders):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_base, "SAMPLE_PROMPTS", pretrain_base.SAMPLE_PROMPTS[:1])
-        return make(folders / "whole", 4)
+    return make(folders / "whole", 4)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(folders, whole):
@@ -112,17 +109,6 @@ def test_losses_and_samples_are_written(folders, whole):
     assert (folders / "whole/samples-000004.png").is_file()
 
 
-def test_scenes_depend_on_seed_and_index_only():
-    assert pretrain_base.training_scene(1, 5) == pretrain_base.training_scene(1, 5)
-    assert (
-        len(
-            {pretrain_base.training_scene(1, k) for k in range(20)}
-            | {pretrain_base.training_scene(2, 5)}
-        )
-        == 21
-    )
-
-
 def test_a_run_on_wide_scenes_resumes_and_reads_latents_of_each_width(folders, whole, tmp_path):
     from diffusers import AutoencoderKL
 
@@ -133,7 +119,7 @@ def test_a_run_on_wide_scenes_resumes_and_reads_latents_of_each_width(folders, w
         folder.mkdir(exist_ok=True)
         preset_ = replace(preset, steps=steps)
         return pretrain_base.train_denoiser(
-            folder, preset_, vae, "cpu", start=folders / "whole/base"
+            WORLD, folder, preset_, vae, "cpu", start=folders / "whole/base"
         )
 
     expected = weights(train(tmp_path / "whole", 4))
@@ -143,14 +129,6 @@ def test_a_run_on_wide_scenes_resumes_and_reads_latents_of_each_width(folders, w
     latents = [load_file(path)["latents"] for path in (tmp_path / "whole").glob("latents-*")]
     shapes = sorted(tuple(each.shape) for each in latents)
     assert shapes == [(24, 4, 16, 24), (24, 4, 16, 32), (96, 4, 16, 16)]
-
-
-def test_the_share_of_scenes_with_two_things_is_a_setting():
-    counts = [len(pretrain_base.training_scene(1, k, two=1.0).things) for k in range(20)]
-    assert set(counts) == {2}
-    wide = [pretrain_base.training_scene(1, k, width=128) for k in range(60)]
-    assert {scene.width for scene in wide} == {128}
-    assert {len(scene.things) for scene in wide} == {1, 2, 3}
 
 
 # The loop on its own

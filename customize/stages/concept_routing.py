@@ -19,7 +19,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from customize.core.routing import (
-    attention_to_tokens,
     competing_masks,
     rank_mask,
     resize_masks,
@@ -36,11 +34,13 @@ from customize.core.routing import (
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
-from customize.families.token_layout import TextAttention, TokenKind, rotate
+from customize.families.token_layout import TextAttention, TokenKind
 from customize.pipeline.call_scope import capture_call_scope
 from customize.pipeline.rank_channels import RankChannels
+from customize.stages.attention_maps import attended_tokens
 from customize.stages.concept_words import RoutedPrompt
 from customize.stages.prompt_rows import PromptRows, replace_rows
+from customize.stages.routed_call import RoutedCall, RoutedPicture
 
 #: Above this noise level, where 1 is pure noise, the layout is decided, and masks are found. Below
 #: it they act. Levels are those before the shift that a model was trained with.
@@ -57,55 +57,6 @@ _GRID = 16
 
 # (rows, columns) -> masks (concepts of the prompt, rows, columns), in [0, 1].
 GivenMasks = Callable[[int, int], Tensor]
-
-
-@dataclass(eq=False)
-class _Picture:
-    """What is known of one picture of the call.
-
-    Attributes:
-        routed: Its prompt.
-        maps: (concepts of the prompt, frames, rows, columns), the sum over steps; None before the
-            first.
-        steps: The number of steps in the sum.
-        masks: Of the same shape; None before they act, and where they are not found.
-        masked: The number of steps that the masks are made of.
-    """
-
-    routed: RoutedPrompt
-    maps: Tensor | None = None
-    steps: int = 0
-    masks: Tensor | None = None
-    masked: int = 0
-
-
-@dataclass(eq=False)
-class _DenoiserCall:
-    """One call of the denoiser.
-
-    Attributes:
-        pictures: Row of the batch -> its picture, without rows of other prompts.
-        batch: Number of rows.
-        grid: (frames, rows, columns) of the picture's tokens.
-        texts: Length of the prompt in the denoiser's arguments.
-        valid: (batch, texts), boolean: false for padding; None if all of it is read.
-        finds: Whether maps are collected.
-        queries: Of each attention that is running.
-        keys: The same.
-        maps: Row -> the maps of the layers so far.
-        masks: What is computed once for all layers of a kind.
-    """
-
-    pictures: dict[int, _Picture]
-    batch: int
-    grid: tuple[int, int, int]
-    texts: int
-    valid: Tensor | None
-    finds: bool
-    queries: dict[str, Tensor] = field(default_factory=dict)
-    keys: dict[str, Tensor] = field(default_factory=dict)
-    maps: dict[int, list[Tensor]] = field(default_factory=dict)
-    masks: dict[Any, Tensor] = field(default_factory=dict)
 
 
 class ConceptRouter:
@@ -137,10 +88,10 @@ class ConceptRouter:
         self.channels = [c for c in channels if c.component in family.denoisers]
         self.concepts, self.wordless = concepts, list(wordless)
         self.has_matched = False
-        self.pictures: dict[int, _Picture] = {}
+        self.pictures: dict[int, RoutedPicture] = {}
         self._prompt_rows = PromptRows([prompt.encoded for prompt in prompts])
         self._in_this_call = capture_call_scope()
-        self._running: list[_DenoiserCall | None] = []
+        self._running: list[RoutedCall | None] = []
         # Families whose rows stay as they are encoded have one tensor for all.
         self._has_rows = any(prompt.rows is not prompt.encoded for prompt in prompts)
         # The latest text argument of the denoiser, and the one in its place.
@@ -218,7 +169,7 @@ class ConceptRouter:
             replaced |= replace_rows(arguments, kwargs, list(pooled), replaces_all=False)
         return (), replaced
 
-    def _encode_rows(self, call: _DenoiserCall, texts: Tensor) -> Tensor:
+    def _encode_rows(self, call: RoutedCall, texts: Tensor) -> Tensor:
         """Return the text input with rows of routed prompts, the same tensor in most steps."""
         if self._texts is not texts:
             self._texts, self._routed_texts = texts, texts.clone()
@@ -238,7 +189,7 @@ class ConceptRouter:
             picture.maps = latest if picture.maps is None else picture.maps + latest
             picture.steps += 1
 
-    def _plan(self, arguments: Mapping[str, Any]) -> _DenoiserCall | None:
+    def _plan(self, arguments: Mapping[str, Any]) -> RoutedCall | None:
         texts = arguments[self.family.text_argument]
         batch = len(arguments[self.family.latents_argument])
         rows = self._prompt_rows.match(texts, max(1, len(texts) // batch))
@@ -247,7 +198,7 @@ class ConceptRouter:
         self.has_matched = True
         pictures = {}
         for position, (row, prompt) in enumerate(rows.items()):
-            picture = self.pictures.setdefault(position, _Picture(self.prompts[prompt]))
+            picture = self.pictures.setdefault(position, RoutedPicture(self.prompts[prompt]))
             if picture.routed.named:
                 pictures[row] = picture
         grid = self.family.token_grid(arguments)
@@ -259,13 +210,15 @@ class ConceptRouter:
             positions = torch.arange(max(lengths), device=device)
             valid = positions < torch.tensor(lengths, device=device)[:, None]
         finds = level > LAYOUT_ABOVE
-        call = _DenoiserCall(pictures, batch, grid, max(lengths), valid, finds)
+        call = RoutedCall(pictures, batch, grid, max(lengths), valid, finds)
         for picture in pictures.values():
             self._update_masks(picture, grid, level)
             call.finds |= self.given is None and picture.maps is None
         return call
 
-    def _update_masks(self, picture: _Picture, grid: tuple[int, int, int], level: float) -> None:
+    def _update_masks(
+        self, picture: RoutedPicture, grid: tuple[int, int, int], level: float
+    ) -> None:
         if self.given is not None:
             if picture.masks is None:  # once a call
                 index = self.prompts.index(picture.routed)
@@ -299,17 +252,21 @@ class ConceptRouter:
     def _routed_entries(self, middle: Tensor) -> Tensor:
         """Return whether each entry of a mid-activation belongs to a routed row, (entries,)."""
         call = self._routed_call()
-        rows = () if call is None else call.pictures
-        batch = len(middle) if call is None else call.batch
-        is_routed = torch.tensor([row in rows for row in range(batch)], device=middle.device)
-        return is_routed.repeat_interleave(len(middle) // batch)
+        if call is None:
+            return torch.zeros(len(middle), dtype=torch.bool, device=middle.device)
+        key = ("entries", len(middle))
+        if key not in call.masks:
+            is_routed = torch.tensor([row in call.pictures for row in range(call.batch)])
+            entries = is_routed.repeat_interleave(len(middle) // call.batch)
+            call.masks[key] = entries.to(middle.device)
+        return call.masks[key]
 
-    def _routed_call(self) -> _DenoiserCall | None:
+    def _routed_call(self) -> RoutedCall | None:
         call = self._running[-1] if self._running and self._in_this_call() else None
         return call if call is not None and call.pictures and not self.stopped_by else None
 
     def _position_masks(
-        self, call: _DenoiserCall, kind: TokenKind, per_row: int, output: Tensor
+        self, call: RoutedCall, kind: TokenKind, per_row: int, output: Tensor
     ) -> Tensor:
         """(entries, concepts, positions or 1) for a layer's output of (entries, positions, ranks).
 
@@ -341,7 +298,7 @@ class ConceptRouter:
         return masks
 
     def _convolution_mask(
-        self, call: _DenoiserCall, owners: tuple[int, ...], output: Tensor
+        self, call: RoutedCall, owners: tuple[int, ...], output: Tensor
     ) -> Tensor:
         """A mask for (entries, ranks, rows, columns), or (batch, ranks, frames, rows, columns)."""
         rows, columns = output.shape[-2:]
@@ -352,7 +309,7 @@ class ConceptRouter:
         return masks[:, list(owners)].to(output)
 
     def _picture_masks(
-        self, call: _DenoiserCall, frames: int, rows: int, columns: int, device: torch.device
+        self, call: RoutedCall, frames: int, rows: int, columns: int, device: torch.device
     ) -> Tensor:
         """(batch, concepts, frames, rows, columns): ones in rows that are not routed.
 
@@ -367,7 +324,7 @@ class ConceptRouter:
                 masks[row, named] = resize_masks(picture.masks, rows, columns).to(masks)
         return masks
 
-    def _token_masks(self, call: _DenoiserCall, length: int, device: torch.device) -> Tensor:
+    def _token_masks(self, call: RoutedCall, length: int, device: torch.device) -> Tensor:
         """(batch, concepts, tokens)."""
         masks = torch.ones(call.batch, self.concepts, length, device=device)
         for row, picture in call.pictures.items():
@@ -377,7 +334,7 @@ class ConceptRouter:
                 masks[row, each.index, list(positions)] = 1.0
         return masks
 
-    def _layer_grid(self, call: _DenoiserCall, positions: int) -> tuple[int, int, int]:
+    def _layer_grid(self, call: RoutedCall, positions: int) -> tuple[int, int, int]:
         grid = self.family.layer_grid(positions, call.grid)
         if grid is None:
             raise PipelineError(
@@ -397,7 +354,7 @@ class ConceptRouter:
         if (call := self._finding()) is not None:
             call.keys[name] = output
 
-    def _finding(self) -> _DenoiserCall | None:
+    def _finding(self) -> RoutedCall | None:
         call = self._routed_call()
         return call if call is not None and call.finds else None
 
@@ -419,7 +376,7 @@ class ConceptRouter:
             self._stop(error)
 
     def _collect_maps(
-        self, call: _DenoiserCall, attention: TextAttention, module: Any, kwargs: dict[str, Any]
+        self, call: RoutedCall, attention: TextAttention, module: Any, kwargs: dict[str, Any]
     ) -> None:
         name = attention.name
         if name not in call.queries or name not in call.keys:
@@ -430,69 +387,13 @@ class ConceptRouter:
                 fix="call unfuse_qkv_projections(), or set diffusers' own processor",
             )
         query, key = call.queries.pop(name), call.keys.pop(name)
-        attended = self._attended(call, attention, module, kwargs, query, key)
+        attended = attended_tokens(self.family, call, attention, module, kwargs, query, key)
         for each, (row, picture) in zip(attended, call.pictures.items(), strict=True):
             maps = torch.stack([each[:, list(at)].sum(-1) for at in picture.routed.tokens])
             grid = self._layer_grid(call, maps.shape[1])
             count = math.prod(grid)  # without padding
             maps = maps[:, :count].unflatten(-1, grid)
             call.maps.setdefault(row, []).append(resize_masks(maps, *mask_grid(*call.grid[1:])))
-
-    def _attended(
-        self,
-        call: _DenoiserCall,
-        attention: TextAttention,
-        module: Any,
-        kwargs: dict[str, Any],
-        query: Tensor,
-        key: Tensor,
-    ) -> Tensor:
-        """(routed rows, positions of the picture, tokens): what positions attend to, of the text.
-
-        The attention's other keys, those of the picture, are left out.
-        """
-        heads = getattr(module, "heads", None) or module.num_heads
-        query = _normed(query, heads, getattr(module, "norm_q", None))
-        norm = "norm_added_k" if attention.key.startswith("add_") else "norm_k"
-        key_heads = getattr(module, "num_kv_heads", heads)
-        key = _normed(key, key_heads, getattr(module, norm, None))
-        key = key.repeat_interleave(heads // key_heads, 2)
-        if attention.tokens != "picture":
-            picture, text = self.family.token_offsets(attention.tokens, call.texts, call.grid)
-            query = query[:, picture : picture + math.prod(call.grid)]
-            key = key[:, text : text + call.texts]
-        of_picture, of_text = self.family.rotations(kwargs, call.texts, call.grid)
-        query, key = rotate(query, of_picture), rotate(key, of_text)
-        valid = call.valid
-        rows = list(call.pictures)
-        per_row = len(query) // call.batch
-        if per_row > 1:  # frames
-            rows = [row * per_row + frame for row in rows for frame in range(per_row)]
-            valid = None if valid is None else valid.repeat_interleave(per_row, 0)
-        attended = attention_to_tokens(
-            query[rows].flatten(2),
-            key[rows].flatten(2),
-            heads,
-            query.shape[-1] ** -0.5,
-            None if valid is None else valid[rows].bool(),
-        )
-        return attended.unflatten(0, (-1, per_row)).flatten(1, 2)
-
-
-def _normed(states: Tensor, heads: int, norm: Any) -> Tensor:
-    """Return queries or keys as (batch, tokens, heads, width), float32, with the layer's norm.
-
-    Args:
-        states: (batch, tokens, heads * width).
-        heads: Their number.
-        norm: The layer's norm of a head or of all heads; None for none.
-    """
-    if norm is not None and norm.weight.numel() == states.shape[-1]:
-        states = norm(states)
-    split = states.unflatten(-1, (heads, -1))
-    if norm is not None and norm.weight.numel() != states.shape[-1]:
-        split = norm(split)
-    return split.float()
 
 
 def _pad(masks: Tensor, length: int) -> Tensor:

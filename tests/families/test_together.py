@@ -221,11 +221,11 @@ def test_maps_are_what_positions_attend_to_in_the_layer(name, monkeypatch):
     attended: dict[str, torch.Tensor] = {}
     calls: list[tuple] = []
     true: dict[str, tuple] = {}
-    compute = ConceptRouter._attended
+    compute = concept_routing.attended_tokens
     attention_function = torch.nn.functional.scaled_dot_product_attention
 
-    def note(self, call, attention, *args):
-        result = compute(self, call, attention, *args)
+    def note(family, call, attention, *args):
+        result = compute(family, call, attention, *args)
         if attention.name not in attended:
             attended[attention.name] = result
             row = next(iter(call.pictures))
@@ -237,7 +237,7 @@ def test_maps_are_what_positions_attend_to_in_the_layer(name, monkeypatch):
         calls.append((query, key, attn_mask))
         return attention_function(query, key, value, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(ConceptRouter, "_attended", note)
+    monkeypatch.setattr(concept_routing, "attended_tokens", note)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     draw(pipe, together=True)
     assert set(attended) == {a.name for a in family.text_attentions(family.denoiser_key)}
@@ -360,7 +360,7 @@ def test_masks_that_were_found_act_as_those_that_are_given(name):
     for given in ([lambda *grid: resize_masks(masks[:, 0], *grid)], None):
         router = ConceptRouter(family, rank_channels(family, state), 2, routed, given)
         if given is None:
-            found = concept_routing._Picture(routed[0], masks, 1, masks, 1)
+            found = concept_routing.RoutedPicture(routed[0], masks, 1, masks, 1)
             router.pictures[0] = found
         with torch.no_grad(), router.attach():
             conditions = family.encode_prompts([PROMPT])

@@ -15,7 +15,7 @@ export GOMP_SPINCOUNT ?= 10000
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo llm test test-slow test-hostile mutants lint venv storybook bench bench-gpu clean
+.PHONY: help demo llm test test-slow test-hostile mutants lint venv storybook stickers bench bench-gpu clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ venv: $(MADE)  ## an empty environment, such as to choose a build of torch
 
 storybook: $(USE)  ## train the bundled base model and its judges anew
 	$(PY) scripts/train_storybook.py
+
+stickers: $(DEV)  ## install the artwork of the stickers (16 MB by npm, 38 MB in the cache)
+	$(PY) scripts/install_stickers.py
 
 bench: $(USE)  ## run every benchmark but the GPU's, one after another
 	@set -e; for file in $(filter-out %/gpu.py,$(wildcard scripts/bench/[!_]*.py)); do \

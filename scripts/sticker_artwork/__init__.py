@@ -1,0 +1,1 @@
+"""Installation of emoji sets as artwork of stickers; see install_stickers.py."""

@@ -1,6 +1,10 @@
-"""Train the storybook's base and judges from scratch: `scripts/train_storybook.py --preset cpu`.
+"""Train a world's base from scratch, and the storybook's judges.
 
-The storybook is a test world of eight classes (drawn). Run the script again to resume from
+    scripts/train_storybook.py --preset cpu
+    scripts/train_storybook.py --world stickers --start assets/storybook --bf16
+
+The storybook is a test world of eight classes (drawn); stickers are emoji by several artists on
+coloured grounds, whose artwork `make stickers` installs. Run the script again to resume from
 `--folder`, which receives losses (log.jsonl) and samples (PNG).
 """
 
@@ -10,12 +14,16 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from customize.errors import CustomizeError
+from customize.stickers.subjects import CHOICES
 from storybook_training import pretrain_base, train_judges
 from storybook_training.base_files import save_base
-from storybook_training.worlds import STORYBOOK
+from storybook_training.contact_sheet import save_captioned_sheet
+from storybook_training.worlds import STORYBOOK, WORLDS, World, open_world
 
 
 def positive(text: str) -> int:
@@ -32,13 +40,40 @@ def share(text: str) -> float:
     return number
 
 
+def save_sheet(world: World, preset: pretrain_base.Preset, path: Path) -> None:
+    """Save a PNG of 40 training scenes, the last 10 of them wide, with their captions."""
+    widths = [64] * 30 + [96] * 5 + [128] * 5
+    scenes = [
+        world.training_scene(preset.seed, k, preset.two, width) for k, width in enumerate(widths)
+    ]
+    captions = [world.caption(s, np.random.default_rng(k)) for k, s in enumerate(scenes)]
+    save_captioned_sheet([world.draw(scene) for scene in scenes], captions, path)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--world", choices=WORLDS, default="storybook")
+    parser.add_argument(
+        "--subjects",
+        choices=CHOICES,
+        default="common",
+        help="of stickers: some 300 common ones (default), or all, for a GPU",
+    )
+    parser.add_argument(
+        "--artwork", type=Path, help="of stickers: its folder (default: that of make stickers)"
+    )
+    parser.add_argument(
+        "--sheet",
+        type=Path,
+        help="only save a PNG of 40 training scenes with their captions",
+    )
     parser.add_argument("--preset", choices=pretrain_base.PRESETS, default="cpu")
     parser.add_argument(
         "--folder",
         type=Path,
-        help="for checkpoints, log, samples and results (default: runs/storybook-PRESET)",
+        help="for checkpoints, log, samples and results (default: runs/WORLD-PRESET)",
     )
     parser.add_argument("--stage", choices=("base", "judges", "all"), default="all")
     parser.add_argument(
@@ -56,30 +91,40 @@ def main() -> None:
         help="train in bfloat16, faster on processors with bfloat16 matrix instructions",
     )
     parser.add_argument(
-        "--two", type=share, help="share of square scenes with two things (default: the preset's)"
+        "--two", type=share, help="share of square scenes with two things (default: the world's)"
     )
     parser.add_argument(
         "--wide",
         type=share,
-        help="share of steps on wide scenes of one to three things (default: the preset's)",
+        help="share of steps on wide scenes of one to three things (default: the world's)",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads (default: all)")
     args = parser.parse_args()
+    try:
+        world = open_world(args.world, args.artwork, args.subjects)
+    except CustomizeError as error:
+        parser.exit(1, f"error: {error}\n")
     preset = pretrain_base.PRESETS[args.preset]
+    preset = replace(
+        preset,
+        two=world.two if args.two is None else args.two,
+        wide=world.wide if args.wide is None else args.wide,
+    )
+    if args.sheet:
+        save_sheet(world, preset, args.sheet)
+        return
+    if args.stage == "judges" and world is not STORYBOOK:
+        parser.error("--stage judges: only the storybook has judges")
     if args.steps:
         preset = replace(preset, steps=args.steps)
     if args.vae_steps:
         preset = replace(preset, vae_steps=args.vae_steps)
     if args.bf16:
         preset = replace(preset, bf16=True)
-    if args.two is not None:
-        preset = replace(preset, two=args.two)
-    if args.wide is not None:
-        preset = replace(preset, wide=args.wide)
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.folder = args.folder or Path("runs") / f"storybook-{args.preset}"
+    args.folder = args.folder or Path("runs") / f"{world.name}-{args.preset}"
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.start and not (args.start / "model_index.json").is_file():
         parser.error(f"--start {args.start} contains no base model")
@@ -88,8 +133,8 @@ def main() -> None:
     if args.vae_steps == 0:
         vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae").to(args.device)
     else:
-        vae = pretrain_base.train_vae(STORYBOOK, args.folder, preset, args.device, args.start)
-    if args.stage in ("judges", "all"):
+        vae = pretrain_base.train_vae(world, args.folder, preset, args.device, args.start)
+    if args.stage in ("judges", "all") and world is STORYBOOK:
         figures = train_judges.train_judges(
             args.folder / "judges",
             vae.cpu(),
@@ -101,9 +146,9 @@ def main() -> None:
     if args.stage in ("base", "all"):
         vae = vae.to(args.device)
         pipe = pretrain_base.train_denoiser(
-            STORYBOOK, args.folder, preset, vae, args.device, args.start
+            world, args.folder, preset, vae, args.device, args.start
         )
-        save_base(pipe, args.folder / "base")
+        save_base(pipe, args.folder / "base", world.attribution)
         print(f"the base model is in {args.folder / 'base'}")
 
 

@@ -1,18 +1,26 @@
 """Worlds that a base is trained on: random scenes, their drawings, captions and words.
 
-A new world is one function here and one line in :data:`WORLDS`.
+A new world is one function here, which :func:`open_world` calls.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from transformers import CLIPTokenizer
 
+import customize.stickers.caption_grammar as sticker_captions
+import customize.stickers.scene_drawing as sticker_drawing
+import customize.stickers.world as sticker_scenes
+from customize.stickers.artwork import METADATA, Artwork, Subject, attribution, read_artwork
+from customize.stickers.subjects import training_split
 from customize.storybook import bundled_models, caption_grammar, scene_drawing
 from customize.storybook.world import Scene, random_scene, random_wide_scene
 
@@ -75,3 +83,73 @@ STORYBOOK = World(
         "a photo of a yellow cat wearing glasses and a green car in a city",
     ),
 )
+
+#: Maximum number of tokens of a prompt of stickers: three of them, with all that is known.
+STICKER_TEXT_LENGTH = 48
+
+
+def sticker_world(artwork: Artwork, choice: str = "common") -> World:
+    """The world of stickers.
+
+    Args:
+        artwork: The pictures.
+        choice: Subjects, as :func:`training_split` takes them.
+    """
+    split = training_split(artwork, choice)
+    wording = sticker_captions.training_wording(split)
+
+    def draw_scene(rng: np.random.Generator, several: float, width: int) -> Any:
+        return sticker_scenes.random_scene(rng, split, several, width)
+
+    def caption(scene: Any, rng: np.random.Generator) -> str:
+        return sticker_captions.caption(scene, wording, rng)
+
+    described = f"{choice} {(artwork.folder / METADATA).read_text()}"
+    return World(
+        name="stickers",
+        random_scene=draw_scene,
+        draw=partial(sticker_drawing.draw_scene, artwork=artwork),
+        caption=caption,
+        make_tokenizer=partial(bundled_models.make_tokenizer, wording.words(), STICKER_TEXT_LENGTH),
+        sample_prompts=_sticker_prompts(split.training, split.hands),
+        two=0.35,
+        wide=0.15,
+        fingerprint=hashlib.sha256(described.encode()).hexdigest(),
+        attribution=attribution(artwork),
+    )
+
+
+def _sticker_prompts(subjects: tuple[Subject, ...], hands: tuple[str, ...]) -> tuple[str, ...]:
+    """Ten prompts of subjects at equal distances in the list, eight alone and two in pairs."""
+    chosen = [subjects[k * len(subjects) // 12] for k in range(12)]
+    named = [
+        sticker_captions.with_article(f"{hands[k % len(hands)]} {subject.name}")
+        for k, subject in enumerate(chosen)
+    ]
+    grounds = list(sticker_scenes.GROUND_COLOURS)
+    contents = [
+        *named[:8],
+        f"{named[8]} to the left of {named[9]}",
+        f"{named[10]} above {named[11]}",
+    ]
+    return tuple(
+        f"a sticker of {content} on a {grounds[k % len(grounds)]} background"
+        for k, content in enumerate(contents)
+    )
+
+
+WORLDS = ("storybook", "stickers")
+
+
+def open_world(name: str, artwork: Path | None = None, subjects: str = "common") -> World:
+    """Open one of :data:`WORLDS`.
+
+    Args:
+        name: Of the world.
+        artwork: Folder of the stickers' artwork; None: that of `make stickers`.
+        subjects: Those of the stickers.
+
+    Raises:
+        DataError: The artwork is missing.
+    """
+    return STORYBOOK if name == "storybook" else sticker_world(read_artwork(artwork), subjects)

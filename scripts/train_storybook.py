@@ -40,6 +40,20 @@ def share(text: str) -> float:
     return number
 
 
+def choose_preset(args: argparse.Namespace, world: World) -> pretrain_base.Preset:
+    """The preset, with the world's shares and what the command line changes."""
+    given = {
+        "scenes": args.scenes,
+        "steps": args.steps,
+        "vae_steps": args.vae_steps or None,
+        "bf16": args.bf16 or None,
+        "two": world.two if args.two is None else args.two,
+        "wide": world.wide if args.wide is None else args.wide,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    return replace(pretrain_base.PRESETS[args.preset], **changes)
+
+
 def save_sheet(world: World, preset: pretrain_base.Preset, path: Path) -> None:
     """Save a PNG of 40 training scenes, the last 10 of them wide, with their captions."""
     widths = [64] * 30 + [96] * 5 + [128] * 5
@@ -79,6 +93,9 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=positive, help="steps of the denoiser (default: the preset's)"
     )
+    parser.add_argument(
+        "--scenes", type=positive, help="square training scenes (default: the preset's)"
+    )
     parser.add_argument("--start", type=Path, help="base to take the initial weights from")
     parser.add_argument(
         "--vae-steps",
@@ -105,23 +122,12 @@ def main() -> None:
         world = open_world(args.world, args.artwork, args.subjects)
     except CustomizeError as error:
         parser.exit(1, f"error: {error}\n")
-    preset = pretrain_base.PRESETS[args.preset]
-    preset = replace(
-        preset,
-        two=world.two if args.two is None else args.two,
-        wide=world.wide if args.wide is None else args.wide,
-    )
+    preset = choose_preset(args, world)
     if args.sheet:
         save_sheet(world, preset, args.sheet)
         return
     if args.stage == "judges" and world is not STORYBOOK:
         parser.error("--stage judges: only the storybook has judges")
-    if args.steps:
-        preset = replace(preset, steps=args.steps)
-    if args.vae_steps:
-        preset = replace(preset, vae_steps=args.vae_steps)
-    if args.bf16:
-        preset = replace(preset, bf16=True)
     if args.threads:
         torch.set_num_threads(args.threads)
     args.folder = args.folder or Path("runs") / f"{world.name}-{args.preset}"

@@ -19,8 +19,8 @@ from transformers import CLIPTokenizer
 import customize.stickers.caption_grammar as sticker_captions
 import customize.stickers.scene_drawing as sticker_drawing
 import customize.stickers.world as sticker_scenes
-from customize.stickers.artwork import METADATA, Artwork, Subject, attribution, read_artwork
-from customize.stickers.subjects import training_split
+from customize.stickers.artwork import METADATA, Artwork, attribution, read_artwork
+from customize.stickers.subjects import Split, training_split
 from customize.storybook import bundled_models, caption_grammar, scene_drawing
 from customize.storybook.world import Scene, random_scene, random_wide_scene
 
@@ -111,7 +111,7 @@ def sticker_world(artwork: Artwork, choice: str = "common") -> World:
         draw=partial(sticker_drawing.draw_scene, artwork=artwork),
         caption=caption,
         make_tokenizer=partial(bundled_models.make_tokenizer, wording.words(), STICKER_TEXT_LENGTH),
-        sample_prompts=_sticker_prompts(split.training, split.hands),
+        sample_prompts=_sticker_prompts(split),
         two=0.35,
         wide=0.15,
         fingerprint=hashlib.sha256(described.encode()).hexdigest(),
@@ -119,22 +119,20 @@ def sticker_world(artwork: Artwork, choice: str = "common") -> World:
     )
 
 
-def _sticker_prompts(subjects: tuple[Subject, ...], hands: tuple[str, ...]) -> tuple[str, ...]:
-    """Ten prompts of subjects at equal distances in the list, eight alone and two in pairs."""
-    chosen = [subjects[k * len(subjects) // 12] for k in range(12)]
-    named = [
-        sticker_captions.with_article(f"{hands[k % len(hands)]} {subject.name}")
-        for k, subject in enumerate(chosen)
-    ]
+def _sticker_prompts(split: Split) -> tuple[str, ...]:
+    """Ten prompts of subjects at equal distances in each hand's list: eight alone, two in pairs."""
+    named = []
+    for k in range(12):
+        hand = split.hands[k % len(split.hands)]
+        subjects = split.subjects_of(hand)
+        name = subjects[k * len(subjects) // 12].name
+        named.append(sticker_captions.with_article(f"{hand} {name}"))
+    pairs = (f"{named[8]} to the left of {named[9]}", f"{named[10]} above {named[11]}")
     grounds = list(sticker_scenes.GROUND_COLOURS)
-    contents = [
-        *named[:8],
-        f"{named[8]} to the left of {named[9]}",
-        f"{named[10]} above {named[11]}",
-    ]
     return tuple(
-        f"a sticker of {content} on a {grounds[k % len(grounds)]} background"
-        for k, content in enumerate(contents)
+        f"a sticker of {content} on "
+        + sticker_captions.with_article(f"{grounds[k % len(grounds)]} background")
+        for k, content in enumerate((*named[:8], *pairs))
     )
 
 

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from customize.errors import DataError
-from customize.stickers.subjects import CHOICES
+from customize.stickers.subjects import CHOICES, training_split
 from scripts import train_storybook
 from scripts.storybook_training import pretrain_base
 from scripts.storybook_training.worlds import STICKER_TEXT_LENGTH, open_world, sticker_world
@@ -76,7 +76,11 @@ def test_sample_prompts_name_training_subjects(artwork):
         assert len(tokenizer.tokenize(prompt)) == len(prompt.split()), prompt
     text = " ".join(world.sample_prompts)
     assert "snail" not in text and "grapes" not in text and " ink " not in text
-    assert sum(subject.name in text for subject in SUBJECTS) >= 10
+    assert sum(subject.name in text for subject in SUBJECTS) >= 7
+    assert "an orange background" in text
+    for code, hand in training_split(artwork).held_out_pairs:
+        name = next(subject.name for subject in SUBJECTS if subject.id == code)
+        assert f"{hand} {name}" not in text
 
 
 def test_latents_of_other_artwork_are_not_taken(artwork, tmp_path):

@@ -38,7 +38,7 @@ import _workers
 import torch
 from _scorer import open_quietly
 from _together import cast, drawing, trust, tuning
-from _together.cast import GROUPS, QUICK_GROUPS, Group, Kind, Names, Scene
+from _together.cast import BUNDLED_BASE, GROUPS, QUICK_GROUPS, Group, Kind, Names, Scene
 from _together.rows import ALONE, BASE, LORA, ROWS, WORDS, AloneRow, Row
 from _together.scores import Hit, Scorer, mean_of, rates, standard_error
 from torch import Tensor
@@ -334,7 +334,7 @@ def figures_of(hits: Mapping[tuple[str, str], Sequence[Hit]]) -> dict[str, float
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    _workers.add_arguments(parser, "runs/together", "learn", "score")
+    _workers.add_arguments(parser, "runs/together", "learn", "score", base=BUNDLED_BASE.name)
     parser.add_argument(
         "--groups",
         nargs="+",

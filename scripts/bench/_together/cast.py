@@ -18,8 +18,7 @@ from typing import Any, Literal
 from _scorer import KINDS
 from _workers import weights_of
 
-from customize.demo.experiment import BASE_NAME, NAMES, TRAINING
-from customize.demo.run_demo import train_concept
+from customize.demo.experiment import NAMES, TRAINING
 from customize.storybook.bundled_assets import assets_folder
 from customize.storybook.caption_grammar import BACKGROUND_PHRASES
 from customize.storybook.example_concepts import ExampleConcept, bundled_concept, make_concept
@@ -33,7 +32,9 @@ Names = tuple[str, ...]
 # Concepts that no row is scored with.
 _TUNING_KINDS = {"c06": "rabbit", "c08": "fish", "c13": "rabbit", "c14": "fish"}
 
-BUNDLED_BASE = assets_folder() / "storybook"
+#: The base of scenes of several things, and its name in the concepts.
+BUNDLED_BASE = assets_folder() / "storybook-wide"
+BASE_NAME = "assets/storybook-wide"
 SQUARE, WIDE = (64, 64), (64, 128)
 _PLACES = tuple(BACKGROUND_PHRASES.values())
 
@@ -204,9 +205,6 @@ def learn(
     from customize.training.recipe import train
 
     output = folder_of(folder, base, kind, name, steps)
-    if name in NAMES and steps is None and base == BUNDLED_BASE:
-        train_concept(output, name, kind, components)
-        return
     orthogonal = kind == "orthogonal"
     pictures = folder / "pictures" / name
     story(name).write(pictures)

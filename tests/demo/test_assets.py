@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import astuple
-from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from customize import Rewriter
@@ -15,6 +15,7 @@ from customize.storybook.bundled_assets import assets_folder, rewriter_folder
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import judge_inputs, load_judges
 from customize.storybook.user_prompts import KINDS, SYNONYMS, write_user_prompt
+from customize.storybook.world import CLASSES
 from scripts.storybook_training.measure_judges import measure_judges
 
 PROMPTS = (
@@ -58,13 +59,37 @@ def test_the_bundled_images_show_their_concepts():
 
 
 def test_the_weights_stay_small():
-    files = [*Path(assets_folder()).rglob("*.safetensors")]
-    references = [file for file in files if "references" in file.parts]
-    rewriter = [file for file in files if "rewriter" in file.parts]
-    others = [file for file in files if file not in (*references, *rewriter)]
-    assert sum(file.stat().st_size for file in others) < 25 * 2**20
-    for own in (references, rewriter):
-        assert 0 < sum(file.stat().st_size for file in own) < 10 * 10**6
+    sizes: dict[str, int] = {}
+    for file in assets_folder().rglob("*.safetensors"):
+        part = file.relative_to(assets_folder()).parts[0]
+        sizes[part] = sizes.get(part, 0) + file.stat().st_size
+    limits = {
+        "storybook": 23 * 2**20,
+        "storybook-wide": 23 * 2**20,
+        "judges": 2 * 2**20,
+        "references": 10 * 10**6,
+        "rewriter": 10 * 10**6,
+    }
+    assert sizes.keys() == limits.keys()
+    for part, size in sizes.items():
+        assert 0 < size < limits[part], part
+
+
+def test_the_wide_base_draws_two_things_in_wide_pictures_and_one_in_square_ones():
+    pipe = DiffusionPipeline.from_pretrained(assets_folder() / "storybook-wide")
+    pipe.set_progress_bar_config(disable=True)
+    judges = load_judges(assets_folder() / "judges")
+    alone = attribute_accuracy(judges, draw_prompts(pipe, PROMPTS, seed=1), PROMPTS)
+    assert alone["all"] >= 0.8 and alone["class"] >= 0.75
+    prompts = [
+        "a photo of a red dog and a blue cup on a beach",
+        "a photo of a white cat and a green car in a city",
+    ]
+    seeds = [torch.Generator().manual_seed(k) for k in range(2)]
+    wide = pipe(prompts, width=128, height=64, generator=seeds, output_type="pt").images * 2 - 1
+    for part, classes in ((wide[..., :64], ["dog", "cat"]), (wide[..., 64:], ["cup", "car"])):
+        logits = judges.attributes(part)["kind0"]
+        assert [CLASSES[k] for k in logits.argmax(-1).tolist()] == classes
 
 
 def test_the_bundled_language_model_says_prompts_in_the_words_of_the_base():

@@ -18,9 +18,7 @@ from customize.atomic import write_atomic
 from customize.storybook.bundled_assets import assets_folder
 
 
-def add_arguments(
-    parser: argparse.ArgumentParser, folder: str, *stages: str, base: str = "storybook"
-) -> None:
+def add_arguments(parser: argparse.ArgumentParser, folder: str, *stages: str) -> None:
     """Add the flags of such a benchmark, and hidden ones for the jobs of its worker processes.
 
     Args:
@@ -28,7 +26,7 @@ def add_arguments(
         folder: default folder for results.
         stages: names such as "learn", for :func:`share_out`.
     """
-    parser.add_argument("--base", type=Path, default=assets_folder() / base)
+    parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
     parser.add_argument("--judges", type=Path, default=assets_folder() / "judges")
     parser.add_argument(
         "--folder", type=Path, default=Path(folder), help="for trained concepts and scores"

@@ -9,6 +9,9 @@ A group of its own draws each concept beside a plain thing of another class, wit
 attached, and counts how often the plain thing is taken for one of them, or has the colour and
 pattern of the named one. Errors are standard errors over images.
 
+Images of 64 x 64 pixels are drawn by `assets/storybook`, wide ones by `assets/storybook-wide`,
+which was trained on such; the concepts are trained for each.
+
 `--tune` tries settings of other methods on other concepts, seeds and places; the constants of
 `customize/stages/` were chosen on other seeds and places.
 
@@ -38,7 +41,18 @@ import _workers
 import torch
 from _scorer import open_quietly
 from _together import cast, drawing, trust, tuning
-from _together.cast import BUNDLED_BASE, GROUPS, QUICK_GROUPS, Group, Kind, Names, Scene
+from _together.cast import (
+    GROUPS,
+    QUICK_GROUPS,
+    SQUARE,
+    WIDE,
+    WIDE_BASE,
+    Group,
+    Kind,
+    Names,
+    Scene,
+    Size,
+)
 from _together.rows import ALONE, BASE, LORA, ROWS, WORDS, AloneRow, Row
 from _together.scores import Hit, Scorer, mean_of, rates, standard_error
 from torch import Tensor
@@ -48,6 +62,8 @@ from customize.storybook.judges import load_judges
 
 ROUNDS, QUICK_ROUNDS = 7, 2
 QUICK_STEPS = 40
+#: Jobs name a size by its index.
+SIZES = (SQUARE, WIDE)
 # Drawn scenes of each concept that the judges are measured on.
 COUNT, QUICK_COUNT = 12, 1
 
@@ -59,39 +75,47 @@ class Bench:
         self.args = args
         self.groups = QUICK_GROUPS if args.quick else GROUPS
         self.steps = QUICK_STEPS if args.quick else None
+        self._pipes: dict[Size, Any] = {}
 
     # -- concepts -----------------------------------------------------------------------------
 
-    def open(self) -> Any:
-        pipe = open_quietly(self.args.base)
-        pipe.unet.to(memory_format=torch.channels_last)
-        return pipe
+    def base(self, size: Size) -> Path:
+        """The base that draws this size."""
+        base: Path = self.args.base if size == SQUARE else self.args.wide_base
+        return base
 
-    def folders(self, kind: Kind, names: Names) -> dict[str, Path]:
-        find = cast.folder_of
-        return {n: find(self.args.folder, self.args.base, kind, n, self.steps) for n in names}
+    def open(self, size: Size) -> Any:
+        """The pipeline that draws this size, the same in every call."""
+        if size not in self._pipes:
+            self._pipes[size] = open_quietly(self.base(size))
+            self._pipes[size].unet.to(memory_format=torch.channels_last)
+        return self._pipes[size]
+
+    def folders(self, size: Size, kind: Kind, names: Names) -> dict[str, Path]:
+        find, base = cast.folder_of, self.base(size)
+        return {n: find(self.args.folder, base, kind, n, self.steps) for n in names}
 
     def missing(self) -> list[str]:
-        """The concepts to train, as jobs."""
+        """The concepts to train, as jobs "size/kind/name"."""
         wanted = {
-            f"{ROWS[title].kind}/{name}"
+            f"{SIZES.index(self.groups[group].size)}/{ROWS[title].kind}/{name}"
             for group, title in self.cells()
             for names in self.groups[group].names
             for name in names
         }
         return sorted(job for job in wanted if not self._is_trained(*job.split("/")))
 
-    def _is_trained(self, kind: Any, name: str) -> bool:
-        (folder,) = self.folders(kind, (name,)).values()
+    def _is_trained(self, size: str, kind: Any, name: str) -> bool:
+        (folder,) = self.folders(SIZES[int(size)], kind, (name,)).values()
         return (folder / "concept.json").exists()
 
     def learn(self, jobs: Sequence[str]) -> None:
-        components = open_quietly(self.args.base).components
         for job in jobs:
-            kind, name = job.split("/")
-            started = time.time()
-            cast.learn(self.args.folder, self.args.base, kind, name, components, self.steps)
-            print(f"learned {job} in {time.time() - started:.0f} s", flush=True)
+            number, kind, name = job.split("/")
+            size, started = SIZES[int(number)], time.time()
+            components = open_quietly(self.base(size)).components
+            cast.learn(self.args.folder, self.base(size), kind, name, components, self.steps)
+            print(f"learned {kind}/{name} for {size} in {time.time() - started:.0f} s", flush=True)
 
     # -- scores -------------------------------------------------------------------------------
 
@@ -111,8 +135,10 @@ class Bench:
         """The file of the scores of a row with these concepts."""
         row, scored = ROWS[title], self.groups[group]
         depends = hashlib.sha256(repr((asdict(scored) | {"names": ()}, row.merge)).encode())
-        concepts = [p / cast.WEIGHTS for p in self.folders(row.kind, names).values()]
-        weights = [*_workers.weights_of(self.args.base), *_workers.weights_of(self.args.judges)]
+        folders = self.folders(scored.size, row.kind, names).values()
+        concepts = [folder / cast.WEIGHTS for folder in folders]
+        models = (self.base(scored.size), self.args.judges)
+        weights = [path for model in models for path in _workers.weights_of(model)]
         for path in [*weights, *concepts, *cast.SOURCES, *row.sources]:
             depends.update(_digest(path))
         name = f"{'-'.join(names)}-{depends.hexdigest()[:8]}.json"
@@ -121,7 +147,6 @@ class Bench:
 
     def score(self, jobs: Sequence[str]) -> None:
         """Score rows by jobs "group/title/names"; finished ones are kept."""
-        pipe = self.open()
         scorer = Scorer(load_judges(self.args.judges))
         for job in jobs:
             group, title, joined = job.split("/")
@@ -130,7 +155,7 @@ class Bench:
             if path.exists():
                 continue
             hits: list[Hit] = []
-            for scene, views in self.views(pipe, ROWS[title], self.groups[group], names):
+            for scene, views in self.views(ROWS[title], self.groups[group], names):
                 hits += scorer.hits(scene, views)
                 if scene.numbers[0] < 2000 and not path.with_suffix(".png").exists():
                     save_line(views, path.with_suffix(".png"))
@@ -139,10 +164,10 @@ class Bench:
             print(f"{group}, {title}, {joined}: {shares}", flush=True)
 
     def views(
-        self, pipe: Any, row: Row | AloneRow, group: Group, names: Names
+        self, row: Row | AloneRow, group: Group, names: Names
     ) -> Iterator[tuple[Scene, list[Tensor]]]:
         """Draw all scenes of a group with these concepts."""
-        folders = self.folders(row.kind, names)
+        pipe, folders = self.open(group.size), self.folders(group.size, row.kind, names)
         scenes = [scene for seed in group.seeds for scene in cast.scenes(group, names, seed)]
         if isinstance(row, AloneRow):
             for scene in scenes:
@@ -194,12 +219,16 @@ class Bench:
         wanted = sorted(
             {n for g in cast.TUNING_GROUPS.values() for names in g.names for n in names}
         )
-        self.learn([f"orthogonal/{n}" for n in wanted if not self._is_trained("orthogonal", n)])
-        pipe, scorer = self.open(), Scorer(load_judges(self.args.judges))
+        jobs = [(str(SIZES.index(SQUARE)), "orthogonal", name) for name in wanted]
+        self.learn(["/".join(job) for job in jobs if not self._is_trained(*job)])
+        pipe, scorer = self.open(SQUARE), Scorer(load_judges(self.args.judges))
         rows = []
         for method in self.args.tune or tuning.METHODS:
             for row in tuning.tune(
-                method, pipe, scorer, lambda names: [*self.folders("orthogonal", names).values()]
+                method,
+                pipe,
+                scorer,
+                lambda names: [*self.folders(SQUARE, "orthogonal", names).values()],
             ):
                 rows.append(row)
                 print(row, flush=True)
@@ -207,21 +236,21 @@ class Bench:
 
     def trust(self) -> dict[str, float]:
         scorer = Scorer(load_judges(self.args.judges))
-        return trust.trust(self.open(), scorer, QUICK_COUNT if self.args.quick else COUNT)
+        return trust.trust(self.open(SQUARE), scorer, QUICK_COUNT if self.args.quick else COUNT)
 
     # -- seconds ------------------------------------------------------------------------------
 
     def seconds(self) -> dict[str, float]:
         """Title -> the time of a drawing, relative to a plain one."""
-        pipe = self.open()
         group = next(iter(self.groups.values()))
+        pipe = self.open(group.size)
         scene = cast.scenes(group, group.names[0], group.seeds[0])[0]
         results = {}
         for title, row in ROWS.items():
             if isinstance(row, AloneRow) or (self.args.rows and title not in self.args.rows):
                 continue
             pipe.load_custom(
-                *self.folders(row.kind, scene.names).values(),
+                *self.folders(group.size, row.kind, scene.names).values(),
                 merge=row.merge,
             )
             timed: list[list[float]] = [[], []]
@@ -267,7 +296,7 @@ def _digest(path: Path, known: dict[Path, bytes] = {}) -> bytes:  # noqa: B006 (
 
 
 def _extra_flags(args: argparse.Namespace) -> list[str]:
-    flags = []
+    flags = ["--wide-base", str(args.wide_base)]
     for name in ("groups", "rows"):
         if chosen := getattr(args, name):
             flags += [f"--{name}", *chosen]
@@ -334,7 +363,8 @@ def figures_of(hits: Mapping[tuple[str, str], Sequence[Hit]]) -> dict[str, float
 
 def main() -> None:
     parser = _common.parser(__doc__)
-    _workers.add_arguments(parser, "runs/together", "learn", "score", base=BUNDLED_BASE.name)
+    _workers.add_arguments(parser, "runs/together", "learn", "score")
+    parser.add_argument("--wide-base", type=Path, default=WIDE_BASE, help="base of wide images")
     parser.add_argument(
         "--groups",
         nargs="+",

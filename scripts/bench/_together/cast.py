@@ -32,9 +32,7 @@ Names = tuple[str, ...]
 # Concepts that no row is scored with.
 _TUNING_KINDS = {"c06": "rabbit", "c08": "fish", "c13": "rabbit", "c14": "fish"}
 
-#: The base of scenes of several things, and its name in the concepts.
-BUNDLED_BASE = assets_folder() / "storybook-wide"
-BASE_NAME = "assets/storybook-wide"
+WIDE_BASE = assets_folder() / "storybook-wide"
 SQUARE, WIDE = (64, 64), (64, 128)
 _PLACES = tuple(BACKGROUND_PHRASES.values())
 
@@ -209,7 +207,7 @@ def learn(
     pictures = folder / "pictures" / name
     story(name).write(pictures)
     config = TrainConfig(
-        base=BASE_NAME if base == BUNDLED_BASE else str(base),
+        base=f"assets/{base.name}" if base.parent == assets_folder() else str(base),
         images=pictures,
         output=output,
         name=name,

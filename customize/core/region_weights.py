@@ -59,6 +59,31 @@ def mask_weights(mask: Tensor, height: int, width: int) -> Tensor:
     return pooled[0, 0].clamp(0.0, 1.0)
 
 
+def region_window(weights: Tensor, multiple: int = 1) -> tuple[slice, slice]:
+    """Return the part of the image in which a region is drawn: the cells with a weight.
+
+    It has at least half of the image's height and width, as models draw badly in small windows.
+
+    Args:
+        weights: (rows, columns), not 0 everywhere.
+        multiple: The window's sides are multiples of it, or all of the image's side.
+
+    Returns:
+        The window's rows and columns.
+    """
+    shown = weights > 0
+    return _axis_window(shown.any(1), multiple), _axis_window(shown.any(0), multiple)
+
+
+def _axis_window(shown: Tensor, multiple: int) -> slice:
+    cells, indices = len(shown), shown.nonzero()[:, 0]
+    low, high = int(indices[0]), int(indices[-1]) + 1
+    side = max(high - low, -(-cells // 2))
+    side = min(cells, -(-side // multiple) * multiple)
+    start = min(max(0, (low + high - side) // 2), cells - side)
+    return slice(start, start + side)
+
+
 def stack_regions(weights: Sequence[Tensor]) -> list[Tensor]:
     """Stack regions: a later region covers earlier ones, and the background fills the remainder.
 

@@ -161,6 +161,26 @@ class DenoiserInputs(AdaptableLayers):
     def _frames(self, arguments: Mapping[str, Any]) -> int:
         return 1
 
+    @property
+    def window_multiple(self) -> int:
+        """The height and width of a window are multiples of it, in latents."""
+        return 1
+
+    def window_arguments(
+        self, arguments: Mapping[str, Any], rows: slice, columns: slice
+    ) -> dict[str, Any] | None:
+        """Return the arguments of a call that predicts a window of the picture alone.
+
+        Args:
+            arguments: Of a call of the denoiser, by name.
+            rows: Of the window, on the grid of :meth:`latent_grid`.
+            columns: The same.
+
+        Returns:
+            The arguments; None if the family or one of them allows no windows.
+        """
+        return None
+
     def broadcast_weights(self, weights: Tensor, answer: Tensor) -> Tensor:
         """Reshape weights of positions to the layout of the denoiser's output.
 

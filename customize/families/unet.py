@@ -22,6 +22,13 @@ _OF_POSITIONS = re.compile(
     r"|transformer_blocks\.\d+\.(attn\d\.(to_q|to_k|to_v|to_out\.0)|ff\..+))"
 )
 
+# Arguments of ControlNets and T2I-Adapters, whose values have the picture's positions.
+_OF_WHOLE_PICTURES = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+)
+
 _ORIGINAL_RESNET = {
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
@@ -79,6 +86,21 @@ class UNetFamily(DDPMFamily):
     def _frames(self, arguments: Mapping[str, Any]) -> int:
         latents = arguments[self.latents_argument][0]
         return latents.shape[1] if latents.ndim == 4 else 1  # of AnimateDiff
+
+    @property
+    def window_multiple(self) -> int:
+        return int(2 ** (len(self.denoiser.config.block_out_channels) - 1))
+
+    def window_arguments(
+        self, arguments: Mapping[str, Any], rows: slice, columns: slice
+    ) -> dict[str, Any] | None:
+        attention = arguments.get("cross_attention_kwargs") or {}
+        if "ip_adapter_masks" in attention or any(
+            arguments.get(name) is not None for name in _OF_WHOLE_PICTURES
+        ):
+            return None
+        latents = arguments[self.latents_argument][..., rows, columns].contiguous()
+        return {**arguments, self.latents_argument: latents}
 
     def original_names(self) -> dict[str, tuple[RowRange, ...]]:
         unet = uncompiled(self.denoiser)

@@ -3,8 +3,9 @@
 In every step the denoiser predicts the whole image once for each prompt, and the predictions are
 blended by the regions' weights. So the words of a region do not affect other regions within a step;
 between steps all regions see one another as parts of one image. At high noise levels, where the
-layout is decided, a region's input contains noise in place of the other regions (the paper's
-bootstrapping), so that its object is drawn inside it.
+layout is decided, a region is predicted in a window around it, as a picture of its own, and with
+noise in place of the other regions (the paper's bootstrapping), so that its object is drawn inside
+it. Models whose inputs cannot be cut have the noise alone.
 
 Only the denoiser's inputs and outputs are changed, by hooks, so attention is unaffected.
 """
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customize.core.region_weights import blend, stack_regions
+from customize.core.region_weights import blend, region_window, stack_regions
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.denoiser_inputs import select_rows
@@ -114,6 +115,23 @@ class _Layer:
     source: tuple[int, str | None]
 
 
+#: Rows and columns of a part of the latents.
+Window = tuple[slice, slice]
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One pass of the denoiser.
+
+    Attributes:
+        layers: Row of the call -> its layer.
+        window: The part of the picture that is predicted; None for all of it.
+    """
+
+    layers: dict[int, _Layer]
+    window: Window | None = None
+
+
 @dataclass(eq=False)
 class _DenoiserCall:
     """One call of a denoiser.
@@ -122,14 +140,15 @@ class _DenoiserCall:
         arguments: Its arguments by name.
         batch: The number of rows of latents.
         texts_per_row: The number of text entries for each row.
-        passes: For each pass of the denoiser: row -> layer. The first pass is the call itself.
+        passes: The first one is the call itself, with all of its rows; further ones have only the
+            rows with a layer.
         is_bootstrapping: Whether other regions are replaced by noise.
     """
 
     arguments: dict[str, Any]
     batch: int
     texts_per_row: int
-    passes: list[dict[int, _Layer]]
+    passes: list[_Pass]
     is_bootstrapping: bool
 
 
@@ -201,16 +220,26 @@ class _RegionalDenoiser:
                 self._visible_layers(number, *grid) for number in range(len(self.prompts))
             ]
         layers = self._layers[grid]
-        passes: list[dict[int, _Layer]] = []
+        is_noisy = self.family.noise_level(arguments) > BOOTSTRAP_NOISE_LEVEL
+        is_bootstrapping = self._can_bootstrap and is_noisy
+        passes: dict[tuple[Any, ...], _Pass] = {(0, None): _Pass({})}
         for row, prompt in prompts.items():
             for index, layer in enumerate(layers[prompt]):
-                if index == len(passes):
-                    passes.append({})
-                passes[index][row] = layer
-        is_noisy = self.family.noise_level(arguments) > BOOTSTRAP_NOISE_LEVEL
-        return _DenoiserCall(
-            arguments, batch, texts_per_row, passes, self._can_bootstrap and is_noisy
+                window = self._window(layer, arguments) if is_bootstrapping else None
+                sides = window and tuple((side.start, side.stop) for side in window)
+                passes.setdefault((index, sides), _Pass({}, window)).layers[row] = layer
+        return _DenoiserCall(arguments, batch, texts_per_row, [*passes.values()], is_bootstrapping)
+
+    def _window(self, layer: _Layer, arguments: dict[str, Any]) -> Window | None:
+        if layer.is_background:
+            return None
+        window = region_window(layer.weights, self.family.window_multiple)
+        is_whole = all(
+            side == slice(0, cells) for side, cells in zip(window, layer.weights.shape, strict=True)
         )
+        if is_whole or self.family.window_arguments(arguments, *window) is None:
+            return None
+        return window
 
     def _visible_layers(self, number: int, rows: int, columns: int) -> list[_Layer]:
         prompt = self.prompts[number]
@@ -223,14 +252,14 @@ class _RegionalDenoiser:
         return [layer for layer in layers if bool(layer.weights.any())]
 
     def _pass_arguments(self, call: _DenoiserCall, index: int) -> dict[str, Any]:
-        """Return the denoiser's arguments in one pass.
-
-        The first pass has all rows of the call, further ones only those with another layer.
-        """
-        layers, batch, count = call.passes[index], call.batch, call.texts_per_row
+        """Return the denoiser's arguments in one pass."""
+        layers, window = call.passes[index].layers, call.passes[index].window
+        batch, count = call.batch, call.texts_per_row
         # Copies, because some denoisers pop entries of dicts in their arguments.
         arguments = {k: dict(v) if isinstance(v, dict) else v for k, v in call.arguments.items()}
         rows = list(layers)
+        if not rows:
+            return arguments
         if index and len(rows) < batch:
             lists = {
                 name: [arguments[name][row] for row in rows] for name in self.family.list_arguments
@@ -256,7 +285,12 @@ class _RegionalDenoiser:
             entries,
             replaces_all=len(rows) == batch,
         )
-        return arguments | replaced
+        arguments |= replaced
+        if window is None:
+            return arguments
+        part = self.family.window_arguments(arguments, *window)
+        assert part is not None  # or the pass has no window
+        return part
 
     def _replace_outside(self, latents: Tensor, weights: Tensor) -> Tensor:
         """Replace latents outside a region by noise of the same mean and deviation."""
@@ -273,10 +307,14 @@ class _RegionalDenoiser:
         sample = outputs[0][0]
         rows = list(sample.unbind()) if isinstance(sample, Tensor) else list(sample)
         contributions: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for index, (layers, output) in enumerate(zip(call.passes, outputs, strict=True)):
-            has_all_rows = index == 0 or len(layers) == call.batch
-            for position, (row, layer) in enumerate(layers.items()):
+        for index, (each, output) in enumerate(zip(call.passes, outputs, strict=True)):
+            has_all_rows = index == 0 or len(each.layers) == call.batch
+            for position, (row, layer) in enumerate(each.layers.items()):
                 prediction = output[0][row if has_all_rows else position]
+                if each.window is not None:  # the weights are 0 elsewhere
+                    whole = torch.zeros_like(rows[row])
+                    whole[..., each.window[0], each.window[1]] = prediction
+                    prediction = whole
                 weights = self.family.broadcast_weights(
                     layer.weights.to(prediction.device), prediction
                 )
@@ -292,7 +330,7 @@ class _RegionalDenoiser:
 
 def _rows_of_pass(call: _DenoiserCall, index: int) -> list[tuple[int, str | None] | None]:
     """Return the value of :data:`REGION_ROWS` in one pass."""
-    layers = call.passes[index]
+    layers = call.passes[index].layers
     has_all_rows = index == 0 or len(layers) == call.batch
     rows = range(call.batch) if has_all_rows else layers
     return [layers[row].source if row in layers else None for row in rows]

@@ -10,7 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.core.region_weights import blend, box_weights, mask_weights, stack_regions
+from customize.core.region_weights import (
+    blend,
+    box_weights,
+    mask_weights,
+    region_window,
+    stack_regions,
+)
 
 # The levels of the UNets of Stable Diffusion 1.5, SDXL and the storybook, and odd ones.
 SIZES = [(64, 64), (32, 32), (16, 16), (8, 8), (128, 96), (4, 4), (16, 32), (7, 13), (1, 1)]
@@ -153,3 +159,33 @@ def test_weights_of_large_grids_are_exact_to_float32():
     covered = [integral(x, Fraction(1, 4)) - integral(x, Fraction(3, 4)) for x in bounds]
     expected = [float(4096 * (b - a)) for a, b in pairwise(covered)]
     torch.testing.assert_close(found, torch.tensor(expected), atol=1e-7, rtol=0)
+
+
+@given(boxes(), sizes, st.sampled_from([1, 2, 4, 8]))
+def test_windows_hold_the_region_and_half_of_the_image(box, size, multiple):
+    weights = box_weights(box, *size)
+    if not bool(weights.any()):
+        return
+    outside = weights.clone()
+    window = region_window(weights, multiple)
+    outside[window] = 0
+    assert not bool(outside.any())
+    for side, shown, cells in zip(
+        window, ((weights > 0).any(1), (weights > 0).any(0)), size, strict=True
+    ):
+        length = side.stop - side.start
+        assert 0 <= side.start < side.stop <= cells
+        assert 2 * length >= cells
+        assert length == cells or length % multiple == 0
+        # The smallest such window.
+        extent = int(shown.nonzero()[-1]) + 1 - int(shown.nonzero()[0])
+        assert length - multiple < max(extent, -(-cells // 2))
+
+
+def test_a_window_is_around_its_region():
+    weights = torch.zeros(16, 32)
+    weights[2:4, 20:24] = 0.5
+    assert region_window(weights) == (slice(0, 8), slice(14, 30))
+    weights[15, 0] = 1.0
+    assert region_window(weights) == (slice(2, 16), slice(0, 24))
+    assert region_window(weights, 8) == (slice(0, 16), slice(0, 24))

@@ -13,6 +13,7 @@ from diffusers import FirstBlockCacheConfig, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from customize.errors import ConfigError, CustomizeError, PipelineError
+from customize.families import family_of
 from customize.stages import multidiffusion
 from tests.pipeline.making import assert_same, attached, everything, modular
 from tests.tiny import drawn, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
@@ -99,6 +100,57 @@ def test_bootstrapping_hides_other_regions_at_high_noise_levels():
     assert float(near[0]) < 0.1 * float(near[1])
 
 
+@pytest.mark.parametrize("make", [tiny_sd, tiny_sdxl])
+def test_at_high_noise_levels_a_region_is_a_picture_of_its_own(make):
+    pipe = attached(make)
+    forward, calls = pipe.unet.forward, []
+
+    def note(sample, *args, **kwargs):
+        output = forward(sample, *args, **kwargs)
+        calls.append((sample, kwargs["encoder_hidden_states"], output[0]))
+        return output
+
+    pipe.unet.forward = note
+    predictions = []
+    handle = pipe.unet.register_forward_hook(lambda m, a, output: predictions.append(output[0]))
+    left, corner = (0, 0, 0.5, 1), (0.5, 0.5, 0.9, 1)
+    draw(pipe, num_inference_steps=1, regions={"<rex>": left, "red car": corner})
+    handle.remove()
+    shapes = [tuple(sample.shape) for sample, _, _ in calls]
+    # The whole picture with the background; the soft edges belong to the windows.
+    assert shapes == [(2, 4, 16, 16), (1, 4, 16, 10), (1, 4, 10, 10)]
+    (whole, _, background), (window, _, _), (_, _, car) = calls
+    assert torch.equal(window[0, ..., :7], whole[1, ..., :7])
+    assert not torch.equal(window[0, ..., 9:], whole[1, ..., 9:10])  # noise
+    (blended,) = predictions
+    assert torch.equal(blended[0], background[0])
+    assert torch.equal(blended[1, :, :6, 10:], background[1, :, :6, 10:])
+    assert torch.allclose(blended[1, :, 12:, 10:12], car[0, :, 6:, 4:6], atol=1e-5)
+    calls.clear()
+    draw(pipe, num_inference_steps=25, regions=MASKS)
+    sizes = [sample.shape[-1] for sample, _, _ in calls]
+    bootstrapped = sizes[: sizes.index(8) + 3 * 12]
+    assert sizes[:3] == [16, 8, 8] and sizes[-2:] == [16, 16]
+    assert set(bootstrapped) == {8, 16}
+
+
+def test_what_has_the_positions_of_the_whole_picture_allows_no_windows():
+    family = family_of(tiny_sd().components)
+    latents = torch.randn(2, 4, 16, 16)
+    window = slice(0, 16), slice(8, 16)
+    part = family.window_arguments({"sample": latents, "timestep": 3}, *window)
+    assert part["timestep"] == 3 and torch.equal(part["sample"], latents[..., 8:])
+    for name in (
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+    ):
+        assert family.window_arguments({"sample": latents, name: [latents]}, *window) is None
+    masks = {"sample": latents, "cross_attention_kwargs": {"ip_adapter_masks": [latents]}}
+    assert family.window_arguments(masks, *window) is None
+    assert family_of(tiny_flux().components).window_arguments({}, *window) is None
+
+
 def test_a_region_of_the_whole_image_equals_the_plain_call():
     pipe = attached()
     prompt = "a photo of <rex> on the beach"
@@ -154,7 +206,8 @@ def test_negative_prompts_equal_to_the_prompt_are_drawn_by_regions():
     assert alike(images, draw(pipe, prompts, guidance_scale=1.0, **call))
 
 
-def test_rows_of_the_empty_prompt_are_predicted_once_and_unchanged():
+def test_rows_of_the_empty_prompt_are_predicted_once_and_unchanged(monkeypatch):
+    monkeypatch.setattr(multidiffusion, "BOOTSTRAP_NOISE_LEVEL", 1.0)
     pipe = attached()
     words = []
 

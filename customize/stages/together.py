@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import ModularPipeline
 from PIL import Image
 
 from customize.errors import ConfigError, PipelineError
@@ -134,6 +135,8 @@ def _plan_by_default(context: CallContext, call: CallArguments) -> _Plan | None:
         family = context.family
         if not family.together_by_default or not _share_a_prompt(state, call):
             return None
+        if isinstance(context.pipe, ModularPipeline):
+            return None  # its steps may attach concepts in the call, which would come too late
         if any(is_compiled(context.pipe.components[key]) for key in family.denoisers):
             raise PipelineError("the denoiser is compiled")
         return _plan(context, call, fewest=2)

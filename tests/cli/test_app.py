@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -33,8 +34,12 @@ def toy(
 
 
 @pytest.fixture
-def with_toy(monkeypatch: pytest.MonkeyPatch) -> None:
+def with_toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("customize.cli.app.app", build_app({**COMMANDS, "toy": toy}))
+    make_command = customize.cli._make_command
+    make_command.cache_clear()
+    yield
+    make_command.cache_clear()
 
 
 @pytest.mark.usefixtures("with_toy")

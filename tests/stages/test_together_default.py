@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from customize.errors import ConfigError, PipelineError
-from tests.pipeline.making import concept
+from tests.pipeline.making import concept, modular
 from tests.stages.together_making import CLASSES, HALVES, PROMPT, makers, pair
 from tests.stages.together_making import draw_by_default as draw
-from tests.tiny import tiny_sd3
+from tests.tiny import tiny_sd3, tiny_sdxl
 
 
 @makers
@@ -64,6 +64,12 @@ def test_attention_that_cannot_be_read_stops_the_default_and_refuses_a_request()
         pipe.unet.unfuse_qkv_projections()
     assert default.shape == plain.shape and bool(torch.isfinite(default).all())
     assert torch.equal(draw(pipe, together=False), plain)
+
+
+def test_modular_pipelines_are_routed_on_request_alone():
+    pipe = modular(pair(tiny_sdxl)).load_custom()
+    assert torch.equal(draw(pipe), draw(pipe, together=False))
+    assert not torch.allclose(draw(pipe, together=True), draw(pipe), atol=1e-3)
 
 
 def test_families_that_were_not_measured_are_routed_on_request_alone():

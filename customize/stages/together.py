@@ -135,14 +135,20 @@ def _plan_by_default(context: CallContext, call: CallArguments) -> _Plan | None:
         family = context.family
         if not family.together_by_default or not _share_a_prompt(state, call):
             return None
-        if isinstance(context.pipe, ModularPipeline):
-            return None  # its steps may attach concepts in the call, which would come too late
+        if _attaches_in_calls(context.pipe):
+            return None
         if any(is_compiled(context.pipe.components[key]) for key in family.denoisers):
             raise PipelineError("the denoiser is compiled")
         return _plan(context, call, fewest=2)
     except (ConfigError, PipelineError) as error:
         state.call_reports[STAGE.name] = f"together: off: {error.problem}"
         return None
+
+
+def _attaches_in_calls(pipe: Any) -> bool:
+    """Whether a step of a modular pipeline attaches concepts, too late for the call's stages."""
+    blocks = pipe.blocks if isinstance(pipe, ModularPipeline) else None
+    return blocks is not None and any(each.name == "concepts" for each in blocks.inputs)
 
 
 def _acts(state: AttachedState, arguments: CallArguments) -> bool:

@@ -99,7 +99,7 @@ class UNetFamily(DDPMFamily):
             arguments.get(name) is not None for name in _OF_WHOLE_PICTURES
         ):
             return None
-        latents = arguments[self.latents_argument][..., rows, columns].contiguous()
+        latents = arguments[self.latents_argument][..., rows, columns]
         return {**arguments, self.latents_argument: latents}
 
     def original_names(self) -> dict[str, tuple[RowRange, ...]]:

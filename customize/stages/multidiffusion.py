@@ -98,6 +98,10 @@ def denoise_by_regions(family: Family, prompts: Sequence[RegionalPrompt]) -> Ite
         )
 
 
+#: Rows and columns of a part of the latents.
+Window = tuple[slice, slice]
+
+
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """The contribution of one prompt to an image.
@@ -107,16 +111,14 @@ class _Layer:
         prompt: The index of its prompt.
         is_background: Whether it is the background, not a region.
         source: The index of the call's prompt, and the region's words; None for the background.
+        window: The part of the picture that a region is drawn in; None for all of it.
     """
 
     weights: Tensor
     prompt: int
     is_background: bool
     source: tuple[int, str | None]
-
-
-#: Rows and columns of a part of the latents.
-Window = tuple[slice, slice]
+    window: Window | None
 
 
 @dataclass(eq=False)
@@ -225,31 +227,33 @@ class _RegionalDenoiser:
         passes: dict[tuple[Any, ...], _Pass] = {(0, None): _Pass({})}
         for row, prompt in prompts.items():
             for index, layer in enumerate(layers[prompt]):
-                window = self._window(layer, arguments) if is_bootstrapping else None
+                window = layer.window if is_bootstrapping else None
+                if window and self.family.window_arguments(arguments, *window) is None:
+                    window = None
                 sides = window and tuple((side.start, side.stop) for side in window)
                 passes.setdefault((index, sides), _Pass({}, window)).layers[row] = layer
         return _DenoiserCall(arguments, batch, texts_per_row, [*passes.values()], is_bootstrapping)
-
-    def _window(self, layer: _Layer, arguments: dict[str, Any]) -> Window | None:
-        if layer.is_background:
-            return None
-        window = region_window(layer.weights, self.family.window_multiple)
-        is_whole = all(
-            side == slice(0, cells) for side, cells in zip(window, layer.weights.shape, strict=True)
-        )
-        if is_whole or self.family.window_arguments(arguments, *window) is None:
-            return None
-        return window
 
     def _visible_layers(self, number: int, rows: int, columns: int) -> list[_Layer]:
         prompt = self.prompts[number]
         phrases: tuple[str | None, ...] = (None, *prompt.phrases)
         weights = stack_regions([weight(rows, columns) for weight in prompt.weights])
-        layers = [
-            _Layer(weight, self.text_index[text], index == 0, (number, phrases[index]))
+        return [
+            _Layer(
+                weight,
+                self.text_index[text],
+                index == 0,
+                (number, phrases[index]),
+                self._window(weight) if index else None,
+            )
             for index, (weight, text) in enumerate(zip(weights, prompt.prompts, strict=True))
+            if bool(weight.any())
         ]
-        return [layer for layer in layers if bool(layer.weights.any())]
+
+    def _window(self, weights: Tensor) -> Window | None:
+        window = region_window(weights, self.family.window_multiple)
+        whole = tuple(slice(0, cells) for cells in weights.shape)
+        return None if window == whole else window
 
     def _pass_arguments(self, call: _DenoiserCall, index: int) -> dict[str, Any]:
         """Return the denoiser's arguments in one pass."""

@@ -46,10 +46,6 @@ def generate_image(
     import numpy as np
     import torch
 
-    from customize.pipeline.state import get_state
-
-    if (state := get_state(pipe)) is not None:
-        state.call_reports.pop("together", None)  # of an earlier image
     requested = {
         "num_inference_steps": plan.steps,
         **arguments,

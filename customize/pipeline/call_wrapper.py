@@ -90,6 +90,8 @@ def wrap_call(
                 if outer is not None and outer.state is state:
                     # The call was passed on to this pipeline.
                     stages = [s for s in stages if s.repeats or s.is_requested(requested)]
+                elif state is not None and not is_super:
+                    state.call_reports.clear()
                 RUNNING.set(RunningCall(self, call, state))
                 positional = args if bound is None else ()
                 arguments = kwargs if bound is None else bound

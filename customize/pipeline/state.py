@@ -147,8 +147,8 @@ class AttachedState:
         layerwise_hooks: Handles of the hooks for tokens with an embedding for each layer.
         components: Key -> every changed model and tokenizer, also if a pipeline replaced it since.
         tag: Tag on these components.
-        call_reports: Name of a stage -> what it did in the latest call that it acted on, in one
-            line; dropped when what is attached changes.
+        call_reports: Name of a stage -> what it did in the latest call, in one line; dropped when
+            what is attached changes.
         derived: Key -> what was computed from what is attached; dropped when that changes.
     """
 

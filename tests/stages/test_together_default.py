@@ -22,6 +22,14 @@ def test_prompts_of_two_concepts_are_routed_unless_the_call_says_no(make):
     assert torch.equal(draw(pipe, return_masks=True), routed)
 
 
+def test_a_report_is_of_the_latest_call():
+    pipe = pair()
+    draw(pipe)
+    assert "together" in pipe.custom.reports
+    draw(pipe, together=False)
+    assert "together" not in pipe.custom.reports
+
+
 def test_one_concept_is_drawn_plainly():
     pipe = pair()
     for prompt in ("a photo of <rex>", "<rex> and <rex> in the forest", "a dog and a cat"):

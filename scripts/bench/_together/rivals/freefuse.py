@@ -57,8 +57,8 @@ class Settings:
     has_loras: bool = False
 
 
-# The best of `together.py --tune`, on other concepts, seeds and places: block and bias; the rest are
-# the method's own values for Stable Diffusion XL, which were no worse than others.
+# The best of `together.py --tune`, on other concepts, seeds and places: block and bias; the rest
+# are the method's own values for Stable Diffusion XL, which were no worse than others.
 CHOSEN = Settings()
 
 # The rounds of the balanced argmax, its learning rate and the decay of it; the weights of the

@@ -13,14 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from customize.core.precision import full_precision
-from customize.errors import ConceptError
 from customize.image_tensors import images_to_tensor
-from customize.safe_read import MAX_TEXT_BYTES, read_json, read_safetensors
+from customize.judge_nets import conv_trunk, judge_errors, read_judges
 from customize.storybook.world import ACCESSORIES, BACKGROUNDS, CLASSES, COLOURS, PATTERNS
 
 COLOUR_LABELS = (*COLOURS, "other")
@@ -37,24 +34,6 @@ THING_HEADS = ("kind", "colour", "pattern", "accessory")
 CROPS = {"single": (6, 10, 52), "left": (0, 22, 36), "right": (28, 22, 36)}
 
 
-def _trunk(widths: tuple[int, ...]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    before = 3
-    for width in widths:
-        layers += [
-            nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
-        layers += [
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        ]
-        before = width
-    return nn.Sequential(*layers)
-
-
 class AttributeJudge(nn.Module):
     """Classifies images (batch, 3, 64, 64) in [-1, 1] into the labels of :data:`HEADS`.
 
@@ -64,9 +43,9 @@ class AttributeJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scene = nn.Sequential(_trunk((16, 24, 32, 48)), nn.Flatten(), nn.ReLU())
+        self.scene = nn.Sequential(conv_trunk((16, 24, 32, 48)), nn.Flatten(), nn.ReLU())
         self.thing = nn.Sequential(
-            _trunk((24, 40, 64, 96)), nn.Flatten(), nn.Linear(96 * 16, 128), nn.ReLU()
+            conv_trunk((24, 40, 64, 96)), nn.Flatten(), nn.Linear(96 * 16, 128), nn.ReLU()
         )
         self.scene_heads = nn.ModuleDict(
             {name: nn.Linear(48 * 16, len(HEADS[name])) for name in ("count", "place")}
@@ -92,7 +71,7 @@ class IdentityJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = _trunk((24, 48, 72, 96))
+        self.trunk = conv_trunk((24, 48, 72, 96))
         self.project = nn.Linear(96 * 16, 64)
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -169,19 +148,9 @@ def load_judges(folder: str | Path) -> Judges:
         ConceptError: A file is missing, damaged or from another architecture.
     """
     folder = Path(folder)
-    try:
-        threshold = float(read_json(folder / "judges.json", MAX_TEXT_BYTES)["threshold"])
-        if not 0 < threshold < 2:
-            raise ValueError(f"the threshold {threshold} is not a cosine distance")
-        attributes, identity = AttributeJudge(), IdentityJudge()
-        for judge, name in ((attributes, "attributes"), (identity, "identity")):
-            tensors = load(read_safetensors(folder / f"{name}.safetensors"))
-            judge.load_state_dict({key: tensor.float() for key, tensor in tensors.items()})
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = f"the key {error} is missing" if isinstance(error, KeyError) else error
-        raise ConceptError(
-            f"the storybook's judges cannot be read: {reason}",
-            where=folder,
-            fix="restore assets/judges, or train it with scripts/train_storybook.py",
-        ) from error
-    return Judges(attributes.eval(), identity.eval(), threshold)
+    fix = "restore assets/judges, or train it with scripts/train_storybook.py"
+    attributes, identity = AttributeJudge(), IdentityJudge()
+    with judge_errors("the storybook's judges", folder, fix):
+        nets = {"attributes": attributes, "identity": identity}
+        threshold, _ = read_judges(folder, nets)
+    return Judges(attributes, identity, threshold)

@@ -10,6 +10,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from customize.atomic import write_atomic
 
+from .training_files import halved
+
 
 def load_start(
     start: Path,
@@ -51,5 +53,4 @@ def save_base(pipe: StableDiffusionPipeline, folder: Path, attribution: str = ""
     if attribution:
         write_atomic(folder / "ATTRIBUTION.md", attribution.encode())
     for path in folder.rglob("*.safetensors"):
-        tensors = {k: v.half() if v.is_floating_point() else v for k, v in load_file(path).items()}
-        write_atomic(path, save(tensors, metadata={"format": "pt"}))
+        write_atomic(path, save(halved(load_file(path)), metadata={"format": "pt"}))

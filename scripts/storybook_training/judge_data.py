@@ -22,29 +22,31 @@ def draw_pixels(scenes: list[Scene]) -> Tensor:
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
 
 
+@torch.no_grad()
+def round_trip(images: Tensor, generator: torch.Generator, vae: AutoencoderKL) -> Tensor:
+    """Encode and decode images (batch, 3, height, width) with some noise in the latents."""
+    posterior = vae.encode(images).latent_dist
+    # Up to half a standard deviation of latent noise, which samplers leave.
+    strength = 0.5 * torch.rand(len(images), 1, 1, 1, generator=generator) ** 2
+    noise = torch.randn(posterior.mean.shape, generator=generator)
+    latents = posterior.mean + strength * posterior.mean.std() * noise
+    return vae.decode(latents).sample.to(images.dtype)
+
+
 def roughen(images: Tensor, generator: torch.Generator, vae: AutoencoderKL | None) -> Tensor:
     """Add the blur, noise, tint and autoencoder loss of generated images to drawn ones.
 
     Args:
-        images: (batch, 3, 64, 64) in [-1, 1].
+        images: (batch, 3, height, width) in [-1, 1].
         generator: of all random numbers.
         vae: encodes and decodes a third of the images; None: none of them.
 
     Returns:
-        (batch, 3, 64, 64) in [-1, 1].
+        (batch, 3, height, width) in [-1, 1].
     """
-    if vae is not None:
-        part = len(images) // 3
-        with torch.no_grad():
-            posterior = vae.encode(images[:part]).latent_dist
-            # Up to half a standard deviation of latent noise, which samplers leave.
-            strength = (
-                0.5 * torch.rand(part, 1, 1, 1, generator=generator) ** 2 * posterior.mean.std()
-            )
-            noise = torch.randn(posterior.mean.shape, generator=generator)
-            images = torch.cat(
-                [vae.decode(posterior.mean + strength * noise).sample, images[part:]]
-            )
+    part = len(images) // 3
+    if vae is not None and part:
+        images = torch.cat([round_trip(images[:part], generator, vae), images[part:]])
     count = len(images)
 
     def uniform(low: float, high: float) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,51 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from customize.atomic import write_atomic
 from customize.storybook.judges import HEADS, AttributeJudge, IdentityJudge, Judges
 from customize.storybook.world import CLASSES, random_scene
 
+from .fit_judge import fit_judge, read_figures, write_judges
 from .judge_data import SEED, draw_pixels, identity_views, labels, roughen
 from .measure_judges import draw_nearest, measure_judges
-from .muon_adamw import MuonAdamW, trapezoid
-from .training_files import log_row, save_tensors
-
-
-def fit_judge(
-    stage: str,
-    folder: Path,
-    model: nn.Module,
-    loss_of: Callable[[torch.Generator], Tensor],
-    steps: int,
-    lr: float,
-    every: int = 250,
-) -> None:
-    """Train a judge on `loss_of(generator)`, resuming from its checkpoint in the folder."""
-    optimizer = MuonAdamW({"model": model}, lr, weight_decay=0.05)
-    state, start = folder / f"{stage}-training.safetensors", 0
-    if state.exists():
-        tensors = load_file(state)
-        start = int(tensors.pop("step"))
-        model.load_state_dict({name: tensors.pop(f"model.{name}") for name in model.state_dict()})
-        optimizer.load_state_tensors(tensors)
-    model.train()
-    total = torch.zeros(())
-    for step in range(start, steps):
-        loss = loss_of(torch.Generator().manual_seed(SEED + step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step(trapezoid(step, steps, decay=0.5))
-        total += loss.detach()
-        if (step + 1) % 50 == 0:
-            log_row(folder, stage=stage, step=step + 1, loss=total.item() / 50)
-            total.zero_()
-        if (step + 1) % every == 0 or step + 1 == steps:
-            tensors = {"step": torch.tensor(step + 1)} | optimizer.state_tensors()
-            save_tensors(state, tensors | {f"model.{k}": v for k, v in model.state_dict().items()})
-    model.eval()
 
 
 def train_attributes(
@@ -80,7 +41,7 @@ def train_attributes(
         ]
         return torch.stack(losses).mean()
 
-    fit_judge("attributes", folder, model, loss_of, steps, 2e-3)
+    fit_judge("attributes", folder, model, loss_of, steps, 2e-3, SEED)
     return model
 
 
@@ -116,7 +77,7 @@ def train_identity(
         positive = (same[:, None] == same[None]) & ~torch.eye(len(same), dtype=torch.bool)
         return -similarity.log_softmax(1)[positive].mean()
 
-    fit_judge("identity", folder, model, loss_of, steps, 2e-3)
+    fit_judge("identity", folder, model, loss_of, steps, 2e-3, SEED)
     return model
 
 
@@ -131,9 +92,9 @@ def train_judges(
 
     Resumes an interrupted training, and only reads the figures of a finished one.
     """
-    if (folder / "judges.json").exists():
-        held_out: dict[str, float] = json.loads((folder / "judges.json").read_text())["held_out"]
-        return held_out
+    finished = read_figures(folder)
+    if finished is not None:
+        return finished
     folder.mkdir(parents=True, exist_ok=True)
     judges = Judges(
         train_attributes(folder, vae, pictures, steps),
@@ -148,12 +109,6 @@ def train_judges(
 
 def save_judges(judges: Judges, folder: Path, figures: dict[str, float]) -> None:
     """Write both judges in float16 for `load_judges`, with their held-out figures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, model in (("attributes", judges.attributes), ("identity", judges.identity)):
-        halves = {
-            k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()
-        }
-        save_tensors(folder / f"{name}.safetensors", halves)
+    nets = {"attributes": judges.attributes, "identity": judges.identity}
     info = {"threshold": judges.threshold, "held_out": figures}
-    # Last, because its presence means that the files above are complete.
-    write_atomic(folder / "judges.json", (json.dumps(info, indent=1) + "\n").encode())
+    write_judges(folder, {name: net.state_dict() for name, net in nets.items()}, info)

@@ -17,6 +17,11 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_atomic(path, save({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}))
 
 
+def halved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Floating-point tensors in float16, others as they are."""
+    return {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+
+
 def log_row(folder: Path, **row: object) -> None:
     """Append a row to log.jsonl and print it."""
     with (folder / "log.jsonl").open("a") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from customize.storybook.bundled_models import make_vae
 from customize.storybook.judges import HEADS, judge_inputs
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import random_scene
@@ -46,3 +47,18 @@ def test_random_scenes_have_valid_labels():
         scene = random_scene(rng, two=0.5)
         for name, index in labels(scene).items():
             assert -1 <= index < len(HEADS[name])
+
+
+def test_a_third_of_the_images_is_encoded_and_decoded():
+    torch.manual_seed(0)
+    vae = make_vae().eval()
+    images = judge_inputs([draw_scene(s) for s in random_scenes(6, 1)])
+    rough = roughen(images, torch.Generator().manual_seed(1), vae)
+    assert rough.shape == images.shape
+    assert not rough.requires_grad
+    drawn = [(a - b).abs().mean().item() for a, b in zip(images, rough, strict=True)]
+    # An untrained autoencoder leaves nothing of an image.
+    assert min(drawn[:2]) > max(drawn[2:])
+    # Less than three images have no third.
+    few = roughen(images[:2], torch.Generator().manual_seed(1), vae)
+    assert torch.equal(few, roughen(images[:2], torch.Generator().manual_seed(1), None))

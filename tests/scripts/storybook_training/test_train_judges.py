@@ -1,16 +1,14 @@
-"""Training of the judges: files, resuming."""
+"""Training of the judges: files."""
 
 from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 
 from customize.storybook.judges import Judges, load_judges
 from scripts.storybook_training.measure_judges import measure_judges
 from scripts.storybook_training.train_judges import (
-    fit_judge,
     save_judges,
     train_attributes,
     train_identity,
@@ -43,34 +41,6 @@ def test_training_measures_saves_and_loads_the_same_judges(tmp_path):
         }
         assert halves.keys() == after.state_dict().keys()
         assert all(torch.equal(value, halves[name]) for name, value in after.state_dict().items())
-
-
-def fit_small(folder, steps, fail_at=None):
-    """Fit a small network with running statistics, as the judges have; gives all its tensors."""
-    torch.manual_seed(1)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)
-    )
-    count = 0
-
-    def loss_of(generator):
-        nonlocal count
-        count += 1
-        if count == fail_at:
-            raise KeyboardInterrupt
-        return model(torch.randn(8, 4, generator=generator)).square().mean()
-
-    folder.mkdir(exist_ok=True)
-    fit_judge("net", folder, model, loss_of, steps, 1e-2, every=2)
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def test_resumed_training_equals_uninterrupted_training(tmp_path):
-    expected = fit_small(tmp_path / "whole", 7)
-    with pytest.raises(KeyboardInterrupt):
-        fit_small(tmp_path / "cut", 7, fail_at=6)
-    actual = fit_small(tmp_path / "cut", 7)
-    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 def test_finished_judges_are_not_trained_again(tmp_path):

@@ -1,10 +1,12 @@
-"""Train a world's base from scratch, and the storybook's judges.
+"""Train a world's base from scratch, and its judges.
 
     scripts/train_storybook.py --preset cpu
     scripts/train_storybook.py --world stickers --start assets/storybook --bf16
+    scripts/train_storybook.py --world stickers --stage judges --start BASE --vae-steps 0 --bf16
 
 The storybook is a test world of eight classes (drawn); stickers are emoji by several artists on
-coloured grounds, whose artwork `make stickers` installs. Run the script again to resume from
+coloured grounds, whose artwork `make stickers` installs. Judges are trained on drawings that the
+autoencoder degraded: that of the run, or of BASE. Run the script again to resume from
 `--folder`, which receives losses (log.jsonl) and samples (PNG).
 """
 
@@ -20,10 +22,10 @@ from diffusers import AutoencoderKL
 
 from customize.errors import CustomizeError
 from customize.stickers.subjects import CHOICES
-from storybook_training import pretrain_base, train_judges
+from storybook_training import pretrain_base
 from storybook_training.base_files import save_base
 from storybook_training.contact_sheet import save_captioned_sheet
-from storybook_training.worlds import STORYBOOK, WORLDS, World, open_world
+from storybook_training.worlds import WORLDS, World, open_world
 
 
 def positive(text: str) -> int:
@@ -126,8 +128,6 @@ def main() -> None:
     if args.sheet:
         save_sheet(world, preset, args.sheet)
         return
-    if args.stage == "judges" and world is not STORYBOOK:
-        parser.error("--stage judges: only the storybook has judges")
     if args.threads:
         torch.set_num_threads(args.threads)
     args.folder = args.folder or Path("runs") / f"{world.name}-{args.preset}"
@@ -140,22 +140,15 @@ def main() -> None:
         vae = AutoencoderKL.from_pretrained(args.start, subfolder="vae").to(args.device)
     else:
         vae = pretrain_base.train_vae(world, args.folder, preset, args.device, args.start)
-    if args.stage in ("judges", "all") and world is STORYBOOK:
-        figures = train_judges.train_judges(
-            args.folder / "judges",
-            vae.cpu(),
-            preset.judge_pictures,
-            preset.judge_identities,
-            preset.judge_steps,
-        )
-        print(f"the judges are in {args.folder / 'judges'}: {figures}")
     if args.stage in ("base", "all"):
-        vae = vae.to(args.device)
         pipe = pretrain_base.train_denoiser(
             world, args.folder, preset, vae, args.device, args.start
         )
         save_base(pipe, args.folder / "base", world.attribution)
         print(f"the base model is in {args.folder / 'base'}")
+    if args.stage in ("judges", "all"):
+        figures = world.train_judges(args.folder / "judges", vae.cpu(), preset)
+        print(f"the judges are in {args.folder / 'judges'}: {figures}")
 
 
 if __name__ == "__main__":

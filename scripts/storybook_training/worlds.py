@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from diffusers import AutoencoderKL
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -23,6 +24,12 @@ from customize.stickers.artwork import METADATA, Artwork, attribution, read_artw
 from customize.stickers.subjects import Split, training_split
 from customize.storybook import bundled_models, caption_grammar, scene_drawing
 from customize.storybook.world import Scene, random_scene, random_wide_scene
+
+from .train_judges import train_judges
+from .train_sticker_judges import train_sticker_judges
+
+if TYPE_CHECKING:
+    from .pretrain_base import Preset
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,8 @@ class World:
         caption: (scene, generator that varies the wording) -> caption.
         make_tokenizer: Returns a CLIP tokenizer with the words of the captions.
         sample_prompts: Prompts that are drawn at each checkpoint.
+        train_judges: (folder, autoencoder that degrades drawings, or None; sizes of the run)
+            -> figures on held-out scenes. Trains the world's judges and writes them to the folder.
         two: Default share of square scenes with several things.
         wide: Default share of steps on wide scenes.
         fingerprint: Changes with all that random scenes depend on besides generator, share and
@@ -50,6 +59,7 @@ class World:
     caption: Callable[[Any, np.random.Generator], str]
     make_tokenizer: Callable[[], CLIPTokenizer]
     sample_prompts: tuple[str, ...]
+    train_judges: Callable[[Path, AutoencoderKL | None, Preset], dict[str, float]]
     two: float = 0.3
     wide: float = 0.0
     fingerprint: str = ""
@@ -62,6 +72,14 @@ class World:
 
 def _storybook_scene(rng: np.random.Generator, two: float, width: int) -> Scene:
     return random_scene(rng, two) if width == 64 else random_wide_scene(rng, width)
+
+
+def _train_storybook_judges(
+    folder: Path, vae: AutoencoderKL | None, preset: Preset
+) -> dict[str, float]:
+    return train_judges(
+        folder, vae, preset.judge_pictures, preset.judge_identities, preset.judge_steps
+    )
 
 
 STORYBOOK = World(
@@ -82,6 +100,7 @@ STORYBOOK = World(
         "a photo of a red dog and a blue cup in a room",
         "a photo of a yellow cat wearing glasses and a green car in a city",
     ),
+    train_judges=_train_storybook_judges,
 )
 
 #: Maximum number of tokens of a prompt of stickers: three of them, with all that is known.
@@ -104,6 +123,11 @@ def sticker_world(artwork: Artwork, choice: str = "common") -> World:
     def caption(scene: Any, rng: np.random.Generator) -> str:
         return sticker_captions.caption(scene, wording, rng)
 
+    def train(folder: Path, vae: AutoencoderKL | None, preset: Preset) -> dict[str, float]:
+        # There are 500 times as many figures as classes of the storybook.
+        pictures = 3 * preset.judge_pictures // 2
+        return train_sticker_judges(folder, artwork, vae, pictures, preset.judge_steps, preset.bf16)
+
     described = f"{choice} {(artwork.folder / METADATA).read_text()}"
     return World(
         name="stickers",
@@ -112,6 +136,7 @@ def sticker_world(artwork: Artwork, choice: str = "common") -> World:
         caption=caption,
         make_tokenizer=partial(bundled_models.make_tokenizer, wording.words(), STICKER_TEXT_LENGTH),
         sample_prompts=_sticker_prompts(split),
+        train_judges=train,
         two=0.35,
         wide=0.15,
         fingerprint=hashlib.sha256(described.encode()).hexdigest(),

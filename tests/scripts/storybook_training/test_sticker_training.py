@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from customize.errors import DataError
+from customize.stickers.judges import load_sticker_judges
 from customize.stickers.subjects import CHOICES, training_split
 from scripts import train_storybook
 from scripts.storybook_training import pretrain_base
@@ -114,14 +115,19 @@ def test_the_command_draws_a_sheet(artwork, tmp_path, monkeypatch, world):
     assert [p.name for p in tmp_path.iterdir()] == ["sheet.png"]
 
 
-def test_the_command_reports_missing_artwork_and_judges(artwork, tmp_path, monkeypatch, capsys):
+def test_the_command_reports_missing_artwork(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--world", "stickers", "--artwork", tmp_path)
     assert "make stickers" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run(
-            monkeypatch,
-            *("--world", "stickers", "--artwork", artwork.folder),
-            *("--stage", "judges", "--folder", tmp_path / "run"),
-        )
-    assert "only the storybook has judges" in capsys.readouterr().err
+
+
+def test_the_command_trains_judges_with_the_autoencoder_of_a_base(artwork, tmp_path, monkeypatch):
+    run(
+        monkeypatch,
+        *("--world", "stickers", "--artwork", artwork.folder, "--stage", "judges"),
+        *("--preset", "tiny", "--folder", tmp_path, "--device", "cpu"),
+        *("--start", "assets/storybook", "--vae-steps", 0),
+    )
+    judges = load_sticker_judges(tmp_path / "judges")
+    assert judges.prototypes.hands == ("crayon", "marker")
+    assert not (tmp_path / "base").exists()

@@ -339,9 +339,12 @@ def figures_of(hits: Mapping[tuple[str, str], Sequence[Hit]]) -> dict[str, float
     add("triple_all_right", ["triples"], WORDS)
     add("triple_all_right_alone", ["triples"], ALONE)
     add("class_leak_words", ["beside a class"], WORDS, "leak")
+    add("class_leak_plain", ["beside a class"], "plain, fusion", "leak")
     add("class_leak_base", ["beside a class"], BASE, "leak")
-    if "class_leak_words" in figures and "class_leak_base" in figures:
-        figures["plain_class_leak"] = figures["class_leak_words"] - figures["class_leak_base"]
+    # By default a prompt that names one concept is drawn plainly.
+    for name, drawn in (("plain_class_leak", "words"), ("plain_class_leak_by_default", "plain")):
+        if {f"class_leak_{drawn}", "class_leak_base"} <= figures.keys():
+            figures[name] = figures[f"class_leak_{drawn}"] - figures["class_leak_base"]
     margins = {}
     for group in ("mixed", "same", "mixed, wide", "same, wide", "triples"):
         rivals = [

@@ -68,20 +68,23 @@ class AloneRow:
 
 WORDS, ALONE, BASE = "ours from words, fusion", "each alone beside classes", "base model, classes"
 LORA = ", ordinary LoRAs"
+# Ours in other ways, and methods that do worse than a plain sum, are scored in square images only.
 _WIDE, _SQUARE = ("mixed, wide", "same, wide", "triples"), ("mixed", "same")
 
 ROWS: dict[str, Row | AloneRow] = {
     WORDS: Row(drawing.draw_words, merge="fusion"),
-    "ours from words, sum": Row(drawing.draw_words),
-    "ours in boxes, fusion": Row(drawing.draw_boxes, merge="fusion"),
+    "ours from words, sum": Row(drawing.draw_words, groups=_SQUARE),
+    "ours in boxes, fusion": Row(drawing.draw_boxes, merge="fusion", groups=_SQUARE),
     "plain, fusion": Row(drawing.draw, merge="fusion", is_rival=True),
     "plain, sum": Row(drawing.draw, is_rival=True),
     "FreeFuse": Row(freefuse.draw, is_rival=True),
     "LoRAShop": Row(lorashop.draw, is_rival=True),
-    "LoRA Composite": Row(lora_composite.draw, is_rival=True),
-    "LoRA Switch": Row(lora_switch.draw, is_rival=True),
+    "LoRA Composite": Row(lora_composite.draw, is_rival=True, groups=_SQUARE),
+    "LoRA Switch": Row(lora_switch.draw, is_rival=True, groups=_SQUARE),
     "regions= in boxes, fusion": Row(drawing.draw_regions, merge="fusion"),
-    "regions in cross-attention, fusion": Row(attention_regions.draw, merge="fusion"),
+    "regions in cross-attention, fusion": Row(
+        attention_regions.draw, merge="fusion", groups=_SQUARE
+    ),
     ALONE: AloneRow(drawing.beside_classes),
     "each alone in its box": AloneRow(drawing.in_boxes, groups=_WIDE),
     "plain, sum" + LORA: Row(drawing.draw, "lora", is_rival=True, groups=_SQUARE),

@@ -1,9 +1,9 @@
 """The judges of stickers: nets that find stickers in an image and recognise what they show.
 
-One net finds squares of stickers and reads the ground. The other embeds a square, so that subjects,
-hands and concepts are compared by cosine distances to prototypes, also those that it was not
-trained on. Both are trained on drawn scenes degraded like generated images. No model is trained
-against them.
+A net finds squares of stickers and reads the ground, and another corrects the squares. A third
+embeds them, so that subjects, hands and concepts are compared by cosine distances to prototypes,
+also those that it was not trained on. All are trained on drawn scenes degraded like generated
+images. No model is trained against them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from customize.judge_nets import judge_errors, read_judges, read_tensors
 from customize.stickers.prototypes import Prototypes
 from customize.stickers.recognition_nets import (
     COLOURS,
+    BoxJudge,
     SceneJudge,
     StickerJudge,
     crop_squares,
@@ -37,6 +38,7 @@ NOTHING = 2.0
 _MIN_SCORE = 0.4
 # Two boxes that share more of their union are one sticker.
 _MAX_OVERLAP = 0.4
+_CORRECTIONS = 2
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,30 @@ def boxes_of(centres: Tensor, squares: Tensor) -> list[Box]:
     peaks = (scores >= _MIN_SCORE) & (scores == highest)
     found: list[Box] = []
     for index in scores.masked_fill(~peaks, 0).flatten().argsort(descending=True)[: peaks.sum()]:
-        x, y, size = squares.flatten(1)[:, index].tolist()
-        box = Box(x - size / 2, y - size / 2, size)
+        box = _box(*squares.flatten(1)[:, index].tolist())
         if all(shared_part(box, other) <= _MAX_OVERLAP for other in found):
             found.append(box)
     return sorted(found, key=lambda box: box.centre)
 
 
+def _box(x: float, y: float, size: float) -> Box:
+    return Box(x - size / 2, y - size / 2, size)
+
+
+def squares_of(boxes: Sequence[Sequence[Box]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The index of the image (n,), and x, y of the centre and the size (n, 3), of all boxes."""
+    rows = [row for row, each in enumerate(boxes) for _ in each]
+    squares = [(*box.centre, box.size) for each in boxes for box in each]
+    return torch.tensor(rows, device=device), torch.tensor(squares, device=device)
+
+
 @dataclass(frozen=True, eq=False)
 class StickerJudges:
-    """Both judges in evaluation mode.
+    """The judges in evaluation mode.
 
     Attributes:
         scenes: Finds stickers and reads grounds.
+        boxes: Corrects the squares of stickers.
         stickers: Embedding of stickers.
         prototypes: Of all subjects in the hands of training.
         threshold: Cosine distance to a concept's prototype, at equal error rates, up to which a
@@ -106,6 +119,7 @@ class StickerJudges:
     """
 
     scenes: SceneJudge
+    boxes: BoxJudge
     stickers: StickerJudge
     prototypes: Prototypes
     threshold: float
@@ -116,7 +130,14 @@ class StickerJudges:
         """Find the stickers of images (n, 3, 64, width) in [-1, 1], from left to right."""
         maps = self.scenes(images)
         pairs = zip(maps.centres.cpu(), maps.squares.cpu(), strict=True)
-        return [boxes_of(centres, squares) for centres, squares in pairs]
+        found = [boxes_of(centres, squares) for centres, squares in pairs]
+        rows, squares = squares_of(found, images.device)
+        if not len(rows):
+            return found
+        for _ in range(_CORRECTIONS):
+            squares = self.boxes(images, rows, squares)
+        corrected = iter(squares.tolist())
+        return [[_box(*next(corrected)) for _ in boxes] for boxes in found]
 
     @full_precision(tf32=True)
     @torch.no_grad()
@@ -138,13 +159,10 @@ class StickerJudges:
         Returns:
             (boxes, 64) unit vectors, in the order of the boxes.
         """
-        rows = [row for row, each in enumerate(boxes) for _ in each]
-        if not rows:
+        rows, squares = squares_of(boxes, images.device)
+        if not len(rows):
             return torch.zeros(0, self.stickers.project.out_features, device=images.device)
-        squares = [(*box.centre, box.size) for each in boxes for box in each]
-        device = images.device
-        index = torch.tensor(rows, device=device)
-        return self.stickers(crop_squares(images, index, torch.tensor(squares, device=device)))
+        return self.stickers(crop_squares(images, rows, squares))
 
     def prototype(self, references: Tensor) -> Tensor:
         """The normalised mean embedding (64,) of a concept.
@@ -191,9 +209,10 @@ def load_sticker_judges(folder: str | Path) -> StickerJudges:
     """
     folder = Path(folder)
     fix = "restore assets/stickers/judges, or train it with scripts/train_storybook.py"
-    scenes, stickers = SceneJudge(), StickerJudge()
+    scenes, boxes, stickers = SceneJudge(), BoxJudge(), StickerJudge()
     with judge_errors("the judges of stickers", folder, fix):
-        threshold, content = read_judges(folder, {"scenes": scenes, "stickers": stickers})
+        nets = {"scenes": scenes, "boxes": boxes, "stickers": stickers}
+        threshold, content = read_judges(folder, nets)
         vectors = read_tensors(folder / "prototypes.safetensors")["vectors"]
         prototypes = Prototypes(tuple(content["subjects"]), tuple(content["hands"]), vectors)
-    return StickerJudges(scenes, stickers, prototypes, threshold)
+    return StickerJudges(scenes, boxes, stickers, prototypes, threshold)

@@ -1,4 +1,7 @@
-"""The nets of the judges of stickers: one finds stickers and reads the ground, one embeds them."""
+"""The nets of the judges of stickers.
+
+One finds stickers and reads the ground, one corrects their squares, and one embeds them.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from customize.judge_nets import conv_trunk
 from customize.stickers.world import GROUND_COLOURS, TEXTURES
 
 COLOURS = tuple(GROUND_COLOURS)
-#: Side of the square that is embedded, in pixels, and of its content by the side of the box.
-CROP, MARGIN = 48, 1.1
+#: Side of crops in pixels.
+CROP = 48
+#: Side of what a crop shows, by the size of the sticker: to embed it, and to correct its square.
+MARGIN, WIDE_MARGIN = 1.1, 1.5
 
 #: Pixels of an image to a cell of the maps.
 CELL = 4
@@ -57,11 +62,7 @@ class SceneJudge(nn.Module):
         fine = self.fine(images)
         middle = self.middle(fine)
         shape = fine.shape[-2:]
-        levels = [fine] + [
-            F.interpolate(level, size=shape, mode="bilinear", align_corners=False)
-            for level in (middle, self.coarse(middle))
-        ]
-        maps = self.head(self.join(torch.cat(levels, 1))).float()
+        maps = self.head(self.join(joined_levels(fine, middle, self.coarse(middle)))).float()
         centres, squares, attention, colour, texture = maps.split(self.outputs, 1)
         # A ground is read where it is visible.
         weight = attention.flatten(1).softmax(1).unflatten(1, shape)[:, None]
@@ -90,21 +91,78 @@ class StickerJudge(nn.Module):
         return F.normalize(self.project(self.trunk(crops).flatten(1)).float(), dim=1)
 
 
-def crop_squares(images: Tensor, rows: Tensor, squares: Tensor) -> Tensor:
-    """Crop squares, with a margin of 5 % on each side, so that all stickers have one size.
+class BoxJudge(nn.Module):
+    """Corrects the squares of stickers, around each of which it sees a quarter of the size more.
+
+    An edge is the mean column or row under a softmax, which is more exact than a regression.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = conv_trunk((16,))
+        self.middle = conv_trunk((32,), channels=16)
+        self.coarse = conv_trunk((64,), channels=32)
+        self.join = nn.Sequential(
+            *(nn.Conv2d(16 + 32 + 64, 32, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+            *(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        )
+        self.head = nn.Conv2d(32, 4, 1)
+
+    def edges(self, images: Tensor, rows: Tensor, squares: Tensor) -> Tensor:
+        """Left, top, right and lower edge of what is visible of stickers, in pixels.
+
+        Args:
+            images: (batch, 3, height, width) in [-1, 1].
+            rows: (n,) index of the image of each square.
+            squares: (n, 3) x and y of the centre, and size, in pixels.
+
+        Returns:
+            (n, 4), float32.
+        """
+        crops = crop_squares(images, rows, squares, WIDE_MARGIN)
+        # A third faster on CPUs, for channels this few.
+        fine = self.fine(crops.contiguous(memory_format=torch.channels_last))
+        middle = self.middle(fine)
+        maps = self.head(self.join(joined_levels(fine, middle, self.coarse(middle)))).float()
+        cells = maps.shape[-1]
+        steps = WIDE_MARGIN * ((torch.arange(cells, device=maps.device) + 0.5) / cells - 0.5)
+        across, down = maps[:, 0::2].logsumexp(2), maps[:, 1::2].logsumexp(3)
+        x, y = ((each.softmax(2) * steps).sum(2) for each in (across, down))
+        offsets = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], 1)
+        return squares[:, :2].repeat(1, 2) + squares[:, 2:] * offsets
+
+    def forward(self, images: Tensor, rows: Tensor, squares: Tensor) -> Tensor:
+        """Return better squares (n, 3), float32; arguments as in :meth:`edges`."""
+        first, last = self.edges(images, rows, squares).split(2, 1)
+        size = (last - first).amax(1, keepdim=True).clamp(min=1)
+        return torch.cat([(first + last) / 2, size], 1)
+
+
+def joined_levels(fine: Tensor, *others: Tensor) -> Tensor:
+    """Concatenate maps of several resolutions at the first one: (batch, all channels, h, w)."""
+    scaled = [
+        F.interpolate(each, size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        for each in others
+    ]
+    return torch.cat([fine, *scaled], 1)
+
+
+def crop_squares(images: Tensor, rows: Tensor, squares: Tensor, margin: float = MARGIN) -> Tensor:
+    """Crop squares, so that all stickers have one size.
 
     Args:
         images: (batch, 3, height, width).
         rows: (n,) index of the image of each square.
         squares: (n, 3) x and y of the centre, and size, in pixels. What is outside of the image
             repeats its border.
+        margin: Side of what is cropped, by the size.
 
     Returns:
         (n, 3, 48, 48), bilinear.
     """
     height, width = images.shape[-2:]
     steps = (torch.arange(CROP, device=images.device) + 0.5) / CROP - 0.5
-    offsets = MARGIN * squares[:, 2:] * steps
+    offsets = margin * squares[:, 2:] * steps
     # grid_sample has the borders of the image at -1 and 1.
     x = (squares[:, :1] + offsets) * 2 / width - 1
     y = (squares[:, 1:2] + offsets) * 2 / height - 1

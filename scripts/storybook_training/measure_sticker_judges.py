@@ -133,11 +133,12 @@ def summarise(
     legible, found = sizes >= LEGIBLE, np.isfinite(place)
     figures = {
         "found": found.mean(),
-        "place_error_px": place[found].mean(),
         "place": (place <= NEAR).mean(),
-        "size_error_px": size[found].mean(),
         "size": (size <= NEAR).mean(),
     }
+    if found.any():
+        figures["place_error_px"] = place[found].mean()
+        figures["size_error_px"] = size[found].mean()
     parts = {"": legible}
     for low, high in SIZE_BINS:
         parts[f"_{low}_{high - 1}px"] = (sizes >= low) & (sizes < high)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from customize.stickers.artwork import Artwork, Subject
 from customize.stickers.recognition_nets import COLOURS
-from customize.stickers.scene_drawing import draw_scene
+from customize.stickers.scene_drawing import draw_scene, fit_picture
 from customize.stickers.subjects import Split
 from customize.stickers.world import HEIGHT, TEXTURES, Scene, compose_scene
 
@@ -41,12 +41,14 @@ class LabelledScenes:
         pixels: (n, 3, 64, width) uint8.
         squares: x and y of the centre, and size, of each sticker in pixels: (n, 3, 3), float32;
             size 0: there is no such sticker.
+        shapes: Width and height of the picture of each sticker in pixels: (n, 3, 2), float32.
         figures: Index of the figure of each sticker: (n, 3); -1: unknown or no sticker.
         grounds: Index of the colour and of the texture: (n, 2).
     """
 
     pixels: Tensor
     squares: Tensor
+    shapes: Tensor
     figures: Tensor
     grounds: Tensor
 
@@ -96,6 +98,7 @@ def label_scenes(
     width = scenes[0].width
     pixels = torch.empty(len(scenes), 3, HEIGHT, width, dtype=torch.uint8)
     squares = torch.zeros(len(scenes), MAX_STICKERS, 3)
+    shapes = torch.zeros(len(scenes), MAX_STICKERS, 2)
     figures = torch.full((len(scenes), MAX_STICKERS), -1)
     grounds = torch.empty(len(scenes), 2, dtype=torch.long)
     for row, scene in enumerate(scenes):
@@ -103,10 +106,12 @@ def label_scenes(
         pixels[row] = torch.from_numpy(array).permute(2, 0, 1)
         for slot, sticker in enumerate(scene.stickers):
             squares[row, slot] = torch.tensor((*sticker.centre, float(sticker.size)))
+            picture, _, _ = fit_picture(sticker, artwork)
+            shapes[row, slot] = torch.tensor(picture.size)
             figures[row, slot] = numbers.get((sticker.subject.id, sticker.hand), -1)
         ground = scene.ground
         grounds[row] = torch.tensor((COLOURS.index(ground.colour), TEXTURES.index(ground.texture)))
-    return LabelledScenes(pixels, squares, figures, grounds)
+    return LabelledScenes(pixels, squares, shapes, figures, grounds)
 
 
 def round_trip_pixels(

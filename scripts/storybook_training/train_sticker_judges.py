@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from customize.atomic import write_atomic
 from customize.core.precision import full_precision
-from customize.stickers.artwork import Artwork
+from customize.stickers.artwork import Artwork, attribution
 from customize.stickers.judges import StickerJudges
 from customize.stickers.prototypes import compute_prototypes
 from customize.stickers.recognition_nets import (
     CELL,
+    BoxJudge,
     SceneJudge,
     SceneMaps,
     StickerJudge,
@@ -38,13 +40,16 @@ from .sticker_judge_data import (
 
 #: Share of training scenes that an autoencoder encodes and decodes.
 ROUND_TRIPS = 0.25
-SCENE_BATCH, STICKER_BATCH = 64, 128
+#: Scenes of a step, by what is trained.
+SCENE_BATCH, BOX_BATCH, STICKER_BATCH = 64, 64, 128
 # Scale of cosines and margin of the right class, as in CosFace (arXiv:1801.09414).
 _SCALE, _COSINE_MARGIN = 20.0, 0.15
 # Weight of the loss of the centres, which is a sum over cells.
 _CENTRES = 0.1
-# Errors of the boxes in training, by the size of the sticker.
-_SHIFT, _STRETCH = 0.05, 0.08
+# Errors of squares in training, by the size of the sticker: those that are embedded, and those that
+# are corrected.
+_SHIFT, _STRETCH = 0.1, 0.12
+_WRONG_SHIFT, _WRONG_STRETCH = 0.1, 0.15
 
 
 def draw_batch(
@@ -59,6 +64,30 @@ def draw_batch(
     scenes = pool[int(torch.multinomial(counts, 1, generator=generator))]
     rows = torch.randint(len(scenes.pixels), (batch,), generator=generator)
     return scenes, rows, roughen(scenes.images(rows), generator, None)
+
+
+def draw_stickers(
+    pool: list[LabelledScenes], batch: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All stickers of random scenes.
+
+    Returns:
+        Degraded images, the index of the image of each of n stickers, its square (n, 3), its width
+        and height (n, 2), and the index of its figure (n,).
+    """
+    scenes, rows, images = draw_batch(pool, batch, generator)
+    known = scenes.figures[rows] >= 0
+    index, _ = known.nonzero(as_tuple=True)
+    squares, shapes, figures = (
+        each[rows][known] for each in (scenes.squares, scenes.shapes, scenes.figures)
+    )
+    return images, index, squares, shapes, figures
+
+
+def misplaced(squares: Tensor, shift: float, stretch: float, generator: torch.Generator) -> Tensor:
+    """Squares (n, 3) with random errors of places and sizes, at most these shares of the size."""
+    noise = 2 * torch.rand(squares.shape, generator=generator) - 1
+    return squares + squares[:, 2:] * noise * torch.tensor((shift, shift, stretch))
 
 
 def scene_loss(maps: SceneMaps, squares: Tensor, grounds: Tensor) -> Tensor:
@@ -108,6 +137,25 @@ def train_scene_judge(
     return model
 
 
+def train_box_judge(
+    folder: Path, pool: list[LabelledScenes], steps: int, bf16: bool = False
+) -> BoxJudge:
+    """Train the net that corrects squares, on those of stickers with random errors."""
+    torch.manual_seed(SEED + 2)
+    model = BoxJudge()
+
+    def loss_of(generator: torch.Generator) -> Tensor:
+        images, index, squares, shapes, _ = draw_stickers(pool, BOX_BATCH, generator)
+        start = misplaced(squares, _WRONG_SHIFT, _WRONG_STRETCH, generator)
+        centre = squares[:, :2]
+        true = torch.cat([centre - shapes / 2, centre + shapes / 2], 1)
+        errors = (model.edges(images, index, start) - true).abs()
+        return 10 * (errors / squares[:, 2:]).mean()
+
+    fit_judge("boxes", folder, model, loss_of, steps, 2e-3, SEED + 2_000_000, bf16=bf16)
+    return model
+
+
 class FigureClassifier(nn.Module):
     """The embedding, and the vectors of the figures of training, which the judge does not need.
 
@@ -149,14 +197,9 @@ def train_sticker_judge(
     model = FigureClassifier(figures)
 
     def loss_of(generator: torch.Generator) -> Tensor:
-        scenes, rows, images = draw_batch(pool, STICKER_BATCH, generator)
-        known = scenes.figures[rows] >= 0
-        index, _ = known.nonzero(as_tuple=True)
-        squares = scenes.squares[rows][known]
-        noise = 2 * torch.rand(squares.shape, generator=generator) - 1
-        size = squares[:, 2:]
-        squares = squares + size * noise * torch.tensor((_SHIFT, _SHIFT, _STRETCH))
-        return model.loss(crop_squares(images, index, squares), scenes.figures[rows][known])
+        images, index, squares, _, shown = draw_stickers(pool, STICKER_BATCH, generator)
+        squares = misplaced(squares, _SHIFT, _STRETCH, generator)
+        return model.loss(crop_squares(images, index, squares), shown)
 
     fit_judge("stickers", folder, model, loss_of, steps, 2e-3, SEED + 1_000_000, bf16=bf16)
     return model.judge
@@ -167,10 +210,10 @@ def train_sticker_judges(
     artwork: Artwork,
     vae: AutoencoderKL | None,
     pictures: int = 24_000,
-    steps: int = 1_200,
+    steps: int = 2_400,
     bf16: bool = False,
 ) -> dict[str, float]:
-    """Train both judges, write them to a folder and return their held-out figures.
+    """Train the judges, write them to a folder and return their held-out figures.
 
     Resumes an interrupted training, and only reads the figures of a finished one.
 
@@ -179,7 +222,7 @@ def train_sticker_judges(
         artwork: All subjects but the held-out ones are learned.
         vae: Encodes and decodes a quarter of the scenes; None: none of them.
         pictures: Number of drawn scenes; the judges are measured on a sixth as many.
-        steps: Of the net that finds stickers; the embedding takes twice as many.
+        steps: Of each net.
         bf16: Whether to train in bfloat16.
     """
     finished = read_figures(folder)
@@ -195,12 +238,14 @@ def train_sticker_judges(
         for scenes in pool:
             round_trip_pixels(scenes, ROUND_TRIPS, vae, bf16)
     scene_judge = train_scene_judge(folder, pool, steps, bf16)
-    sticker_judge = train_sticker_judge(folder, pool, len(figures), 2 * steps, bf16)
+    box_judge = train_box_judge(folder, pool, steps, bf16)
+    sticker_judge = train_sticker_judge(folder, pool, len(figures), steps, bf16)
     prototypes = compute_prototypes(sticker_judge, artwork, split.hands)
-    judges = StickerJudges(scene_judge, sticker_judge, prototypes, threshold=0.0)
+    judges = StickerJudges(scene_judge, box_judge, sticker_judge, prototypes, threshold=0.0)
     measured = measure_sticker_judges(judges, artwork, vae, pictures // 6)
     draw_boxes(judges, artwork, folder / "boxes.png")
     draw_nearest(judges, artwork, folder / "nearest.png")
+    write_atomic(folder / "ATTRIBUTION.md", attribution(artwork).encode())
     save_sticker_judges(replace(judges, threshold=measured["threshold"]), folder, measured)
     return measured
 
@@ -210,6 +255,7 @@ def save_sticker_judges(judges: StickerJudges, folder: Path, figures: dict[str, 
     prototypes = judges.prototypes
     tensors = {
         "scenes": judges.scenes.state_dict(),
+        "boxes": judges.boxes.state_dict(),
         "stickers": judges.stickers.state_dict(),
         "prototypes": {"vectors": prototypes.vectors},
     }

@@ -125,8 +125,8 @@ def sticker_world(artwork: Artwork, choice: str = "common") -> World:
 
     def train(folder: Path, vae: AutoencoderKL | None, preset: Preset) -> dict[str, float]:
         # There are 500 times as many figures as classes of the storybook.
-        pictures = 3 * preset.judge_pictures // 2
-        return train_sticker_judges(folder, artwork, vae, pictures, preset.judge_steps, preset.bf16)
+        pictures, steps = 3 * preset.judge_pictures // 2, 2 * preset.judge_steps
+        return train_sticker_judges(folder, artwork, vae, pictures, steps, preset.bf16)
 
     described = f"{choice} {(artwork.folder / METADATA).read_text()}"
     return World(

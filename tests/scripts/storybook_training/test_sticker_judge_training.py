@@ -70,6 +70,16 @@ def test_labels_are_those_of_the_scenes(artwork):
             for slot, sticker in enumerate(scene.stickers):
                 assert figures[each.figures[row, slot]] == (sticker.subject, sticker.hand)
                 assert each.squares[row, slot].tolist() == [*sticker.centre, sticker.size]
+                width_and_height = each.shapes[row, slot]
+                assert width_and_height.max() == sticker.size
+                without = replace(scene, stickers=(*scene.stickers[:slot],))
+                alone = replace(scene, stickers=(*scene.stickers[: slot + 1],))
+                difference = np.not_equal(
+                    *(np.asarray(draw_scene(s, artwork)) for s in (without, alone))
+                ).any(2)
+                for axis, length in enumerate(width_and_height.tolist()):
+                    shown = np.flatnonzero(difference.any(axis))
+                    assert length - 3 <= shown[-1] - shown[0] + 1 <= length
 
 
 def test_each_figure_is_drawn_about_as_often(artwork):
@@ -143,6 +153,7 @@ def test_judges_are_trained_measured_and_written(artwork, tmp_path):
     assert {"clean_subject", "rough_place", "new_hand_rough_subject"} <= figures.keys()
     assert {"identity_auc", "identity_new_hand_auc_other_hands"} <= figures.keys()
     assert {"boxes.png", "nearest.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert "Crayons by the tests (CC0-1.0)" in (tmp_path / "ATTRIBUTION.md").read_text()
     judges = load_sticker_judges(tmp_path)
     assert judges.threshold == figures["threshold"]
     assert judges.prototypes.subjects == tuple(subject.id for subject in SUBJECTS)

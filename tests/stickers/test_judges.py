@@ -27,6 +27,7 @@ from customize.stickers.recognition_nets import (
     COLOURS,
     CROP,
     MARGIN,
+    BoxJudge,
     SceneJudge,
     SceneMaps,
     StickerJudge,
@@ -34,6 +35,7 @@ from customize.stickers.recognition_nets import (
 )
 from customize.stickers.scene_drawing import draw_scene
 from customize.stickers.world import TEXTURES, Scene, Sticker, compose_scene, random_ground
+from customize.storybook.bundled_assets import ASSETS
 from scripts.storybook_training.train_sticker_judges import save_sticker_judges, scene_loss
 from tests.stickers.making import SUBJECTS
 
@@ -64,7 +66,9 @@ def unit(*shape):
 def judges():
     torch.manual_seed(0)
     prototypes = Prototypes(("a", "b", "c"), ("crayon", "marker"), unit(3, 2, 64))
-    return StickerJudges(SceneJudge().eval(), StickerJudge().eval(), prototypes, 0.3)
+    return StickerJudges(
+        SceneJudge().eval(), BoxJudge().eval(), StickerJudge().eval(), prototypes, 0.3
+    )
 
 
 # Boxes
@@ -183,6 +187,32 @@ def test_stickers_large_small_left_and_right_have_like_crops(artwork):
         assert (crop - crops[0]).abs().mean() < far / 3
 
 
+@settings(max_examples=20)
+@given(SEEDS, st.integers(0, 16), st.integers(0, 16))
+def test_corrections_move_with_the_sticker(seed, right, down):
+    torch.manual_seed(seed)
+    judge, image = BoxJudge().eval(), torch.rand(1, 3, 64, 64) * 2 - 1
+    moved = image.roll((down, right), (2, 3))
+    square = torch.tensor([[24.0, 22.0, 20.0]])
+    index = torch.tensor([0])
+    there = judge(moved, index, square + torch.tensor([[right, down, 0.0]]))
+    assert torch.allclose(
+        there, judge(image, index, square) + torch.tensor([right, down, 0.0]), atol=1e-3
+    )
+
+
+@given(SEEDS)
+def test_edges_are_inside_of_the_crop(seed):
+    torch.manual_seed(seed)
+    judge, images = BoxJudge().eval(), torch.rand(2, 3, 64, 96) * 2 - 1
+    judge.head.weight.data *= 100
+    squares = torch.rand(5, 3) * 30 + 10
+    edges = judge.edges(images, torch.tensor([0, 1, 1, 0, 0]), squares)
+    offsets = (edges - squares[:, :2].repeat(1, 2)).abs() / squares[:, 2:]
+    assert edges.shape == (5, 4)
+    assert (offsets < 0.75).all()
+
+
 # Prototypes
 
 
@@ -257,7 +287,7 @@ def with_boxes(judges, found):
         def find_stickers(self, images):
             return found[: len(images)]
 
-    return Given(judges.scenes, judges.stickers, judges.prototypes, judges.threshold)
+    return Given(judges.scenes, judges.boxes, judges.stickers, judges.prototypes, judges.threshold)
 
 
 def test_the_distance_is_that_of_the_nearest_sticker(artwork, judges):
@@ -350,3 +380,51 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, content):
     (folder / "scenes.safetensors").write_bytes(content)
     with pytest.raises(ConceptError):
         load_sticker_judges(folder)
+
+
+# The bundled judges, on shapes that they were not trained on
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    return load_sticker_judges(ASSETS / "stickers/judges")
+
+
+@pytest.mark.parametrize("width", [64, 96, 128])
+def test_the_bundled_judges_find_stickers_and_read_grounds(artwork, bundled, width):
+    scenes = [random_scene(k, width=width) for k in range(40)]
+    images = images_of(artwork, scenes)
+    close, errors = [], []
+    for scene, boxes in zip(scenes, bundled.find_stickers(images), strict=True):
+        for sticker in scene.stickers:
+            distance = [np.hypot(*np.subtract(b.centre, sticker.centre)) for b in boxes]
+            close.append(min(distance, default=99) <= 3)
+            if close[-1]:
+                errors.append(abs(boxes[int(np.argmin(distance))].size - sticker.size))
+        assert abs(len(boxes) - len(scene.stickers)) <= 1
+    assert np.mean(close) > 0.9
+    assert np.mean(errors) < 3
+    grounds = bundled.read_grounds(images)
+    for k, name in enumerate(("colour", "texture")):
+        right = [g[k] == getattr(s.ground, name) for g, s in zip(grounds, scenes, strict=True)]
+        assert np.mean(right) > 0.85, name
+
+
+def test_the_bundled_judges_tell_new_drawings_apart(artwork, bundled):
+    shown = SUBJECTS[:6]
+    rng = generator(8)
+
+    def draw(subject, hand, count):
+        scenes = [compose_scene(rng, [(subject, hand)]) for _ in range(count)]
+        return images_of(artwork, scenes)
+
+    pictures = {(s, hand): draw(s, hand, 4) for s in shown for hand in ("marker", "ink")}
+    near, far = [], []
+    for subject in shown:
+        prototype = bundled.prototype(draw(subject, "marker", 5))
+        for pair, images in pictures.items():
+            distance = bundled.distance(images, prototype)
+            (near if pair == (subject, "marker") else far).append(distance)
+    near, far = torch.cat(near), torch.cat(far)
+    assert (near[:, None] < far).float().mean() > 0.95
+    assert near.median() < bundled.threshold < far.median()

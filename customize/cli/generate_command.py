@@ -285,6 +285,12 @@ def generate_images(
     from customize.evaluation import result_file
     from customize.families import family_of
 
+    if plan.save_masks and regions and not plan.together:
+        raise ConfigError(
+            "--save-masks has no masks for --regions, which draws each region by itself",
+            where="--save-masks",
+            fix="add --together, or leave one of them out",
+        )
     weights = parse_weights(loading.weights, len(loading.sources))
     concepts = rename_concepts(open_adaptations(loading.sources, loading.ignore), loading.names)
     trained_here = [concept for concept in concepts if isinstance(concept, Concept)]

@@ -15,7 +15,8 @@ from customize.cli.generation_plan import GenerationPlan
 from customize.cli.output_files import storage_errors
 from customize.errors import PipelineError, StorageError
 
-_NUMBERED = re.compile(r"(\d{4,})\.(png|json)")
+# Images, settings and masks, such as 0001.png, 0001.json and 0001.rex.png.
+_NUMBERED = re.compile(r"(\d{4,})(\.[\w-]+)?\.(png|json)")
 
 
 def generate_image(
@@ -154,7 +155,7 @@ def _write_pair(stem: Path, settings: bytes, image: bytes) -> None:
 
 
 def next_free_number(folder: Path) -> int:
-    """One more than the highest number of an image or settings file in a folder."""
+    """One more than the highest number of an image, settings file or mask in a folder."""
     with storage_errors(folder):
         matches = [_NUMBERED.fullmatch(path.name) for path in folder.iterdir()]
     return max((int(match[1]) for match in matches if match), default=0) + 1

@@ -12,7 +12,6 @@ from customize.concepts.merge.component_weights import Weight
 from customize.concepts.slices.overlap import find_overlaps
 from customize.concepts.tokens.token_rows import known_tokens
 from customize.errors import PipelineError
-from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.sources import get_family
 from customize.pipeline.stage import Stage
 from customize.pipeline.state import AttachedState, get_state
@@ -142,14 +141,4 @@ def report_customization(pipe: Any, stages: Sequence[Stage]) -> Customization:
 def _adapter_mode(state: AttachedState) -> str:
     if not state.has_all_adapters:
         return "adapter (removed by someone else)"
-    layers = [
-        layer
-        for adapter in state.adapters
-        for modules in adapter.layers.values()
-        for layer in modules.values()
-        # With an update cache some layers are wrapped that no attached concept changes.
-        if layer.lora_A[ADAPTER_NAME].weight.numel()
-    ]
-    if any(ADAPTER_NAME not in layer.active_adapters or layer.disable_adapters for layer in layers):
-        return "adapter (not active)"
-    return "adapter"
+    return "adapter" if state.has_active_adapters else "adapter (not active)"

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from customize.errors import PipelineError
 from customize.pipeline.model_guards import (
+    ADAPTER_NAME,
     TAG_ATTRIBUTE,
     guard_saving,
     make_unsaveable_error,
@@ -190,6 +191,21 @@ class AttachedState:
     def has_all_adapters(self) -> bool:
         """Whether every adapter is still in its model, and nobody deleted it."""
         return all(adapter.is_attached() for adapter in self.adapters)
+
+    @property
+    def has_active_adapters(self) -> bool:
+        """Whether every adapter acts: nobody deleted, disabled or replaced it."""
+        layers = (
+            layer
+            for adapter in self.adapters
+            for modules in adapter.layers.values()
+            for layer in modules.values()
+            # With an update cache some layers are wrapped that no attached concept changes.
+            if layer.lora_A[ADAPTER_NAME].weight.numel()
+        )
+        return self.has_all_adapters and all(
+            ADAPTER_NAME in layer.active_adapters and not layer.disable_adapters for layer in layers
+        )
 
 
 def get_state(pipe: Any) -> AttachedState | None:

@@ -21,7 +21,6 @@ for bit. There is nothing to cure, and these rows stay as the pipeline encodes t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -38,11 +37,9 @@ from customize.families.token_layout import PromptText
 from customize.pipeline.rank_channels import RankChannels
 from customize.pipeline.state import AttachedState
 from customize.pipeline.tokenizer_subclass import expand_text
+from customize.stages.articles import begins_phrase, with_article
 from customize.stages.decor.phrase_rows import count_tokens
-
-_DETERMINER = re.compile(
-    r"(^|\s)(a|an|the|this|that|my|your|his|her|its|our|their)\s+$", re.IGNORECASE
-)
+from customize.text import quote
 
 #: What stands before a concept in the default caption, by which it is learned.
 _ALONE = "a photo of "
@@ -104,7 +101,8 @@ def named_concepts(prompt: str, state: AttachedState) -> tuple[NamedConcept, ...
         for other in named:
             if any(a < d and c < b for a, b in spans for c, d in other.spans):
                 raise ConfigError(
-                    f"the concepts {other.name} and {name} share words of the prompt {prompt!r}",
+                    f"the concepts {other.name} and {name} share words of the prompt "
+                    f"{quote(prompt, 80)}",
                     where="together",
                     fix="load one of them with a name of its own: names=",
                 )
@@ -147,15 +145,11 @@ def with_classes(
         word = words[span]
         if not word:
             word = prompt[slice(*span)]
-        elif not _DETERMINER.search(text):
-            word = _with_article(word)
+        elif begins_phrase(text):
+            word = with_article(word)
         moved[span] = (len(text), len(text) + len(word))
         text, stop = text + word, span[1]
     return text + prompt[stop:], tuple(tuple(moved[s] for s in each.spans) for each in named)
-
-
-def _with_article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def token_positions(family: Family, prompt: str, spans: Sequence[Span]) -> tuple[int, ...]:
@@ -179,7 +173,7 @@ def _find_rows(read: PromptText, prompt: str, spans: Sequence[Span]) -> list[int
     begin = read.text.rfind(prompt)
     if begin < 0:
         raise ConfigError(
-            f"the text encoder reads the prompt {prompt!r} as another text",
+            f"the text encoder reads the prompt {quote(prompt, 80)} as another text",
             where="together",
             fix="leave out repeated spaces, line breaks and special tokens",
         )
@@ -205,7 +199,7 @@ def _find_rows(read: PromptText, prompt: str, spans: Sequence[Span]) -> list[int
 
 def _too_long(prompt: str) -> ConfigError:
     return ConfigError(
-        f"the prompt {prompt!r} is longer than the text encoder reads",
+        f"the prompt {quote(prompt, 80)} is longer than the text encoder reads",
         where="together",
         fix="shorten it, or name the concepts nearer to its beginning",
     )
@@ -222,7 +216,7 @@ def _clip_positions(family: Family, prompt: str, spans: Sequence[Span]) -> tuple
         found.add(positions)
     if len(found) != 1:
         raise ConfigError(
-            f"the text encoders split the prompt {prompt!r} into different tokens",
+            f"the text encoders split the prompt {quote(prompt, 80)} into different tokens",
             where="together",
             fix="name the concepts by their triggers",
         )
@@ -344,7 +338,7 @@ def _readings(family: Family, prompt: str, named: Sequence[NamedConcept]) -> Ite
             text, moved = with_classes(prompt, named, each)
             yield to, [_Term((each.index, text), _clip_positions(family, text, moved[index]))]
             continue
-        plain, class_at = _read_alone(family, _with_article(each.class_word))
+        plain, class_at = _read_alone(family, with_article(each.class_word))
         for span, class_span in zip(each.spans, spans[index], strict=True):
             alone, alone_at = _read_alone(family, prompt[slice(*span)])
             in_place = _clip_positions(family, classes, [class_span])

@@ -13,6 +13,7 @@ from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.validation import check_text_encoders_loaded
 from customize.stages.areas import WeightFunction, weight_function
 from customize.stages.multidiffusion import RegionalPrompt, denoise_by_regions
+from customize.stages.step_caches import check_no_step_cache
 from customize.stages.text_prompts import text_prompts
 from customize.text import plural, quote
 
@@ -75,12 +76,7 @@ def _check_supported(context: CallContext, call: CallArguments) -> None:
                 fix=f"compile it as pipe.{key} = torch.compile(pipe.{key}), or its blocks with "
                 "compile_repeated_blocks()",
             )
-        if getattr(denoiser, "is_cache_enabled", False):
-            raise PipelineError(
-                "the denoiser caches outputs from step to step, which would mix regions",
-                where=key,
-                fix="call disable_cache() on it first",
-            )
+        check_no_step_cache(denoiser, key, "which would mix regions")
     check_text_encoders_loaded(family, "regions= encodes prompts of its own", "regions")
 
 

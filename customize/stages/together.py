@@ -20,7 +20,7 @@ from PIL import Image
 
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
-from customize.families.pipeline_components import is_compiled
+from customize.families.pipeline_components import is_compiled, uncompiled
 from customize.pipeline.rank_channels import RankChannels, rank_channels
 from customize.pipeline.stage import CallArguments, CallContext, Stage
 from customize.pipeline.state import AttachedState
@@ -35,6 +35,7 @@ from customize.stages.concept_words import (
     named_concepts,
     wordless_concepts,
 )
+from customize.stages.step_caches import check_no_step_cache
 from customize.stages.text_prompts import text_prompts
 from customize.text import quote
 from customize.user_warnings import warn_user
@@ -50,14 +51,14 @@ def _run(
     context: CallContext, call: CallArguments, together: Any = None, return_masks: Any = None
 ) -> Iterator[CallArguments]:
     areas = _check_arguments(together, return_masks)
-    if return_masks and together is None:
-        together = True
     is_requested = together is not None
     if together is None:
-        plan = _plan_by_default(context, call)
+        plan = _plan_by_default(context, call, bool(return_masks))
     else:
         plan = _plan(context, call) if together else None
     if plan is None:
+        if return_masks:
+            context.results["masks"] = [{} for _ in range(_count_pictures(call))]
         yield call
         return
     given = None if areas is None else _given_masks(areas, plan.routed, context.state)
@@ -119,30 +120,56 @@ def _plan(context: CallContext, call: CallArguments, fewest: int = 1) -> _Plan |
         return None
     family = type(context.family)(dict(context.pipe.components), context.family.pipeline_config)
     family.max_sequence_length = call.get("max_sequence_length")
+    if not state.has_active_adapters:
+        raise PipelineError(
+            "the adapter of the concepts is not active",
+            where="together",
+            fix="call enable_lora() on the pipeline, or set_adapters() with all that shall act",
+        )
     channels = rank_channels(family, state)
     _check_routable(family, channels, wordless_concepts(state))
     with call_uncompiled(family.text_encoders.values()):
         return _Plan(family, channels, encode_routed(family, state, channels, prompts, fewest))
 
 
-def _plan_by_default(context: CallContext, call: CallArguments) -> _Plan | None:
+def _plan_by_default(context: CallContext, call: CallArguments, return_masks: bool) -> _Plan | None:
     """Return what a call without ``together=`` routes: concepts that share a prompt, if it can.
 
-    Where it cannot, ``pipe.custom`` says why.
+    Where it cannot, ``pipe.custom`` says why, and a call that asks for masks is refused.
     """
-    state = context.state
+    state, family = context.state, context.family
     try:
-        family = context.family
-        if not family.together_by_default or not _share_a_prompt(state, call):
+        if not family.together_by_default or _attaches_in_calls(context.pipe):
+            if return_masks:
+                raise ConfigError("this pipeline does not do it by default")
             return None
-        if _attaches_in_calls(context.pipe):
+        if not _share_a_prompt(state, call):
+            if return_masks:
+                warn_user(
+                    "no prompt names two attached concepts, so there are no masks; together=True "
+                    "finds that of one"
+                )
             return None
         if any(is_compiled(context.pipe.components[key]) for key in family.denoisers):
             raise PipelineError("the denoiser is compiled")
         return _plan(context, call, fewest=2)
     except (ConfigError, PipelineError) as error:
+        if return_masks:
+            raise ConfigError(
+                f"return_masks=True needs together=True: {error.problem}",
+                where="return_masks",
+                fix="leave it out, or give together=True where the call allows it",
+            ) from error
         state.call_reports[STAGE.name] = f"together: off: {error.problem}"
         return None
+
+
+def _count_pictures(call: CallArguments) -> int:
+    """Return the number of pictures that a call draws."""
+    numbers = (call.get(f"num_{output}_per_prompt") for output in ("images", "videos"))
+    embeds = call.get("prompt_embeds")
+    prompts = len(_texts(call)) if embeds is None else len(embeds)
+    return max(1, prompts) * next((number for number in numbers if number), 1)
 
 
 def _attaches_in_calls(pipe: Any) -> bool:
@@ -230,7 +257,14 @@ def _given_masks(
                 fix=f"give one area for each of {', '.join(state.attached)}",
             )
         weights[names[0]] = weight_function(area, where)
-    missing = {each.name for p in prompts for each in p.named if each.name not in weights}
+    named = {each.name for prompt in prompts for each in prompt.named}
+    if unnamed := sorted(weights.keys() - named):
+        raise ConfigError(
+            f"no prompt names {' and '.join(unnamed)}, which has an area",
+            where="together",
+            fix="leave its area out, or name it in the prompt",
+        )
+    missing = named - weights.keys()
     if missing:
         raise ConfigError(
             f"the prompt names {' and '.join(sorted(missing))}, without an area",
@@ -265,13 +299,9 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
             fix="leave out one of them",
         )
     for key in family.denoisers:
-        denoiser = pipe.components[key]
-        if getattr(denoiser, "is_cache_enabled", False):
-            raise PipelineError(
-                "the denoiser caches outputs from step to step, and together= changes them between",
-                where=key,
-                fix="call disable_cache() on it first",
-            )
+        reason = "and together= changes them between"
+        check_no_step_cache(uncompiled(pipe.components[key]), key, reason)
+        _check_attentions(family, key)
     settings = context.state.get_setting(Decor)
     avoids = "avoid" in context.requested or (settings is not None and settings.avoid is not None)
     prompts = text_prompts(call, "together")
@@ -283,6 +313,22 @@ def _prompts(context: CallContext, call: CallArguments) -> list[str]:
         )
     check_text_encoders_loaded(family, "together= encodes prompts of its own", "together")
     return prompts
+
+
+def _check_attentions(family: Family, component: str) -> None:
+    """Refuse attentions whose queries and keys are computed by one fused layer.
+
+    Their concepts are in the layers that it replaces.
+    """
+    denoiser = uncompiled(family.components[component])
+    for attention in family.text_attentions(component):
+        if getattr(denoiser.get_submodule(attention.name), "fused_projections", False):
+            raise PipelineError(
+                f"the attention computes {attention.query} and {attention.key}, which together= "
+                "reads, in one fused layer",
+                where=f"{component}.{attention.name}",
+                fix="call unfuse_qkv_projections()",
+            )
 
 
 def _check_routable(

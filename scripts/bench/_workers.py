@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser, folder: str, *stages: str) ->
         folder: default folder for results.
         stages: names such as "learn", for :func:`share_out`.
     """
-    parser.add_argument("--base", type=Path, default=assets_folder() / "storybook")
-    parser.add_argument("--judges", type=Path, default=assets_folder() / "judges")
+    assets = assets_folder()
+    parser.add_argument("--base", type=Path, default=assets / "storybook", help="base model")
+    parser.add_argument("--judges", type=Path, default=assets / "judges", help="of the pictures")
     parser.add_argument(
         "--folder", type=Path, default=Path(folder), help="for trained concepts and scores"
     )

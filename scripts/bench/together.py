@@ -380,7 +380,7 @@ def main() -> None:
         nargs="+",
         metavar="ROW",
         choices=list(ROWS),
-        help="measure these only, such as 'plain, sum' FreeFuse",
+        help=f"measure these only: {', '.join(map(repr, ROWS))}",
     )
     parser.add_argument(
         "--pictures", type=Path, metavar="FILE", help="write FILE-GROUP.png, a line for each row"
@@ -390,7 +390,8 @@ def main() -> None:
         nargs="*",
         metavar="METHOD",
         choices=list(tuning.METHODS),
-        help="try the settings of these methods (default: all), and measure nothing else",
+        help="try the settings of these methods, and measure nothing else (default: all of "
+        f"{', '.join(map(repr, tuning.METHODS))})",
     )
     args = parser.parse_args()
     bench = Bench(args)

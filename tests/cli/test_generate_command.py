@@ -131,6 +131,8 @@ def test_numbers_used_by_another_process_are_skipped(
     assert {path.name for path in tmp_path.iterdir()} == {
         *("0001.json", "0002.png", "0003.json", "0003.png", "0004.json", "0004.png")
     }
+    (tmp_path / "0007.rex.png").write_text("a mask whose image was deleted")
+    assert generated_images.next_free_number(tmp_path) == 8
 
 
 def test_notes_on_triggers(run: Run, world: World, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_together_equals_the_argument_of_a_call(
     assert facts["together"].startswith("together: rex in ")
     problem = "--save-masks needs the masks that --no-together leaves out"
     refused(run(*both, "--save-masks", "--no-together"), problem, "Fix: ")
+    problem = "--save-masks has no masks for --regions"
+    refused(run(*both, "--save-masks", "--regions", "<rex>=0,0,.5,1"), problem, "--together")
 
 
 def drawn(pipe: object, **more: object) -> np.ndarray:

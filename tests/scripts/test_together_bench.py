@@ -70,8 +70,8 @@ def block_of(pipe):
 def test_one_lora_is_drawn_as_by_a_plain_prompt(bench):
     pipe = pipeline("rex")
     plain = bench.drawing.draw(pipe, *ALONE)
-    assert same(bench.lora_composite.draw(pipe, *ALONE), plain)
-    assert same(bench.lora_switch.draw(pipe, *ALONE), plain)
+    assert same(bench.lora_composite.draw(pipe, *ALONE, strength=1.0), plain)
+    assert same(bench.lora_switch.draw(pipe, *ALONE, strength=1.0), plain)
     settings = bench.freefuse.Settings(block=block_of(pipe), step=2, bias=0.0)
     assert same(bench.freefuse.draw(pipe, *ALONE, settings=settings), plain)
     pipe.unload_custom()

@@ -50,6 +50,12 @@ def test_articles_of_the_prompt_are_kept(word):
     assert with_classes(prompt, both, both[1])[0] == f"{word} dog and <tom>"
 
 
+def test_adjectives_and_numbers_of_the_prompt_are_kept():
+    prompt = "two red <rex> and a happy <tom>"
+    both = named(prompt, rex="dog", tom="cat")
+    assert with_classes(prompt, both, None)[0] == "two red dog and a happy cat"
+
+
 def test_concepts_without_a_class_and_repeated_ones():
     prompt = "<rex>, <tom> and <rex>"
     rex = NamedConcept(0, "rex", "dog", ((0, 5), (17, 22)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional
 
 from customize.errors import ConfigError, PipelineError
 from tests.pipeline.making import concept, modular
@@ -59,19 +60,80 @@ def test_what_cannot_be_routed_is_drawn_as_before_and_the_report_says_why():
         draw(pipe, regions=halves, together=True)
 
 
+class _OwnProcessor:
+    """Attends without calling the attention's projections as layers."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = functional.linear(hidden_states, attn.to_q.weight)
+        key, value = (functional.linear(text, each.weight) for each in (attn.to_k, attn.to_v))
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        return attn.to_out[0](attended)
+
+
 def test_attention_that_cannot_be_read_stops_the_default_and_refuses_a_request():
+    pipe = pair()
+    pipe.unet.set_attn_processor(_OwnProcessor())
+    default = draw(pipe)
+    assert "does not call to_q and to_k" in pipe.custom.reports["together"]
+    assert bool(torch.isfinite(default).all())
+    with pytest.raises(PipelineError, match="does not call to_q and to_k"):
+        draw(pipe, together=True)
+
+
+def test_fused_attention_is_drawn_as_before():
     pipe = pair()
     plain = draw(pipe, together=False)
     pipe.unet.fuse_qkv_projections()
     try:
-        default = draw(pipe)
-        assert "does not call to_q and to_k" in pipe.custom.reports["together"]
-        with pytest.raises(PipelineError, match="does not call to_q and to_k"):
-            draw(pipe, together=True)
+        fused = draw(pipe, together=False)
+        assert torch.equal(draw(pipe), fused)
+        assert "to_q and to_k" in pipe.custom.reports["together"]
+        for request in (True, HALVES):
+            with pytest.raises(PipelineError, match="in one fused layer"):
+                draw(pipe, together=request)
     finally:
         pipe.unet.unfuse_qkv_projections()
-    assert default.shape == plain.shape and bool(torch.isfinite(default).all())
     assert torch.equal(draw(pipe, together=False), plain)
+
+
+def test_concepts_that_do_not_act_are_not_routed():
+    pipe = pair()
+    pipe.disable_lora()
+    base = draw(pipe, together=False)
+    assert torch.equal(draw(pipe), base)
+    assert "the concepts is not active" in pipe.custom.reports["together"]
+    with pytest.raises(PipelineError, match=r"not active.*enable_lora\(\)"):
+        draw(pipe, together=True)
+    pipe.enable_lora()
+    assert not torch.allclose(draw(pipe), base, atol=1e-3)
+
+
+def test_masks_are_of_what_is_routed_and_change_no_picture():
+    pipe = pair()
+    one = "a photo of <rex>"
+    call = {"num_inference_steps": 6, "height": 32, "width": 32, "output_type": "latent"}
+    with pytest.warns(UserWarning, match="no prompt names two attached concepts"):
+        assert torch.equal(draw(pipe, one, return_masks=True), draw(pipe, one))
+    with pytest.warns(UserWarning, match="there are no masks"):
+        output = pipe([one, one], return_masks=True, num_images_per_prompt=2, **call)
+    assert output.masks == [{}, {}, {}, {}]
+    assert [*pipe(one, together=True, return_masks=True, **call).masks[0]] == ["rex"]
+    pipe.unload_custom()
+    with pytest.warns(UserWarning, match="there are no masks"):
+        assert pipe("a dog", return_masks=True, **call).masks == [{}]
+
+
+def test_masks_are_refused_where_nothing_is_routed_by_default():
+    refused = pytest.raises(ConfigError, match="return_masks=True needs together=True: ")
+    pipe = pair(tiny_sd3)
+    with refused as error:
+        draw(pipe, return_masks=True)
+    assert "does not do it by default" in str(error.value)
+    pipe = pair()
+    for call in ({"regions": HALVES}, {"clip_skip": 1}):
+        with refused:
+            draw(pipe, return_masks=True, **call)
 
 
 def test_modular_pipelines_are_routed():

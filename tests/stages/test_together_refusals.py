@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from safetensors.torch import save_file
 
 from customize.concepts.types import Lora, LoraInfo
@@ -38,6 +39,10 @@ WRONG = {
     "masks of text": ({"together": True, "return_masks": "yes"}, "invalid return_masks='yes'"),
     "unknown": ({"together": HALVES | {"<kit>": LEFT}}, "'<kit>' is no concept.*rex, tom"),
     "twice": ({"together": HALVES | {"rex": LEFT}}, "'rex' is given two areas"),
+    "unnamed": (
+        {"together": {"<rex>": LEFT, "<tom>": 1 - LEFT}, "prompt": "a photo of <rex>"},
+        "no prompt names tom, which has an area",
+    ),
     "missing": ({"together": {"<rex>": LEFT}}, "names tom, without an area"),
     "area": ({"together": {"<rex>": LEFT, "<tom>": (0, 0, 64, 64)}}, "exceeds the image"),
     "regions": (
@@ -69,6 +74,23 @@ def test_invalid_calls_are_refused_before_the_denoiser_runs(name):
     assert not called
     handle.remove()
     assert draw(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("call", [{"together": True}, {"together": HALVES}, {"regions": HALVES}])
+def test_caches_of_unets_are_refused(call):
+    pipe = pair()
+    expected = draw(pipe, **call)
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 800),
+        spatial_attention_block_identifiers=("blocks",),
+        current_timestep_callback=lambda: 500,
+    )
+    apply_pyramid_attention_broadcast(pipe.unet, config)
+    with pytest.raises(PipelineError, match="caches outputs from step to step"):
+        draw(pipe, **call)
+    fresh = pair()
+    assert torch.equal(draw(fresh, **call), expected)
 
 
 def test_concepts_that_cannot_be_routed_are_refused():
@@ -150,7 +172,7 @@ def test_layers_without_positions_are_refused_and_convolutions_routed():
         draw(pipe, prompt, together=True)
     pipe.unload_custom("mine")
     pipe.load_custom(lora("down_blocks.0.downsamplers.0.conv"))
-    half = {"rex": torch.ones(2, 2), "tom": torch.ones(2, 2), "mine": LEFT}
+    half = {"rex": torch.ones(2, 2), "mine": LEFT}
     whole = half | {"mine": torch.ones(2, 2)}
     assert not torch.allclose(
         draw(pipe, prompt, together=half), draw(pipe, prompt, together=whole), atol=1e-4

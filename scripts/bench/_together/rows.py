@@ -21,6 +21,28 @@ from _together.rivals import (
     lorashop,
 )
 
+# How ours are drawn -> the files of the package that decide on the images.
+_TOGETHER = (
+    *("core/routing.py", "pipeline/rank_channels.py"),
+    *(
+        f"stages/{name}.py"
+        for name in (
+            *("areas", "articles", "attention_maps", "concept_routing", "concept_words"),
+            *("prompt_rows", "routed_call", "together"),
+        )
+    ),
+)
+_REGIONS = (
+    "core/region_weights.py",
+    *(f"stages/{name}.py" for name in ("areas", "multidiffusion", "regions")),
+)
+_PACKAGE_FILES: dict[Callable[..., Tensor], Sequence[str]] = {
+    drawing.draw: (),
+    drawing.draw_words: _TOGETHER,
+    drawing.draw_boxes: _TOGETHER,
+    drawing.draw_regions: _REGIONS,
+}
+
 Draw = Callable[..., Tensor]
 DrawAlone = Callable[[Any, Mapping[str, Path], Scene], list[Tensor]]
 
@@ -49,9 +71,7 @@ class Row:
         own = Path(inspect.getfile(self.draw))
         if own.parent.name == "rivals":
             return [own, own.parents[1] / "gates.py"]
-        package = ROOT / "customize"
-        routing = (package / "core/routing.py", package / "pipeline/rank_channels.py")
-        return [*sorted((package / "stages").glob("*.py")), *routing]
+        return [ROOT / "customize" / file for file in _PACKAGE_FILES[self.draw]]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Preset:
         scenes: Number of square scenes; each of :data:`WIDTHS` has a quarter of it.
         two: Share of square scenes with two things.
         wide: Share of steps on wide scenes.
+        sample_steps: Of the samples that each checkpoint draws.
     """
 
     scenes: int
@@ -55,6 +56,7 @@ class Preset:
     bf16: bool = False
     two: float = 0.3
     wide: float = 0.0
+    sample_steps: int = 25
 
 
 #: Widths of wide scenes in pixels.
@@ -74,6 +76,7 @@ PRESETS = {
         judge_pictures=64,
         judge_identities=256,
         judge_steps=3,
+        sample_steps=3,
     ),
 }
 
@@ -357,7 +360,7 @@ def train_denoiser(
             module.eval()
         images = pipe(
             list(world.sample_prompts) * 2,
-            num_inference_steps=25,
+            num_inference_steps=preset.sample_steps,
             guidance_scale=4.0,
             generator=torch.Generator().manual_seed(0),
             output_type="pt",

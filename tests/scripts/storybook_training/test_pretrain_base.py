@@ -20,7 +20,7 @@ from scripts.storybook_training.worlds import STORYBOOK
 TINY = pretrain_base.PRESETS["tiny"]
 
 
-# Each checkpoint draws the sample prompts at 25 steps; one will do here.
+# Each checkpoint draws the sample prompts; one will do here.
 WORLD = replace(STORYBOOK, sample_prompts=STORYBOOK.sample_prompts[:1])
 
 

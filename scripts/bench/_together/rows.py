@@ -34,7 +34,7 @@ _TOGETHER = (
 )
 _REGIONS = (
     "core/region_weights.py",
-    *(f"stages/{name}.py" for name in ("areas", "multidiffusion", "regions")),
+    *(f"stages/{name}.py" for name in ("areas", "multidiffusion", "prompt_rows", "regions")),
 )
 _PACKAGE_FILES: dict[Callable[..., Tensor], Sequence[str]] = {
     drawing.draw: (),

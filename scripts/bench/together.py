@@ -4,7 +4,7 @@ Pairs of concepts of two classes and of one class, and triples, trained separate
 recipe, are drawn by prompts such as "a photo of <rex> and <tom> in a city": by plain merging, by
 other methods (`_together/rivals/`, written from their papers), by `together=` and by `regions=`.
 Prompts and seeds are the same. An image is right if each concept is recognised in its part, from
-left to right. The ceiling is each concept alone, beside plain things of the others' classes.
+left to right. For comparison each concept is drawn alone, beside plain things of other classes.
 A group of its own draws each concept beside a plain thing of another class, with both concepts
 attached, and counts how often the plain thing is taken for one of them, or has the colour and
 pattern of the named one. Errors are standard errors over images.

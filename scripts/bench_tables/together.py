@@ -16,8 +16,8 @@ _LABELS = {
     "plain, sum": "plain prompt, sum",
     "regions= in boxes, fusion": "`regions=` (boxes), fusion",
     "regions in cross-attention, fusion": "regions in cross-attention alone (boxes), fusion",
-    "each alone beside classes": "each concept alone, beside plain things (ceiling)",
-    "each alone in its box": "each concept alone, in its box (ceiling)",
+    "each alone beside classes": "each concept alone, beside plain things",
+    "each alone in its box": "each concept alone, in its box",
 }
 _GROUPS = {
     "mixed": "Two classes",

@@ -35,6 +35,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
+def with_article(words: str) -> str:
+    """``"a dog"``, ``"an animal"``."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def quote(value: object, max_length: int = 200) -> str:
     """Return the repr of an untrusted value, of at most ``max_length`` characters."""
     if isinstance(value, str | bytes):

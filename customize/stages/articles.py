@@ -27,8 +27,3 @@ def begins_phrase(text: str) -> bool:
     "two cats".
     """
     return bool(_BEFORE_PHRASES.search(text) or _VERB.search(text))
-
-
-def with_article(noun: str) -> str:
-    """The noun behind "a" or "an"."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

@@ -37,9 +37,9 @@ from customize.families.token_layout import PromptText
 from customize.pipeline.rank_channels import RankChannels
 from customize.pipeline.state import AttachedState
 from customize.pipeline.tokenizer_subclass import expand_text
-from customize.stages.articles import begins_phrase, with_article
+from customize.stages.articles import begins_phrase
 from customize.stages.decor.phrase_rows import count_tokens
-from customize.text import quote
+from customize.text import quote, with_article
 
 #: What stands before a concept in the default caption, by which it is learned.
 _ALONE = "a photo of "

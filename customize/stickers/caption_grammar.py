@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import customize.text
 from customize.stickers.artwork import Subject
 from customize.stickers.subjects import Split
 from customize.stickers.world import GROUND_COLOURS, HEIGHT, TEXTURES, Scene, Sticker
@@ -160,7 +161,7 @@ def with_article(words: str) -> str:
     """Words with "a" or "an", but for plurals."""
     if words.endswith("s") and not words.endswith(("ss", "us")):
         return words
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return customize.text.with_article(words)
 
 
 def size_word(sticker: Sticker) -> str | None:

@@ -22,6 +22,7 @@ from customize.storybook.caption_grammar import (
     RequestedThing,
 )
 from customize.storybook.world import ACCESSORIES, BACKGROUNDS, CLASSES, COLOURS, PATTERNS
+from customize.text import with_article
 
 #: Word of the grammar -> words for it that the base never saw. The last one of each is held out:
 #: no training of a rewriter uses it.
@@ -184,10 +185,6 @@ def _word(rng: np.random.Generator, word: str, held_out: bool) -> str:
     return words[-1] if held_out else str(rng.choice(words[:-1]))
 
 
-def _article(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
 def _place(rng: np.random.Generator, word: str) -> str:
     default = (f"in a {word}", f"in the {word}")
     return str(rng.choice(_PLACES.get(word, default)))
@@ -195,14 +192,14 @@ def _place(rng: np.random.Generator, word: str) -> str:
 
 def _describe(thing: RequestedThing, translate: Callable[[str], str]) -> str:
     looks = [thing.pattern, thing.colour, thing.kind]
-    return _article(" ".join(translate(look) for look in looks if look))
+    return with_article(" ".join(translate(look) for look in looks if look))
 
 
 def _wearing(thing: RequestedThing, translate: Callable[[str], str] = str) -> str:
     if thing.accessory == "none":
         return ""
     word = translate(thing.accessory)
-    return f" wearing {word if word.endswith('s') else _article(word)}"
+    return f" wearing {word if word.endswith('s') else with_article(word)}"
 
 
 def _sentence(
@@ -267,12 +264,14 @@ def _odd_order(rng: np.random.Generator, request: PromptRequest, held_out: bool)
             parts.append(_wearing(thing).strip())
         looks = [look for look in (thing.colour, thing.pattern) if look]
         if style == 0:
-            parts += [_article(str(thing.kind)), *looks]
+            parts += [with_article(str(thing.kind)), *looks]
         elif style == 1:
-            parts.append(_article(" ".join([str(thing.kind), *(["in"] if looks else []), *looks])))
+            parts.append(
+                with_article(" ".join([str(thing.kind), *(["in"] if looks else []), *looks]))
+            )
         else:
             which = f" that is {' and '.join(looks)}" if looks else ""
-            parts.append(_article(str(thing.kind)) + which)
+            parts.append(with_article(str(thing.kind)) + which)
         order = [int(k) for k in rng.permutation(len(parts))] if style != 0 else range(len(parts))
         return str(rng.choice((", ", "; "))).join(parts[k] for k in order)
     # The order of two things is where they are, so it stays.
@@ -316,7 +315,7 @@ def _long_winded(rng: np.random.Generator, request: PromptRequest, held_out: boo
     parts = []
     for number, thing in enumerate(request.things):
         name = str(thing.kind)
-        text = _article(name) if number == 0 else f"and next to it {_article(name)}"
+        text = with_article(name) if number == 0 else f"and next to it {with_article(name)}"
         looks = [look for look in (thing.colour, thing.pattern) if look]
         if looks:
             text += f", and the {name} should be {' and '.join(looks)}"
@@ -366,7 +365,7 @@ def _with_negation(
     name = translate(unwanted)
     without = str(rng.choice(("without", "no", "with no")))
     if without == "without" and not name.endswith("s"):
-        name = _article(name)
+        name = with_article(name)
     place = f" {_place(rng, translate(request.background))}" if request.background else ""
     text = f"a photo of {subject}{_wearing(thing, translate)}{place}, {without} {name}"
     return UserPrompt(

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customize.stages.articles import begins_phrase, with_article
+from customize.stages.articles import begins_phrase
+from customize.text import with_article
 
 BEGINNINGS = (
     *("", "a photo of ", "a photo of <rex> and ", "A Dog BEHIND ", "<rex>, ", "<rex> ", "("),

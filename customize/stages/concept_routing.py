@@ -6,8 +6,10 @@ does what (:meth:`customize.families.Family.layer_tokens`). Other words of the p
 because what they stand for is everywhere in the picture. Masks are found while the picture is
 drawn: at high noise levels, where the layout is decided, the maps of what positions attend to each
 concept's tokens are averaged over the attention layers and over the steps. A video has masks for
-each of its latent frames, as things move. Rows of other prompts, such as the negative one, are
-predicted as without routing.
+each of its latent frames, as things move. In the rows of a picture's other prompts, such as the
+negative one, no concept acts, so that guidance leads from what the model draws without them to each
+concept in its mask. If concepts acted there on the whole picture, guidance would lead away from a
+concept in its own mask, too, and further away from it in the others' masks.
 
 Hooks change the text inputs of the denoiser and the mid-activations of the adapters; so each step
 takes one call of the denoiser, as without routing.
@@ -154,7 +156,7 @@ class ConceptRouter:
         call = self._plan(arguments) if is_routed else None
         self._running.append(call)
         if call is None or not call.pictures:
-            return None
+            return None  # nothing is replaced in a call for negative prompts alone
         replaced = dict(arguments)
         texts = arguments[self.family.text_argument]
         if self._has_rows:
@@ -193,14 +195,18 @@ class ConceptRouter:
         texts = arguments[self.family.text_argument]
         batch = len(arguments[self.family.latents_argument])
         rows = self._prompt_rows.match(texts, max(1, len(texts) // batch))
-        if not rows:
+        self.has_matched |= bool(rows)
+        if not self.has_matched:
             return None
-        self.has_matched = True
         pictures = {}
         for position, (row, prompt) in enumerate(rows.items()):
             picture = self.pictures.setdefault(position, RoutedPicture(self.prompts[prompt]))
             if picture.routed.named:
                 pictures[row] = picture
+        # Rows of other prompts are in the order of the pictures.
+        rest = [row for row in range(batch) if row not in rows]
+        count = len(rows) or len(self.pictures)
+        negatives = [row for k, row in enumerate(rest) if self.pictures[k % count].routed.named]
         grid = self.family.token_grid(arguments)
         level = self.family.schedule_level(arguments)
         lengths = [len(text) for text in texts]
@@ -209,8 +215,8 @@ class ConceptRouter:
             device = texts[0].device
             positions = torch.arange(max(lengths), device=device)
             valid = positions < torch.tensor(lengths, device=device)[:, None]
-        finds = level > LAYOUT_ABOVE
-        call = RoutedCall(pictures, batch, grid, max(lengths), valid, finds)
+        finds = level > LAYOUT_ABOVE and bool(pictures)
+        call = RoutedCall(pictures, negatives, batch, grid, max(lengths), valid, finds)
         for picture in pictures.values():
             self._update_masks(picture, grid, level)
             call.finds |= self.given is None and picture.maps is None
@@ -256,14 +262,14 @@ class ConceptRouter:
             return torch.zeros(len(middle), dtype=torch.bool, device=middle.device)
         key = ("entries", len(middle))
         if key not in call.masks:
-            is_routed = torch.tensor([row in call.pictures for row in range(call.batch)])
+            is_routed = torch.tensor([row in call.changed for row in range(call.batch)])
             entries = is_routed.repeat_interleave(len(middle) // call.batch)
             call.masks[key] = entries.to(middle.device)
         return call.masks[key]
 
     def _routed_call(self) -> RoutedCall | None:
         call = self._running[-1] if self._running and self._in_this_call() else None
-        return call if call is not None and call.pictures and not self.stopped_by else None
+        return call if call is not None and call.changed and not self.stopped_by else None
 
     def _position_masks(
         self, call: RoutedCall, kind: TokenKind, per_row: int, output: Tensor
@@ -315,23 +321,28 @@ class ConceptRouter:
 
         Of a routed row, those of the concepts that its prompt names are ones until they are found.
         """
-        masks = torch.ones(call.batch, self.concepts, frames, rows, columns, device=device)
+        masks = self._wordless_masks(call, frames, rows, columns, device=device)
         for row, picture in call.pictures.items():
             named = [each.index for each in picture.routed.named]
-            masks[row] = 0.0  # of concepts that the prompt does not name
-            masks[row, [*self.wordless, *named]] = 1.0
+            masks[row, named] = 1.0
             if picture.masks is not None:
                 masks[row, named] = resize_masks(picture.masks, rows, columns).to(masks)
         return masks
 
     def _token_masks(self, call: RoutedCall, length: int, device: torch.device) -> Tensor:
         """(batch, concepts, tokens)."""
-        masks = torch.ones(call.batch, self.concepts, length, device=device)
+        masks = self._wordless_masks(call, length, device=device)
         for row, picture in call.pictures.items():
-            masks[row] = 0.0
-            masks[row, self.wordless] = 1.0
             for each, positions in zip(picture.routed.named, picture.routed.tokens, strict=True):
                 masks[row, each.index, list(positions)] = 1.0
+        return masks
+
+    def _wordless_masks(self, call: RoutedCall, *shape: int, device: torch.device) -> Tensor:
+        """(batch, concepts, *shape): ones in rows that are not routed, and of wordless concepts."""
+        masks = torch.ones(call.batch, self.concepts, *shape, device=device)
+        for row in call.changed:
+            masks[row] = 0.0
+            masks[row, self.wordless] = 1.0
         return masks
 
     def _layer_grid(self, call: RoutedCall, positions: int) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,7 @@ class RoutedCall:
 
     Attributes:
         pictures: Row of the batch -> its picture, without rows of other prompts.
+        negatives: Rows of other prompts of routed pictures, such as the negative one.
         batch: Number of rows.
         grid: (frames, rows, columns) of the picture's tokens.
         texts: Length of the prompt in the denoiser's arguments.
@@ -48,6 +50,7 @@ class RoutedCall:
     """
 
     pictures: dict[int, RoutedPicture]
+    negatives: Sequence[int]
     batch: int
     grid: tuple[int, int, int]
     texts: int
@@ -57,3 +60,8 @@ class RoutedCall:
     keys: dict[str, Tensor] = field(default_factory=dict)
     maps: dict[int, list[Tensor]] = field(default_factory=dict)
     masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> frozenset[int]:
+        """The rows in which concepts do not act on everything."""
+        return frozenset((*self.pictures, *self.negatives))

@@ -17,8 +17,9 @@ which was trained on such; the concepts are trained for each.
 
 Missing concepts are trained, a minute each. Scores are stored by row and by concepts, so an
 interrupted run resumes; they are named by the weights, the methods' code and their settings, so
-that changed ones are measured anew. Seconds are those of one core, relative to the plain prompt
-with the same concepts attached, alternating; medians.
+that changed ones are measured anew; with `--resume` the file of `--json` keeps its other rows.
+Seconds are those of one core, relative to the plain prompt with the same concepts attached,
+alternating; medians.
 
     python scripts/bench/together.py --json scripts/bench/results/together.json
 """
@@ -53,8 +54,8 @@ from _together.cast import (
     Scene,
     Size,
 )
-from _together.rows import ALONE, BASE, LORA, ROWS, WORDS, AloneRow, Row
-from _together.scores import Hit, Scorer, mean_of, rates, standard_error
+from _together.rows import ALONE, BASE, LORA, ROWS, WORDS, WORDS_LORA, AloneRow, Row
+from _together.scores import Hit, Scorer, rates, standard_error
 from torch import Tensor
 
 from customize.image_tensors import tensor_to_images
@@ -180,7 +181,8 @@ class Bench:
         finally:
             pipe.unload_custom()
 
-    def run(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    def run(self) -> list[dict[str, Any]]:
+        """The measured rows, and with `--resume` the others of an earlier run, in a fixed order."""
         workers = _extra_flags(self.args)
         if missing := self.missing():
             _workers.share_out(self.args, "learn", missing, *workers)
@@ -201,18 +203,15 @@ class Bench:
         }
         if self.args.pictures is not None:
             self.save(self.args.pictures, jobs)
-        rows = [self.row(hits, *cell) for cell in hits]
-        return rows, figures_of(hits)
-
-    def row(
-        self, hits: Mapping[tuple[str, str], Sequence[Hit]], group: str, title: str
-    ) -> dict[str, Any]:
-        row = {"group": group, "drawn": title, **rates(hits[group, title])}
-        ceiling = hits.get((group, ALONE + (LORA if ROWS[title].kind == "lora" else "")))
-        alone = mean_of(ceiling, "all") if ceiling else None
-        if alone:
-            row["retention"] = row["all"] / alone
-        return row | {"pictures": len(hits[group, title])}
+        rows = {(row["group"], row["drawn"]): row for row in _common.measured_rows(self.args)}
+        for (group, title), found in hits.items():
+            rows[group, title] = {"group": group, "drawn": title} | rates(found)
+            rows[group, title]["pictures"] = len(found)
+        for (group, title), row in rows.items():
+            ceiling = rows.get((group, ALONE + (LORA if ROWS[title].kind == "lora" else "")))
+            if ceiling is not None and ceiling["all"]:
+                row["retention"] = row["all"] / ceiling["all"]
+        return [rows[cell] for cell in itertools.product(GROUPS, ROWS) if cell in rows]
 
     def tune(self) -> list[dict[str, Any]]:
         """Try the settings of methods; see :mod:`_together.tuning`."""
@@ -315,18 +314,18 @@ def save_line(views: Sequence[Tensor], path: Path) -> None:
 # --- figures ----------------------------------------------------------------------------------
 
 
-def figures_of(hits: Mapping[tuple[str, str], Sequence[Hit]]) -> dict[str, float]:
-    """The figures that the measured groups and rows allow."""
+def figures_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The figures that the measured rows allow."""
+    cells = {(row["group"], row["drawn"]): row for row in rows}
     figures: dict[str, float] = {}
 
     def add(name: str, groups: Sequence[str], title: str, column: str = "all") -> None:
-        cells = [hits[group, title] for group in groups if (group, title) in hits]
-        if len(cells) == len(groups):
-            values = [hit for cell in cells for hit in cell]
-            share = mean_of(values, column)
-            assert share is not None
+        found = [cells[group, title] for group in groups if (group, title) in cells]
+        if len(found) == len(groups):
+            count = sum(row["pictures"] for row in found)
+            share = sum(row[column] * row["pictures"] for row in found) / count
             figures[name] = share
-            figures[f"{name}_error"] = standard_error(share, len(values))
+            figures[f"{name}_error"] = standard_error(share, count)
 
     for group in ("mixed", "same"):
         add(f"words_both_right_{group}", [group], WORDS)
@@ -335,6 +334,7 @@ def figures_of(hits: Mapping[tuple[str, str], Sequence[Hit]]) -> dict[str, float
         add(f"boxes_both_right_{group}", [group], "ours in boxes, fusion")
         add(f"wide_words_both_right_{group}", [f"{group}, wide"], WORDS)
         add(f"wide_regions_both_right_{group}", [f"{group}, wide"], "regions= in boxes, fusion")
+        add(f"lora_both_right_{group}", [group], WORDS_LORA)
     add("wide_words_both_right", ["mixed, wide", "same, wide"], WORDS)
     add("triple_all_right", ["triples"], WORDS)
     add("triple_all_right_alone", ["triples"], ALONE)
@@ -345,22 +345,31 @@ def figures_of(hits: Mapping[tuple[str, str], Sequence[Hit]]) -> dict[str, float
     for name, drawn in (("plain_class_leak", "words"), ("plain_class_leak_by_default", "plain")):
         if {f"class_leak_{drawn}", "class_leak_base"} <= figures.keys():
             figures[name] = figures[f"class_leak_{drawn}"] - figures["class_leak_base"]
+    figures |= _margins(cells, WORDS, "margin_over_best_rival")
+    return figures | _margins(cells, WORDS_LORA, "lora_margin_over_best_rival")
+
+
+def _margins(
+    cells: Mapping[tuple[str, str], Mapping[str, Any]], title: str, name: str
+) -> dict[str, float]:
+    """How much more is right by our way of drawing than by the best rival on these concepts."""
     margins = {}
     for group in ("mixed", "same", "mixed, wide", "same, wide", "triples"):
         rivals = [
-            share
-            for (where, title), values in hits.items()
+            row["all"]
+            for (where, drawn), row in cells.items()
             if where == group
-            and ROWS[title].is_rival
-            and (share := mean_of(values, "all")) is not None
+            and ROWS[drawn].is_rival
+            and (title == WORDS or ROWS[drawn].kind == ROWS[title].kind)
         ]
-        if rivals and (group, WORDS) in hits:
-            ours = mean_of(hits[group, WORDS], "all")
-            margins[group] = (ours or 0.0) - max(rivals)
-            name = _workers.folder_name(group).replace("-", "_")
-            figures[f"margin_over_best_rival_{name}"] = margins[group]
+        if rivals and (group, title) in cells:
+            margins[group] = cells[group, title]["all"] - max(rivals)
+    figures = {
+        f"{name}_{_workers.folder_name(group).replace('-', '_')}": margin
+        for group, margin in margins.items()
+    }
     if {"mixed", "same"} <= margins.keys():
-        figures["margin_over_best_rival"] = mean((margins["mixed"], margins["same"]))
+        figures[name] = mean((margins["mixed"], margins["same"]))
     return figures
 
 
@@ -393,6 +402,11 @@ def main() -> None:
         help="try the settings of these methods, and measure nothing else (default: all of "
         f"{', '.join(map(repr, tuning.METHODS))})",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows of the file of --json that are not measured now",
+    )
     args = parser.parse_args()
     bench = Bench(args)
     torch.set_num_threads(1)
@@ -403,14 +417,14 @@ def main() -> None:
     elif args.tune is not None:
         _common.report("together_tuning", args, bench.tune(), {})
     else:
-        rows, figures = bench.run()
-        figures |= bench.trust()
+        rows = bench.run()
+        figures = figures_of(rows) | bench.trust()
         ratios = bench.seconds()
         for row in rows:
             if row["drawn"] in ratios:
                 row["seconds_over_plain"] = ratios[row["drawn"]]
-        if WORDS in ratios:
-            figures["seconds_over_plain"] = ratios[WORDS]
+            if row["drawn"] == WORDS and "seconds_over_plain" in row:
+                figures["seconds_over_plain"] = row["seconds_over_plain"]
         _common.report("together", args, rows, figures)
 
 

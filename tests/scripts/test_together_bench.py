@@ -249,19 +249,29 @@ def test_settings_are_chosen_on_other_concepts_seeds_and_places(bench):
 
 def test_figures_of_shares(bench):
     rows = bench.rows
-    right, wrong = [{"all": 1.0}] * 3, [{"all": 0.0}]
-    hits = {
-        ("mixed", rows.WORDS): right + wrong,
-        ("same", rows.WORDS): right * 2 + wrong * 2,
-        ("mixed", "plain, sum"): wrong,
-        ("same", "FreeFuse"): right + wrong * 3,
-        ("same", "regions= in boxes, fusion"): right,  # no rival: it is given boxes
-        ("beside a class", rows.WORDS): [{"all": 1.0, "leak": 0.0}, {"all": 1.0, "leak": 1.0}],
-        ("beside a class", rows.BASE): [{"leak": 0.0}] * 3 + [{"leak": 1.0}],
+    shares = {
+        ("mixed", rows.WORDS): {"all": 0.75},
+        ("same", rows.WORDS): {"all": 0.5},
+        ("mixed", "plain, sum"): {"all": 0.0},
+        ("same", "FreeFuse"): {"all": 0.25},
+        ("same", "regions= in boxes, fusion"): {"all": 1.0},  # no rival: it is given boxes
+        ("mixed", rows.WORDS_LORA): {"all": 0.5},
+        ("same", rows.WORDS_LORA): {"all": 0.25},
+        ("mixed", "FreeFuse, ordinary LoRAs"): {"all": 0.25},
+        ("same", "FreeFuse, ordinary LoRAs"): {"all": 0.0},
+        ("beside a class", rows.WORDS): {"all": 1.0, "leak": 0.5},
+        ("beside a class", rows.BASE): {"all": 0.0, "leak": 0.25},
     }
-    figures = bench.together.figures_of(hits)
-    assert figures["words_both_right_mixed"] == figures["words_both_right_same"] == 0.75
-    assert figures["margin_over_best_rival"] == (0.75 + 0.25) / 2
+    figures = bench.together.figures_of(
+        [
+            {"group": group, "drawn": title, "pictures": 4} | row
+            for (group, title), row in shares.items()
+        ]
+    )
+    assert figures["words_both_right_mixed"] == 0.75
+    # The best rival of all, and of those with ordinary LoRAs.
+    assert figures["margin_over_best_rival"] == (0.5 + 0.25) / 2
+    assert figures["lora_margin_over_best_rival"] == 0.25
     assert figures["plain_class_leak"] == 0.25
     assert figures["words_both_right_mixed_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
     assert "triple_all_right" not in figures

@@ -88,6 +88,7 @@ class AloneRow:
 
 WORDS, ALONE, BASE = "ours from words, fusion", "each alone beside classes", "base model, classes"
 LORA = ", ordinary LoRAs"
+WORDS_LORA = "ours from words" + LORA
 # Ours in other ways, and methods that do worse than a plain sum, are scored in square images only.
 _WIDE, _SQUARE = ("mixed, wide", "same, wide", "triples"), ("mixed", "same")
 
@@ -112,7 +113,7 @@ ROWS: dict[str, Row | AloneRow] = {
     "LoRAShop" + LORA: Row(lorashop.draw, "lora", is_rival=True, groups=_SQUARE),
     "LoRA Composite" + LORA: Row(lora_composite.draw, "lora", is_rival=True, groups=_SQUARE),
     "LoRA Switch" + LORA: Row(lora_switch.draw, "lora", is_rival=True, groups=_SQUARE),
-    "ours from words" + LORA: Row(drawing.draw_words, "lora", groups=_SQUARE),
+    WORDS_LORA: Row(drawing.draw_words, "lora", groups=_SQUARE),
     ALONE + LORA: AloneRow(drawing.beside_classes, "lora", _SQUARE),
     BASE: AloneRow(drawing.no_concepts, groups=("beside a class",)),
 }

@@ -195,8 +195,8 @@ def test_ranks_act_on_their_own_tokens_and_in_their_own_area(name):
 
 
 def _routed_row(acts):
-    """The row of (entries, positions) where the fewest positions act: not that of a negative."""
-    return min(acts, key=lambda row: int(row.sum()))
+    """The row of (entries, positions) where concepts act: not that of a negative prompt."""
+    return max(acts, key=lambda row: int(row.sum()))
 
 
 def _check_side(acts, is_left, module):
@@ -357,10 +357,13 @@ def test_concepts_in_the_weights_are_routed_as_beside_them(name):
     assert alike(draw(fused, together=HALVES), expected)
     fused.unload_custom("tom")
     fused.load_custom(concept(fused, "tom", index=1, class_word="cat"), fuse=True)
-    plain = draw(fused)
     assert alike(draw(fused, together=HALVES), expected)
-    with router(fused, PROMPT, True, 1).attach():  # z_image's padding has no ranks
-        assert torch.equal(draw(fused), plain) or name == "z_image"
+    drawing = fused, family_and_state(fused)[0], {"together": False}
+    plain = first_rows(*drawing)
+    with router(fused, PROMPT, True, 1).attach():
+        everywhere = first_rows(*drawing)
+    same = [torch.equal(*rows) for rows in zip(plain, everywhere, strict=True)]
+    assert same.count(True) == 1 or name == "z_image"  # whose padding has no ranks
 
 
 @some

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,18 +12,7 @@ from customize.stickers.artwork import artwork_folder, read_artwork
 from customize.stickers.caption_grammar import training_wording
 from customize.stickers.subjects import training_split
 from customize.training.data.dataset import read_training_images
-
-BENCH = Path(__file__).parents[2] / "scripts/bench"
-
-
-@pytest.fixture(scope="module")
-def drawings():
-    """The module of the drawings."""
-    sys.path.insert(0, str(BENCH))
-    try:
-        yield importlib.import_module("_worlds.drawings")
-    finally:
-        sys.path.remove(str(BENCH))
+from scripts.bench._worlds import drawings
 
 
 def on_grey(picture: Image.Image) -> np.ndarray:
@@ -36,7 +22,7 @@ def on_grey(picture: Image.Image) -> np.ndarray:
     return np.asarray(ground.convert("RGB").resize((40, 40))) / 255
 
 
-def test_drawings_are_cut_out_and_have_dark_outlines(drawings):
+def test_drawings_are_cut_out_and_have_dark_outlines():
     assert len({drawing.name for drawing in drawings.DRAWINGS}) == 10
     for drawing in drawings.DRAWINGS:
         picture = drawing.picture()
@@ -51,13 +37,13 @@ def test_drawings_are_cut_out_and_have_dark_outlines(drawings):
         assert 0.1 < dark.sum() / opaque.sum() < 0.45, drawing.name
 
 
-def test_drawings_differ_at_40_pixels(drawings):
+def test_drawings_differ_at_40_pixels():
     pictures = [on_grey(drawing.picture()) for drawing in drawings.DRAWINGS]
     for first, second in itertools.combinations(pictures, 2):
         assert np.abs(first - second).mean() > 0.08
 
 
-def test_pictures_differ_in_size_place_and_ground(drawings):
+def test_pictures_differ_in_size_place_and_ground():
     photos = drawings.photos(drawings.DRAWINGS[0], 3)
     assert [p.image.tobytes() for p in photos] == [
         p.image.tobytes() for p in drawings.photos(drawings.DRAWINGS[0], 3)
@@ -71,7 +57,7 @@ def test_pictures_differ_in_size_place_and_ground(drawings):
     assert all(text.startswith("a sticker of ") and text.count("{}") == 1 for text in captions)
 
 
-def test_pictures_are_written_as_training_reads_them(drawings, tmp_path):
+def test_pictures_are_written_as_training_reads_them(tmp_path):
     drawing = drawings.DRAWINGS[1]
     drawings.write_photos(drawing, tmp_path / "ghost", 0)
     images = read_training_images(tmp_path / "ghost", trigger=f"<{drawing.name}>")
@@ -80,6 +66,6 @@ def test_pictures_are_written_as_training_reads_them(drawings, tmp_path):
 
 
 @pytest.mark.skipif(not artwork_folder().is_dir(), reason="needs the artwork of `make stickers`")
-def test_captions_of_the_base_know_the_class_words(drawings):
+def test_captions_of_the_base_know_the_class_words():
     known = set(training_wording(training_split(read_artwork())).words())
     assert {drawing.class_word for drawing in drawings.DRAWINGS} <= known

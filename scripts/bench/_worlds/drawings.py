@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from _worlds.pen import INK, Pen
 from customize.stickers.artwork import Subject
 from customize.stickers.caption_grammar import Wording, caption
 from customize.stickers.scene_drawing import draw_ground
 from customize.stickers.world import GROUND_COLOURS, HEIGHT, Scene, Sticker, random_ground
+
+from .pen import INK, Pen
 
 #: Side of a drawing in pixels.
 SIZE = 128

@@ -32,6 +32,7 @@ import torch
 from safetensors.torch import save_file
 
 from customize.concepts.io.write_concept import save_concept
+from scripts.bench._worlds import drawings
 from tests.pipeline.making import concept, user_lora
 from tests.recording import record_in_one_step
 from tests.references.storybook_model import storybook_references
@@ -146,6 +147,10 @@ def workplace(
     monkeypatch.setattr("customize.storybook.bundled_assets.references_folder", lambda: references)
     shutil.copytree(demo, tmp_path / "demo")
     shutil.copytree(ROOT / "assets/concepts/rex", tmp_path / "photos/rex")
+    star = drawings.DRAWINGS[0]
+    (tmp_path / "photos/star").mkdir()
+    for number, photo in enumerate(drawings.photos(star, seed=0)):
+        photo.image.save(tmp_path / f"photos/star/{number}.png")
     (tmp_path / "stable-diffusion-v1-5").mkdir()
     (tmp_path / "stable-diffusion-v1-5/stable-diffusion-v1-5").symlink_to(ROOT / "assets/storybook")
     monkeypatch.setenv("CUSTOMIZE_CACHE", str(tmp_path / "cache"))

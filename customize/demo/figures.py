@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,30 @@ def _paste(sheet: Image.Image, tensor: Tensor, column: int, top: int) -> None:
     (image,) = tensor_to_images(tensor[None])
     small = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
     sheet.paste(small, (LABEL_WIDTH + column * (IMAGE_SIZE + MARGIN), top))
+
+
+def draw_captioned_rows(
+    rows: Sequence[Sequence[tuple[Image.Image, str]]], side: int = 192
+) -> Image.Image:
+    """Square images in rows, each scaled to the same side, with a text below.
+
+    Args:
+        rows: Images and texts from left to right.
+        side: Of each image on the sheet in pixels.
+    """
+    font, margin, line = ImageFont.load_default(size=13), 12, 16
+    texts = [[wrap_text(text, font, side) for _, text in row] for row in rows]
+    heights = [side + margin + line * (1 + max(text.count("\n") for text in row)) for row in texts]
+    width = max(map(len, rows)) * (side + margin) + margin
+    sheet = Image.new("RGB", (width, sum(heights) + margin), "white")
+    pen, top = ImageDraw.Draw(sheet), margin
+    for row, wrapped, height in zip(rows, texts, heights, strict=True):
+        for column, ((image, _), text) in enumerate(zip(row, wrapped, strict=True)):
+            left = margin + column * (side + margin)
+            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (left, top))
+            pen.multiline_text((left, top + side + 2), text, "black", font, spacing=1)
+        top += height
+    return sheet
 
 
 def wrap_text(text: str, font: Any, width: float = IMAGE_SIZE) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from customize.demo.figures import wrap_text
+from customize.demo.figures import draw_captioned_rows
 from customize.evaluation.storybook_rates import draw_prompts
 from customize.image_tensors import tensor_to_images
 from customize.storybook.bundled_assets import rewriter_folder
@@ -22,7 +22,6 @@ PROMPTS = (
     "woods, a bunny wearing a muffler, emerald",
 )
 SEED = 7
-_SIDE, _MARGIN, _TEXT = 192, 12, 44  # pixels
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,7 @@ def draw_rewritten_prompts(pipe: Any) -> RewrittenPrompts | None:
 
 def draw_sheet(drawn: RewrittenPrompts) -> Image.Image:
     """The prompts in columns: as they are above, rewritten below."""
-    font = ImageFont.load_default(size=13)
-    width = len(PROMPTS) * (_SIDE + _MARGIN) + _MARGIN
-    sheet = Image.new("RGB", (width, 2 * (_SIDE + _TEXT) + _MARGIN), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (texts, images) in enumerate(
-        ((PROMPTS, drawn.before), (drawn.rewritings, drawn.after))
-    ):
-        top = row * (_SIDE + _TEXT)
-        for column, (text, image) in enumerate(zip(texts, tensor_to_images(images), strict=True)):
-            left = _MARGIN + column * (_SIDE + _MARGIN)
-            pen.multiline_text(
-                (left, top + 6), wrap_text(text, font, _SIDE), "black", font, spacing=1
-            )
-            large = image.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-            sheet.paste(large, (left, top + _TEXT))
-    return sheet
+    rows = ((drawn.before, PROMPTS), (drawn.after, drawn.rewritings))
+    return draw_captioned_rows(
+        [[*zip(tensor_to_images(images), texts, strict=True)] for images, texts in rows]
+    )

@@ -19,6 +19,7 @@ from customize.demo.experiment import (
     REFERENCES,
     DrawnImages,
 )
+from customize.demo.snippet import loading_snippet
 from customize.evaluation import result_file, storybook_rates
 from customize.storybook.example_concepts import bundled_concept
 from customize.storybook.judges import Judges, judge_inputs
@@ -168,15 +169,6 @@ def markdown_page(card: Mapping[str, Any], folder: Path) -> str:
 
 def python_snippet(folder: Path) -> str:
     """The Python lines that load the demo's concepts."""
-    paths = ",\n    ".join(f'"{(folder / "concepts" / n).as_posix()}"' for n in NAMES)
-    return "\n".join(
-        [
-            "import customize",
-            "from diffusers import DiffusionPipeline",
-            "",
-            'pipe = DiffusionPipeline.from_pretrained("assets/storybook").load_custom(',
-            f"    {paths},",
-            ")",
-            'pipe("a photo of <rex> wearing a hat on a beach").images[0].save("rex.png")',
-        ]
-    )
+    paths = [folder / "concepts" / name for name in NAMES]
+    prompt = "a photo of <rex> wearing a hat on a beach"
+    return loading_snippet(experiment.BASE_NAME, paths, prompt, "rex.png")

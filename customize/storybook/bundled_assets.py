@@ -25,6 +25,23 @@ def assets_folder() -> Path:
     return ASSETS
 
 
+def stickers_folder() -> Path:
+    """The folder of the bundled base of stickers.
+
+    Raises:
+        CustomizeError: The checkout does not contain it.
+    """
+    folder = ASSETS / "stickers"
+    if not (folder / "model_index.json").is_file():
+        raise CustomizeError(
+            "the bundled base of stickers is missing: there is no model_index.json",
+            where=folder,
+            fix="run from a clone of the repository that has it, or install the artwork with "
+            "`make stickers`, train the base with scripts/train_storybook.py and copy it there",
+        )
+    return folder
+
+
 def references_folder() -> Path | None:
     """The reference model of the bundled base; None if the checkout has none."""
     folder = ASSETS / "references"

@@ -32,6 +32,7 @@ def demo(
     class_word: Annotated[
         str | None,
         typer.Option(
+            metavar="TEXT",
             help="With --images: what kind of thing it is, such as bird, plant or vehicle"
             " (default: animal)",
         ),

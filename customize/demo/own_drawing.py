@@ -32,7 +32,13 @@ BASE_NAME = "assets/stickers"
 CLASS_WORD = "animal"
 MAX_IMAGES = 20
 
+# About two minutes on two CPU cores. A shape that the base has never seen needs more capacity than
+# a concept of the storybook: of ranks 8, 16 and 32 the last came nearest.
 TRAINING: dict[str, Any] = experiment.TRAINING | {
+    "rank": 32,
+    "num_tokens": 4,
+    "steps": 800,
+    "learning_rate": 3e-3,
     "caption": "a sticker of {}",
     "samples": False,  # the sheet shows the result
     # What the base can do with a class, and pictures may not show.
@@ -63,7 +69,8 @@ PROMPTS = (
     "a sticker of {} to the right of a rose on a white background",
     "a sticker of {} above a bicycle on a grey background",
 )
-SEED = 1
+# Guidance at which the base's own samples are drawn.
+SEED, GUIDANCE = 1, 4.0
 _COLUMNS = 5
 _MAX_NAME_LENGTH = 32
 
@@ -116,7 +123,7 @@ def run_own_drawing(
     load_custom(pipe, train_concept(config, pipe.components))
     console.print(f"2/2 drawing {config.trigger}")
     prompts = [prompt.replace("{}", config.trigger) for prompt in PROMPTS]
-    sheet = draw_sheet(pictures, prompts, draw_prompts(pipe, prompts, SEED))
+    sheet = draw_sheet(pictures, prompts, draw_prompts(pipe, prompts, SEED, guidance=GUIDANCE))
     path = save_sheet(sheet, folder / "own.png")
     console.print(f"\nImage: {path}\n\nTo use the concept in Python:\n", soft_wrap=True)
     prompt = f"a sticker of a large {config.trigger}"

@@ -80,9 +80,15 @@ def unrelated_prompts() -> list[str]:
     return [p for k, words in enumerate(things) for p in evaluation_prompts(words)[k::4]]
 
 
-def draw_prompts(pipe: Any, prompts: Sequence[str], seed: int, steps: int = STEPS) -> Tensor:
+def draw_prompts(
+    pipe: Any,
+    prompts: Sequence[str],
+    seed: int,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+) -> Tensor:
     """Draw n prompts as (n, 3, 64, 64) in [-1, 1]; image k has the seed `1000 * seed + k`."""
-    return draw_groups(pipe, {"all": prompts}, seed, steps=steps)["all"]
+    return draw_groups(pipe, {"all": prompts}, seed, steps=steps, guidance=guidance)["all"]
 
 
 def draw_groups(
@@ -92,6 +98,7 @@ def draw_groups(
     on_drawn: Callable[[int], object] | None = None,
     steps: int = STEPS,
     batch: int = 16,
+    guidance: float = GUIDANCE,
 ) -> dict[Key, Tensor]:
     """Draw several lists of prompts in common batches.
 
@@ -102,6 +109,7 @@ def draw_groups(
         on_drawn: Called with the number of images of each batch.
         steps: Sampling steps.
         batch: Images per batch.
+        guidance: Scale of classifier-free guidance.
 
     Returns:
         Key -> (prompts, 3, 64, 64) in [-1, 1], float32, on the CPU.
@@ -118,7 +126,7 @@ def draw_groups(
         images = pipe(
             [text for text, _ in part],
             num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
+            guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(number) for _, number in part],
             output_type="pt",
         ).images

@@ -20,7 +20,7 @@ from tests.stickers.making import draw_shape
 from tests.tiny import tiny_sd
 
 #: A tiny model learns 2 steps in a moment.
-FEW = {"steps": 2, "warmup_steps": 0, "checkpoint_every": 0, "num_shared_directions": 0}
+FEW = {"rank": 4, "steps": 2, "warmup_steps": 0, "checkpoint_every": 0, "num_shared_directions": 0}
 
 
 @pytest.fixture(scope="module")

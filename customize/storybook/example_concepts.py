@@ -37,6 +37,11 @@ class ExampleConcept:
         return f"<{self.name}>"
 
     @property
+    def class_word(self) -> str:
+        """The class of its identity, such as "dog"."""
+        return self.identity.kind
+
+    @property
     def backgrounds(self) -> set[str]:
         """The backgrounds of the reference scenes, which must not leak into generated images."""
         return {scene.background for scene in self.scenes}

@@ -1,4 +1,4 @@
-"""The concepts that merges are compared on, and the scoring of merged models."""
+"""The scoring of merged models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from _merges import Products
+from _worlds.bench_world import WORLDS, BenchWorld
+from _worlds.storybook_concepts import KINDS as KINDS
+from _worlds.storybook_concepts import concept as concept
 from diffusers import DiffusionPipeline
 
 from customize.api.pipeline_methods import load_custom, unload_custom
@@ -19,19 +22,8 @@ from customize.concepts.types import Concept
 from customize.core.lowrank import to_dense
 from customize.evaluation import storybook_rates
 from customize.families import family_of
-from customize.storybook.example_concepts import ExampleConcept, make_concept
-from customize.storybook.judges import judge_inputs, load_judges
 
-# Two dogs among the first three, which are merged at every K, as equal classes blend first.
-KINDS = (
-    *("dog", "cat", "dog", "robot", "car", "cat", "rabbit"),
-    *("bird", "fish", "cup", "robot", "car", "bird"),
-)
 RATES = ("identity", "prompt", "leak")
-
-
-def concept(index: int) -> ExampleConcept:
-    return make_concept(f"c{index:02d}", KINDS[index], 100 + index)
 
 
 def open_quietly(base: Path) -> Any:
@@ -43,12 +35,13 @@ def open_quietly(base: Path) -> Any:
 class Scorer:
     """Draws images of concepts with a merged model and scores them."""
 
-    def __init__(self, base: Path, judges: Path) -> None:
+    def __init__(self, base: Path, judges: Path, world: BenchWorld = WORLDS["storybook"]) -> None:
+        self.world = world
         self.pipe = open_quietly(base)
         # The fastest memory format for convolutions on a CPU.
         self.pipe.unet.to(memory_format=torch.channels_last)
         self.family = family_of(self.pipe.components)
-        self.judges = load_judges(judges)
+        self.judges = world.load_judges(judges)
         # Some rows measure shared slices on purpose.
         warnings.filterwarnings("ignore", message=r".* share \d+ of \d+ columns")
 
@@ -96,13 +89,7 @@ class Scorer:
             unload_custom(self.pipe)
 
     def rate(self, index: int, seed: int, scenes: int) -> storybook_rates.Rates:
-        story = concept(index)
-        prompts = storybook_rates.evaluation_prompts(story.trigger, storybook_rates.SCENES[:scenes])
-        images = storybook_rates.draw_prompts(self.pipe, prompts, seed)
-        signature = self.judges.prototype(judge_inputs(story.images()))
-        return storybook_rates.rate_concept(
-            self.judges, images, prompts, signature, story.identity.kind, story.backgrounds
-        )
+        return self.world.rate(self.pipe, self.judges, self.world.concept(index), seed, scenes)
 
     @contextmanager
     def changed(self, products: Products) -> Iterator[None]:

@@ -15,6 +15,9 @@ Fusion needs no weight: it is shown at weight 1. The average of K updates at wei
 sum at weight 1, so tuning would make the two rows equal: the average is shown at weight 1, as users
 get it.
 
+With `--world stickers` the concepts are held-out subjects of the stickers, whose artwork
+`make stickers` installs.
+
     python scripts/bench/merge_identity.py --json scripts/bench/results/merge_identity.json
 """
 
@@ -46,12 +49,12 @@ from _merges import (
     Learned,
     by_ours,
 )
-from _scorer import KINDS, RATES, Scorer, concept, open_quietly
+from _scorer import KINDS, RATES, Scorer, open_quietly
 from _workers import folder_name, weights_of
+from _worlds.bench_world import WORLDS
 
 from customize.core.lowrank import norm
 from customize.demo.experiment import TRAINING
-from customize.evaluation import storybook_rates
 from customize.families import family_of
 from customize.training.config import TrainConfig
 
@@ -95,12 +98,13 @@ QUICK_STEPS = 40
 
 def training(args: argparse.Namespace) -> dict[str, Any]:
     """The demo's settings without preservation, as merges are compared."""
-    return TRAINING | {"steps": args.steps, "checkpoint_every": 0, "preserve": {}}
+    settings = TRAINING | {"steps": args.steps, "checkpoint_every": 0, "preserve": {}}
+    return settings | WORLDS[args.world].training
 
 
 def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
     """The settings of a training; the kinds differ in slice, shared directions and method only."""
-    story = concept(index)
+    concept = WORLDS[args.world].concept(index)
     settings: dict[str, dict[str, Any]] = {
         AVOIDING: {"slice": index},
         SLICED: {"slice": index, "num_shared_directions": 0},
@@ -109,10 +113,10 @@ def config_of(args: argparse.Namespace, kind: str, index: int) -> TrainConfig:
     }
     return TrainConfig(
         base=str(args.base),
-        images=args.folder / "pictures" / story.name,
-        output=args.folder / folder_name(kind) / story.name,
-        name=story.name,
-        class_word=story.identity.kind,
+        images=args.folder / "pictures" / concept.name,
+        output=args.folder / folder_name(kind) / concept.name,
+        name=concept.name,
+        class_word=concept.class_word,
         **training(args),
         **settings[kind],
     )
@@ -158,7 +162,8 @@ def score(args: argparse.Namespace, scorer: Scorer, job: str) -> None:
 def cell_file(args: argparse.Namespace, job: str) -> Path:
     """The file for a job's rows, in a folder named by a digest of the settings of the scores."""
     depends = hashlib.sha256(repr(astuple(QUICK if args.quick else FULL)).encode())
-    for path in [Path(storybook_rates.__file__), *weights_of(args.base), *weights_of(args.judges)]:
+    sources = WORLDS[args.world].sources
+    for path in [*sources, *weights_of(args.base), *weights_of(args.judges)]:
         depends.update(path.read_bytes())
     return args.folder / f"scores-{depends.hexdigest()[:8]}" / f"{folder_name(job)}.json"
 
@@ -306,10 +311,10 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float
     for path in weights_of(args.base):
         depends.update(path.read_bytes())
     args.folder = args.folder / f"{depends.hexdigest()[:8]}-{args.steps}"
-    for index in range(protocol.total):
-        concept(index).write(args.folder / "pictures" / concept(index).name)
+    for concept in map(WORLDS[args.world].concept, range(protocol.total)):
+        concept.write(args.folder / "pictures" / concept.name)
 
-    steps = ("--steps", str(args.steps))
+    steps = ("--steps", str(args.steps), "--world", args.world)
     learned = [f"{kind}/{index}" for kind in LEARNED for index in range(protocol.total)]
     _workers.share_out(args, "learn", learned, *steps)
     cells = [f"alone, {kind}/1" for kind in LEARNED] + [f"{TOKENS}/1"]
@@ -367,17 +372,24 @@ def figures(
 def main() -> None:
     parser = _common.parser(__doc__)
     _workers.add_arguments(parser, "runs/merge_identity", "learn", "score")
+    parser.set_defaults(base=None, judges=None)  # those of the world
+    parser.add_argument(
+        "--world", choices=list(WORLDS), default="storybook", help="whose concepts are merged"
+    )
     parser.add_argument(
         "--steps", type=int, default=TRAINING["steps"], help="training steps per concept"
     )
     args = parser.parse_args()
+    world = WORLDS[args.world]
+    args.base, args.judges = args.base or world.base, args.judges or world.judges
     if args.learn is None and args.score is None:
-        _common.report("merge_identity", args, *run(args))
+        name = "merge_identity" + ("_stickers" if args.world == "stickers" else "")
+        _common.report(name, args, *run(args))
         return
     torch.set_num_threads(1)
     for job in args.learn or ():
         learn(args, job)
-    scorer = Scorer(args.base, args.judges) if args.score else None
+    scorer = Scorer(args.base, args.judges, world) if args.score else None
     for job in args.score or ():
         assert scorer is not None
         score(args, scorer, job)

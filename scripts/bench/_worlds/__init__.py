@@ -1,1 +1,1 @@
-"""The parts of benchmarks of the sticker world."""
+"""What benchmarks need of the storybook and of the stickers."""

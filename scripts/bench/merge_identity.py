@@ -383,8 +383,10 @@ def main() -> None:
     world = WORLDS[args.world]
     args.base, args.judges = args.base or world.base, args.judges or world.judges
     if args.learn is None and args.score is None:
-        name = "merge_identity" + ("_stickers" if args.world == "stickers" else "")
-        _common.report(name, args, *run(args))
+        rows, measured = run(args)
+        if args.world == "stickers":
+            measured = {f"stickers_{name}": value for name, value in measured.items()}
+        _common.report("merge_identity", args, rows, measured)
         return
     torch.set_num_threads(1)
     for job in args.learn or ():

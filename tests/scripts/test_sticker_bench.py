@@ -128,3 +128,25 @@ def _scene(request):
     ground = random_ground(np.random.default_rng(request.number), request.colour, "plain")
     side = (HEIGHT - 44) // 2
     return Scene((Sticker(request.subject, request.hand, side, side, 44),), ground)
+
+
+def test_figures_of_both_parts(worlds, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    bench = importlib.import_module("worlds")
+    scores = {"prompt": 0.5, "of its class": 0.25}
+    figures = bench.figures_of(
+        [
+            {"part": "subjects", "name": "all hands", "subject": 0.7, "hand": 0.6, "ground": 1.0},
+            {"part": "subjects", "name": "crayon", "subject": 0.2, "hand": 0.1, "ground": 0.0},
+            {"part": "drawing", "name": "star-creature", "identity": 1.0} | scores,
+            {"part": "drawing", "name": "ghost", "identity": 0.5} | scores,
+        ]
+    )
+    assert figures == {
+        "own_drawing_identity": 0.75,
+        "own_drawing_prompt": 0.5,
+        "own_drawing_identity_of_its_class": 0.25,
+        "stickers_base_subject_accuracy": 0.7,
+        "stickers_base_hand_accuracy": 0.6,
+        "stickers_base_ground_accuracy": 1.0,
+    }

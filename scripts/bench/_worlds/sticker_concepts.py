@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,30 @@ def prompt_of(words: str, scene: tuple[str, str, str, str]) -> str:
     return " ".join(part for part in ("a sticker of", thing, place, ground) if part)
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What a model has learned from pictures.
+
+    Attributes:
+        trigger: Its words in prompts.
+        pictures: RGB, 64 x 64 pixels.
+        colours: Of the pictures' grounds, which must not leak; none: that is not asked.
+    """
+
+    trigger: str
+    pictures: Sequence[Image.Image]
+    colours: frozenset[str] = frozenset()
+
+    def images(self) -> Sequence[Image.Image]:
+        return self.pictures
+
+
 def rate(
-    pipe: Any, judges: StickerJudges, concept: StickerConcept, seed: int, scenes: int
+    pipe: Any,
+    judges: StickerJudges,
+    concept: StickerConcept | Learned,
+    seed: int,
+    scenes: int,
 ) -> Rates:
     """Draw a concept by its trigger in the first scenes, and score the images.
 

@@ -115,7 +115,8 @@ def _score_drawing(args: argparse.Namespace, drawing: Drawing, sheet: Path) -> d
     load_custom(pipe, config.output)
     rates = rate(config.trigger)
     prompts = [sticker_concepts.prompt_of(config.trigger, s) for s in sticker_concepts.SCENES]
-    save_sheet(references.pictures, draw_prompts(pipe, prompts, seeds[0]), sheet)
+    drawn = draw_prompts(pipe, prompts, seeds[0], guidance=sticker_concepts.GUIDANCE)
+    save_sheet(references.pictures, drawn, sheet)
     unload_custom(pipe)
     return {
         "part": "drawing",

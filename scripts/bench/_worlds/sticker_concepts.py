@@ -27,6 +27,8 @@ SUBJECTS = (
     *("unicorn", "train", "hedgehog", "mango", "guitar", "speedboat", "tulip"),
     *("parrot", "otter", "hamburger", "watermelon", "ice cream", "rooster"),
 )
+#: Guidance at which bases of stickers are drawn; their pictures are truer to prompts than at 2.5.
+GUIDANCE = 4.0
 _SEED = 81_000
 # Sizes in pixels of a concept in its five pictures.
 _SIZES = (30, 36, 42, 48, 56)
@@ -173,7 +175,8 @@ def rate(
         scenes: Their number.
     """
     wanted = SCENES[:scenes]
-    images = draw_prompts(pipe, [prompt_of(concept.trigger, scene) for scene in wanted], seed)
+    prompts = [prompt_of(concept.trigger, scene) for scene in wanted]
+    images = draw_prompts(pipe, prompts, seed, guidance=GUIDANCE)
     distance = judges.distance(images, judges.prototype(images_to_tensor(concept.images())))
     hits, leaks = [], []
     for scene, boxes, ground in zip(

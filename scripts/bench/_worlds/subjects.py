@@ -16,9 +16,11 @@ from customize.stickers.prototypes import Prototypes
 from customize.stickers.subjects import Split
 from customize.stickers.world import GROUND_COLOURS
 
+from .sticker_concepts import GUIDANCE
+
 #: Of all subjects of a base of common ones, taken at equal distances.
 COUNT = 200
-STEPS, GUIDANCE = 25, 4.0
+STEPS = 25
 _BATCH = 16
 _SEED = 71_000
 

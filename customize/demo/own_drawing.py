@@ -6,7 +6,7 @@ A concept that the folder already contains is loaded instead of trained.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +14,15 @@ from PIL import Image
 
 from customize.demo import experiment
 from customize.demo.figures import draw_captioned_rows
+from customize.demo.finished_concept import train_or_load
 from customize.demo.snippet import loading_snippet
-from customize.errors import DataError, SettingsError, storage_error
+from customize.errors import DataError, storage_error
 from customize.image_tensors import tensor_to_images
 from customize.storybook.bundled_assets import stickers_folder
 from customize.text import one_line, plural
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from customize.concepts.types import Concept
-    from customize.training.config import TrainConfig
 
 # Relative to the clone, as in the README's lines.
 BASE_NAME = "assets/stickers"
@@ -120,7 +118,8 @@ def run_own_drawing(
     console.print(f"1/2 learning {config.trigger} from {source}")
     pipe = DiffusionPipeline.from_pretrained(base)
     pipe.set_progress_bar_config(disable=True)
-    load_custom(pipe, train_concept(config, pipe.components))
+    fix = "choose another --name or --output, or delete that folder"
+    load_custom(pipe, train_or_load(config, pipe.components, fix))
     console.print(f"2/2 drawing {config.trigger}")
     prompts = [prompt.replace("{}", config.trigger) for prompt in PROMPTS]
     sheet = draw_sheet(pictures, prompts, draw_prompts(pipe, prompts, SEED, guidance=GUIDANCE))
@@ -159,24 +158,6 @@ def read_pictures(images: Path) -> list[Image.Image]:
             fix="put a few pictures of one drawing or thing into a folder of their own",
         )
     return [read_image(path) for path in paths]
-
-
-def train_concept(config: TrainConfig, components: Mapping[str, Any]) -> Concept:
-    """Train the concept, resume its training, or load it if it is finished.
-
-    Raises:
-        SettingsError: The folder contains a concept of other pictures or settings.
-    """
-    from customize.training.recipe import train
-
-    try:
-        return train(config, components)
-    except SettingsError as error:
-        raise SettingsError(
-            error.problem,
-            where=error.where,
-            fix="choose another --name or --output, or delete that folder",
-        ) from None
 
 
 def draw_sheet(

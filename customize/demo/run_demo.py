@@ -24,7 +24,8 @@ from customize.demo.experiment import (
     DrawnImages,
     Method,
 )
-from customize.errors import SettingsError, storage_error
+from customize.demo.finished_concept import train_or_load
+from customize.errors import storage_error
 from customize.evaluation import result_file, storybook_rates
 from customize.storybook.bundled_assets import assets_folder, references_folder
 from customize.storybook.example_concepts import bundled_concept
@@ -100,7 +101,6 @@ def train_concept(
         SettingsError: The folder contains a concept trained with other settings.
     """
     from customize.training.config import TrainConfig
-    from customize.training.recipe import train
 
     orthogonal = method == "orthogonal"
     config = TrainConfig(
@@ -114,14 +114,8 @@ def train_concept(
         record_inputs=orthogonal,  # a sum needs no layer inputs
         **experiment.TRAINING | ({} if orthogonal else {"preserve": {}}),
     )
-    try:
-        return train(config, components)
-    except SettingsError as error:
-        raise SettingsError(
-            error.problem,
-            where=error.where,
-            fix="delete that folder and run the demo again: the demo has changed since",
-        ) from None
+    fix = "delete that folder and run the demo again: the demo has changed since"
+    return train_or_load(config, components, fix)
 
 
 def draw_all_models(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _scorer import concept, open_quietly
+from _scorer import open_quietly
+from _worlds.storybook_concepts import concept
 
 from customize.api.pipeline_methods import load_custom, unload_custom
 from customize.concepts.types import Concept

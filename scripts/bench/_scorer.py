@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from _merges import Products
 from _worlds.bench_world import WORLDS, BenchWorld
-from _worlds.storybook_concepts import KINDS as KINDS
-from _worlds.storybook_concepts import concept as concept
 from diffusers import DiffusionPipeline
 
 from customize.api.pipeline_methods import load_custom, unload_custom

@@ -43,8 +43,8 @@ import _saves
 import _workers
 import torch
 from _class_scorer import RATES, STEPS, Scorer
-from _scorer import concept
 from _workers import folder_name, weights_of
+from _worlds.storybook_concepts import concept
 
 from customize.core import preservation
 from customize.demo.experiment import TRAINING

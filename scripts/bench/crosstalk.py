@@ -22,8 +22,9 @@ from typing import Any
 import _common
 import torch
 from _merges import AVOIDING, PLAIN, SLICED, Learned, by_ours, kept, reader
-from _scorer import Scorer, concept
+from _scorer import Scorer
 from _workers import folder_name
+from _worlds.storybook_concepts import concept
 from merge_identity import FULL, QUICK, SCORED, members
 from torch import Tensor
 

@@ -49,9 +49,10 @@ from _merges import (
     Learned,
     by_ours,
 )
-from _scorer import KINDS, RATES, Scorer, open_quietly
+from _scorer import RATES, Scorer, open_quietly
 from _workers import folder_name, weights_of
 from _worlds.bench_world import WORLDS
+from _worlds.storybook_concepts import KINDS
 
 from customize.core.lowrank import norm
 from customize.demo.experiment import TRAINING

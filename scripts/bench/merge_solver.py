@@ -20,8 +20,9 @@ from typing import Any
 import _common
 import torch
 from _merges import AVOIDING, PLAIN, Learned, Products, by_ours, kept, reader
-from _scorer import Scorer, concept
+from _scorer import Scorer
 from _workers import folder_name
+from _worlds.storybook_concepts import concept
 from merge_identity import FULL, QUICK, members, over, spread_of
 from torch import Tensor
 

@@ -33,8 +33,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _merges import AVOIDING
-from _scorer import KINDS, concept, open_quietly
+from _scorer import open_quietly
 from _workers import folder_name
+from _worlds.storybook_concepts import KINDS, concept
 from merge_identity import learn
 from torch import Tensor
 

@@ -39,7 +39,6 @@ from _worlds.drawings import DRAWINGS, Drawing
 
 from customize.api.pipeline_methods import load_custom, unload_custom
 from customize.demo.own_drawing import TRAINING
-from customize.evaluation.storybook_rates import draw_prompts
 from customize.image_tensors import tensor_to_images
 from customize.stickers.judges import StickerJudges
 from customize.training.config import TrainConfig
@@ -49,16 +48,12 @@ QUICK_STEPS, QUICK_SUBJECTS, QUICK_DRAWINGS = 40, 20, 1
 _PHOTO_SEED = 5
 
 
-def count_drawings(args: argparse.Namespace) -> int:
-    return QUICK_DRAWINGS if args.quick else len(DRAWINGS)
-
-
 def config_of(args: argparse.Namespace, drawing: Drawing) -> TrainConfig:
     """The settings of the demo for a user's own pictures."""
     return TrainConfig(
         base=str(args.base),
         images=args.folder / "pictures" / drawing.name,
-        output=args.folder / depends_on(args) / drawing.name,
+        output=args.folder / drawing.name,
         name=drawing.name,
         class_word=drawing.class_word,
         **training(args),
@@ -91,7 +86,7 @@ def learn(args: argparse.Namespace, name: str) -> None:
 
 def score_drawing(args: argparse.Namespace, drawing: Drawing) -> dict[str, Any]:
     """The scores of one learned drawing; stored ones are kept."""
-    path = args.folder / depends_on(args) / f"{drawing.name}{'-quick' * args.quick}.json"
+    path = args.folder / f"{drawing.name}{'-quick' * args.quick}.json"
     if not path.exists():
         _workers.keep(path, _score_drawing(args, drawing, path.with_suffix(".png")))
     row: dict[str, Any] = json.loads(path.read_text())
@@ -101,23 +96,22 @@ def score_drawing(args: argparse.Namespace, drawing: Drawing) -> dict[str, Any]:
 def _score_drawing(args: argparse.Namespace, drawing: Drawing, sheet: Path) -> dict[str, Any]:
     pipe, judges = open_pipe(args), load_judges(args)
     config = config_of(args, drawing)
-    references = sticker_concepts.Learned(
-        config.trigger, [photo.image for photo in drawings.photos(drawing, _PHOTO_SEED)]
-    )
+    pictures = [photo.image for photo in drawings.photos(drawing, _PHOTO_SEED)]
     seeds = QUICK_SEEDS if args.quick else SEEDS
     scenes = len(sticker_concepts.SCENES)
 
-    def rate(words: str) -> list[dict[str, float]]:
-        shown = sticker_concepts.Learned(words, references.pictures)
-        return [asdict(sticker_concepts.rate(pipe, judges, shown, s, scenes)) for s in seeds]
+    def draw(words: str) -> list[torch.Tensor]:
+        return [sticker_concepts.draw(pipe, words, seed, scenes) for seed in seeds]
 
-    plain = rate(f"a {drawing.class_word}")
+    def rate(drawn: list[torch.Tensor]) -> list[dict[str, float]]:
+        return [asdict(sticker_concepts.rate_images(judges, each, pictures)) for each in drawn]
+
+    plain = rate(draw(drawing.class_word))
     load_custom(pipe, config.output)
-    rates = rate(config.trigger)
-    prompts = [sticker_concepts.prompt_of(config.trigger, s) for s in sticker_concepts.SCENES]
-    drawn = draw_prompts(pipe, prompts, seeds[0], guidance=sticker_concepts.GUIDANCE)
-    save_sheet(references.pictures, drawn, sheet)
+    drawn = draw(config.trigger)
     unload_custom(pipe)
+    rates = rate(drawn)
+    save_sheet(pictures, drawn[0], sheet)
     return {
         "part": "drawing",
         "name": drawing.name,
@@ -171,7 +165,8 @@ def load_judges(args: argparse.Namespace) -> StickerJudges:
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    shown = DRAWINGS[: count_drawings(args)]
+    args.folder = args.folder / depends_on(args)
+    shown = DRAWINGS[: QUICK_DRAWINGS if args.quick else len(DRAWINGS)]
     missing = [d.name for d in shown if not (config_of(args, d).output / "concept.json").exists()]
     if missing:
         _workers.share_out(args, "learn", missing)

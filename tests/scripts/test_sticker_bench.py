@@ -73,6 +73,12 @@ def test_prompts_of_scenes_are_in_the_caption_grammar(worlds):
     assert prompts[5] == "a sticker of <c00> at the bottom on an orange background"
     assert prompts[6] == "a sticker of a small <c00> at the top on a turquoise background"
     assert prompts[7] == "a sticker of <c00> on a dotted purple background"
+    plain = [
+        worlds.sticker_concepts.prompt_of("octopus", scene)
+        for scene in worlds.sticker_concepts.SCENES
+    ]
+    assert plain[0] == "a sticker of a large octopus on a blue background"
+    assert plain[1] == "a sticker of an octopus on the left on a yellow background"
 
 
 LARGE, LEFT, BOTTOM = (

@@ -15,8 +15,8 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
-from _scorer import KINDS
 from _workers import weights_of
+from _worlds.storybook_concepts import KINDS
 
 from customize.demo.experiment import NAMES, TRAINING
 from customize.storybook.bundled_assets import assets_folder

@@ -44,7 +44,7 @@ class BenchWorld:
 
     base: Path
     judges: Path
-    concept: Callable[[int], Any]
+    concept: Callable[[int], BenchConcept]
     load_judges: Callable[[Path], Any]
     rate: Callable[[Any, Any, Any, int, int], Rates]
     training: dict[str, Any]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from customize.errors import DataError
 from customize.evaluation.storybook_rates import Rates, draw_prompts
@@ -132,38 +133,29 @@ def make_concept(artwork: Artwork, subject: Subject, hand: str, index: int) -> S
 
 
 def prompt_of(words: str, scene: tuple[str, str, str, str]) -> str:
-    """The prompt for a thing in a scene of :data:`SCENES`."""
+    """The prompt for a thing in a scene of :data:`SCENES`.
+
+    Args:
+        words: A trigger such as "<c00>", or a noun without an article.
+        scene: Size, place and ground.
+    """
     size, place, texture, colour = scene
-    thing = caption_grammar.with_article(f"{size} {words}") if size else words
+    thing = f"{size} {words}".strip()
+    if not thing.startswith("<"):
+        thing = caption_grammar.with_article(thing)
     ground = f"{texture} {colour}" if texture != "plain" else colour
     ground = f"on {caption_grammar.with_article(ground)} background"
     return " ".join(part for part in ("a sticker of", thing, place, ground) if part)
 
 
-@dataclass(frozen=True)
-class Learned:
-    """What a model has learned from pictures.
-
-    Attributes:
-        trigger: Its words in prompts.
-        pictures: RGB, 64 x 64 pixels.
-        colours: Of the pictures' grounds, which must not leak; none: that is not asked.
-    """
-
-    trigger: str
-    pictures: Sequence[Image.Image]
-    colours: frozenset[str] = frozenset()
-
-    def images(self) -> Sequence[Image.Image]:
-        return self.pictures
+def draw(pipe: Any, words: str, seed: int, scenes: int) -> Tensor:
+    """Draw a thing in the first scenes: (scenes, 3, 64, 64) in [-1, 1]."""
+    prompts = [prompt_of(words, scene) for scene in SCENES[:scenes]]
+    return draw_prompts(pipe, prompts, seed, guidance=GUIDANCE)
 
 
 def rate(
-    pipe: Any,
-    judges: StickerJudges,
-    concept: StickerConcept | Learned,
-    seed: int,
-    scenes: int,
+    pipe: Any, judges: StickerJudges, concept: StickerConcept, seed: int, scenes: int
 ) -> Rates:
     """Draw a concept by its trigger in the first scenes, and score the images.
 
@@ -174,17 +166,33 @@ def rate(
         seed: Of the images.
         scenes: Their number.
     """
-    wanted = SCENES[:scenes]
-    prompts = [prompt_of(concept.trigger, scene) for scene in wanted]
-    images = draw_prompts(pipe, prompts, seed, guidance=GUIDANCE)
-    distance = judges.distance(images, judges.prototype(images_to_tensor(concept.images())))
+    drawn = draw(pipe, concept.trigger, seed, scenes)
+    return rate_images(judges, drawn, concept.images(), concept.colours)
+
+
+def rate_images(
+    judges: StickerJudges,
+    images: Tensor,
+    pictures: Sequence[Image.Image],
+    colours: Collection[str] = (),
+) -> Rates:
+    """Score images of the first scenes.
+
+    Args:
+        judges: Of stickers.
+        images: One for each scene, as :func:`draw` returns them.
+        pictures: Those that the thing was learned from, 64 x 64 pixels.
+        colours: Of the pictures' grounds, which must not leak.
+    """
+    wanted = SCENES[: len(images)]
+    distance = judges.distance(images, judges.prototype(images_to_tensor(pictures)))
     hits, leaks = [], []
     for scene, boxes, ground in zip(
         wanted, judges.find_stickers(images), judges.read_grounds(images), strict=True
     ):
         hits += prompt_hits(scene, boxes, ground)
-        if scene[3] not in concept.colours:
-            leaks.append(ground[0] in concept.colours)
+        if scene[3] not in colours:
+            leaks.append(ground[0] in colours)
     identity = (distance <= judges.threshold).float().mean().item()
     prompt = sum(hits) / len(hits)
     leak = sum(leaks) / len(leaks) if leaks else 0.0

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from customize.evaluation.storybook_rates import draw_prompts
 from customize.stickers import caption_grammar
 from customize.stickers.artwork import Subject
 from customize.stickers.judges import StickerJudges
@@ -20,9 +20,7 @@ from .sticker_concepts import GUIDANCE
 
 #: Of all subjects of a base of common ones, taken at equal distances.
 COUNT = 200
-STEPS = 25
-_BATCH = 16
-_SEED = 71_000
+_SEED = 71
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Request:
         subject: What it shows.
         hand: Whose drawing it is.
         colour: Of the ground.
-        number: Seed of the image.
+        number: Place in the list of requests, on which the seed of the image depends.
     """
 
     subject: Subject
@@ -64,24 +62,13 @@ def requests(split: Split, count: int, hands: int) -> list[Request]:
         for j in range(min(hands, len(drawn))):
             number = len(result)
             hand, colour = drawn[(k + j) % len(drawn)], colours[number % len(colours)]
-            result.append(Request(subject, hand, colour, _SEED + number))
+            result.append(Request(subject, hand, colour, number))
     return result
 
 
 def draw(pipe: Any, wanted: Sequence[Request]) -> Tensor:
     """Draw requests as (n, 3, 64, 64) in [-1, 1]."""
-    batches = []
-    for first in range(0, len(wanted), _BATCH):
-        part = wanted[first : first + _BATCH]
-        images = pipe(
-            [each.prompt for each in part],
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=[torch.Generator().manual_seed(each.number) for each in part],
-            output_type="pt",
-        ).images
-        batches.append(images.float().cpu() * 2 - 1)
-    return torch.cat(batches)
+    return draw_prompts(pipe, [each.prompt for each in wanted], _SEED, guidance=GUIDANCE)
 
 
 def rates(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from PIL import features
+from PIL import Image, features
 
 from customize.errors import DataError
 from customize.near_names import suggest_paths
@@ -215,3 +215,17 @@ def _explain_ignored(suffix: str) -> str:
     if suffix in _CONVERTIBLE_SUFFIXES:
         return " (save it as PNG)"
     return " (no suffix)" if not suffix else ""
+
+
+def write_images(folder: Path, images: Iterable[Image.Image], captions: Iterable[str]) -> None:
+    """Write images and their captions as `0.png`, `0.txt` and so on, for training.
+
+    Args:
+        folder: Is created if it is missing.
+        images: The images.
+        captions: One for each.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, (image, text) in enumerate(zip(images, captions, strict=True)):
+        image.save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(text + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from customize.image_folder import write_images
 from customize.storybook.caption_grammar import caption
 from customize.storybook.scene_drawing import draw_scene
 from customize.storybook.world import (
@@ -56,10 +57,7 @@ class ExampleConcept:
 
     def write(self, folder: Path) -> None:
         """Write `0.png`, `0.txt` and so on into a folder, for training."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for index, (image, text) in enumerate(zip(self.images(), self.captions(), strict=True)):
-            image.save(folder / f"{index}.png")
-            (folder / f"{index}.txt").write_text(text + "\n")
+        write_images(folder, self.images(), self.captions())
 
 
 def make_concept(name: str, kind: str, seed: int, count: int = 5) -> ExampleConcept:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from customize.image_folder import write_images
 from customize.stickers.artwork import Subject
-from customize.stickers.caption_grammar import Wording, caption
 from customize.stickers.scene_drawing import draw_ground
 from customize.stickers.world import GROUND_COLOURS, HEIGHT, Scene, Sticker, random_ground
 
 from .pen import INK, Pen
+from .sticker_concepts import caption_of
 
 #: Side of a drawing in pixels.
 SIZE = 128
@@ -75,17 +76,14 @@ def _photo(drawing: Drawing, rng: np.random.Generator, colour: str, size: int) -
     corner = (left + (size - picture.width) // 2, top + (size - picture.height) // 2)
     image.paste(picture, corner, picture)
     sticker = Sticker(_subject(drawing), "pen", left, top, size)
-    wording = Wording({}, {}, {}, (), frozenset())
-    return Photo(image, caption(Scene((sticker,), ground), wording, names=("{}",)))
+    return Photo(image, caption_of(Scene((sticker,), ground), "{}"))
 
 
 def write_photos(drawing: Drawing, folder: Path, seed: int) -> None:
     """Write the pictures with captions as `0.png`, `0.txt` and so on into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, photo in enumerate(photos(drawing, seed)):
-        photo.image.save(folder / f"{number}.png")
-        text = photo.caption.replace("{}", f"<{drawing.name}>")
-        (folder / f"{number}.txt").write_text(text + "\n")
+    made = photos(drawing, seed)
+    captions = [photo.caption.replace("{}", f"<{drawing.name}>") for photo in made]
+    write_images(folder, [photo.image for photo in made], captions)
 
 
 def _subject(drawing: Drawing) -> Subject:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from customize.errors import DataError
 from customize.evaluation.storybook_rates import Rates, draw_prompts
+from customize.image_folder import write_images
 from customize.image_tensors import images_to_tensor
 from customize.stickers import caption_grammar
 from customize.stickers.artwork import Artwork, Subject, read_artwork
@@ -87,17 +88,17 @@ class StickerConcept:
         return [draw_scene(scene, self.artwork) for scene in self.scenes]
 
     def captions(self) -> list[str]:
-        wording = caption_grammar.Wording({}, {}, {}, (), frozenset())
-        return [
-            caption_grammar.caption(scene, wording, names=(self.trigger,)) for scene in self.scenes
-        ]
+        return [caption_of(scene, self.trigger) for scene in self.scenes]
 
     def write(self, folder: Path) -> None:
         """Write `0.png`, `0.txt` and so on into a folder, for training."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (image, text) in enumerate(zip(self.images(), self.captions(), strict=True)):
-            image.save(folder / f"{number}.png")
-            (folder / f"{number}.txt").write_text(text + "\n")
+        write_images(folder, self.images(), self.captions())
+
+
+def caption_of(scene: Scene, words: str) -> str:
+    """The caption of a scene with one sticker, which is called by these words."""
+    wording = caption_grammar.Wording({}, {}, {}, (), frozenset())
+    return caption_grammar.caption(scene, wording, names=(words,))
 
 
 @functools.cache

@@ -7,7 +7,8 @@ multiplies it::
     y = x W^T + (x A^T * M) B^T,    M[p, r] = m_c(p),  c = owner of rank r
 
 and confines each concept's update to its mask m_c, at no further call of the denoiser. Masks come
-from cross-attention: the concept whose tokens a position attends to.
+from cross-attention: the concept whose tokens a position attends to. Once found, they confine this
+attention, too, by :func:`attention_bias`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch.nn import functional
 
 from customize.core.lowrank import LowRank
 from customize.core.precision import full_precision
+
+# Attention to a concept is reduced at most by this factor.
+_LEAST_ATTENTION = 1e-4
 
 # The relative difference of factors that rounding to bfloat16 explains.
 _ROUNDING = 1e-2
@@ -206,3 +210,30 @@ def competing_masks(maps: Tensor, temperature: float) -> Tensor:
     smooth = smooth_maps(maps)
     mean = smooth.mean((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.softmax(smooth / mean / temperature, dim=0)
+
+
+@full_precision()
+def attention_bias(masks: Tensor, tokens: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Return what is added to the scores of an attention, by which masks confine its concepts.
+
+    A position p attends to the tokens of concept c in proportion to the concept's mask, relative to
+    its mean over the picture::
+
+        b[p, t] = log(m_c(p) / mean(m_c))  for the tokens t of c,  0 for the other words
+
+    So the attention to a concept is moved into its mask, and a mask of one value changes nothing.
+
+    Args:
+        masks: (concepts, positions), in [0, 1].
+        tokens: For each concept the positions of its tokens.
+        length: The number of tokens.
+
+    Returns:
+        (positions, length), float32.
+    """
+    masks = masks.float()
+    shares = masks.clamp(min=_LEAST_ATTENTION) / masks.mean(1, True).clamp(min=_LEAST_ATTENTION)
+    bias = torch.zeros(masks.shape[1], length, device=masks.device)
+    for share, positions in zip(shares, tokens, strict=True):
+        bias[:, list(positions)] = share.log()[:, None]
+    return bias

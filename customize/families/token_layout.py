@@ -22,12 +22,15 @@ class TextAttention:
         query: Name of the projection in it that the queries of the picture come from.
         key: Name of the projection that the keys of the prompt come from.
         tokens: The positions of the queries.
+        bias: Name of the module's argument that is added to the scores, (batch, positions, tokens);
+            empty if it has none.
     """
 
     name: str
     query: str = "to_q"
     key: str = "to_k"
     tokens: TokenKind = "picture"
+    bias: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,9 @@ class UNetFamily(DDPMFamily):
         }
 
     def text_attentions(self, component: str) -> list[TextAttention]:
-        return [TextAttention(name) for name in self.cross_attention_layers()]
+        return [
+            TextAttention(name, bias="attention_mask") for name in self.cross_attention_layers()
+        ]
 
     def layer_grid(self, positions: int, grid: tuple[int, int, int]) -> tuple[int, int, int] | None:
         frames, rows, columns = grid

@@ -6,7 +6,8 @@ does what (:meth:`customize.families.Family.layer_tokens`). Other words of the p
 because what they stand for is everywhere in the picture. Masks are found while the picture is
 drawn: at high noise levels, where the layout is decided, the maps of what positions attend to each
 concept's tokens are averaged over the attention layers and over the steps. A video has masks for
-each of its latent frames, as things move. In the rows of a picture's other prompts, such as the
+each of its latent frames, as things move. Masks also confine what positions attend to
+(:mod:`customize.stages.routed_attentions`). In the rows of a picture's other prompts, such as the
 negative one, no concept acts, so that guidance leads from what the model draws without them to each
 concept in its mask. If concepts acted there on the whole picture, guidance would lead away from a
 concept in its own mask, too, and further away from it in the others' masks.
@@ -18,7 +19,6 @@ takes one call of the denoiser, as without routing.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -36,26 +36,23 @@ from customize.core.routing import (
 from customize.errors import PipelineError
 from customize.families import Family
 from customize.families.pipeline_components import uncompiled
-from customize.families.token_layout import TextAttention, TokenKind
+from customize.families.token_layout import TokenKind
 from customize.pipeline.call_scope import capture_call_scope
 from customize.pipeline.rank_channels import RankChannels
-from customize.stages.attention_maps import attended_tokens
 from customize.stages.concept_words import RoutedPrompt
 from customize.stages.prompt_rows import PromptRows, replace_rows
+from customize.stages.routed_attentions import RoutedAttentions, layer_grid, mask_grid
 from customize.stages.routed_call import RoutedCall, RoutedPicture
 
 #: Above this noise level, where 1 is pure noise, the layout is decided, and masks are found. Below
 #: it they act. Levels are those before the shift that a model was trained with.
-LAYOUT_ABOVE = 0.8
+LAYOUT_ABOVE = 0.9
 
 #: See :func:`customize.core.routing.competing_masks`.
 TEMPERATURE = 0.1
 
 #: A concept is found where its mask is above this share; if it is nowhere, no mask acts.
 FOUND = 0.5
-
-#: The shorter side of the grid of masks is at most twice this number of cells.
-_GRID = 16
 
 # (rows, columns) -> masks (concepts of the prompt, rows, columns), in [0, 1].
 GivenMasks = Callable[[int, int], Tensor]
@@ -132,20 +129,14 @@ class ConceptRouter:
     def _hook(self, component: str, keep: Callable[[Any], Any]) -> None:
         """Hook one denoiser."""
         denoiser = self.family.components[component]
-        layers = uncompiled(denoiser)
         keep(denoiser.register_forward_pre_hook(self._before, with_kwargs=True))
         keep(denoiser.register_forward_hook(self._after, with_kwargs=True, prepend=True))
         for channel in self.channels:
             if channel.component == component and channel.tokens is not None:
                 masks = partial(self._mask_of, channel.owners, channel.tokens)
                 keep(channel.mask(masks, self._routed_entries))
-        for attention in self.family.text_attentions(component) if self.given is None else ():
-            module = layers.get_submodule(attention.name)
-            query, key = (module.get_submodule(name) for name in (attention.query, attention.key))
-            keep(query.register_forward_hook(partial(self._keep_query, attention.name)))
-            keep(key.register_forward_hook(partial(self._keep_key, attention.name)))
-            collect = partial(self._collect, attention)
-            keep(module.register_forward_hook(collect, with_kwargs=True))
+        attentions = RoutedAttentions(self.family, self._routed_call, self._stop)
+        attentions.hook(component, keep, finds_masks=self.given is None)
 
     # -- the denoiser -----------------------------------------------------------------------------
 
@@ -229,11 +220,12 @@ class ConceptRouter:
             if picture.masks is None:  # once a call
                 index = self.prompts.index(picture.routed)
                 masks = self.given[index](*mask_grid(*grid[1:]))
-                picture.masks = masks[:, None].expand(-1, grid[0], -1, -1)
+                picture.set_masks(masks[:, None].expand(-1, grid[0], -1, -1))
         elif picture.maps is not None and level <= LAYOUT_ABOVE and picture.masked != picture.steps:
             picture.masked = picture.steps
             masks = competing_masks(picture.maps / picture.steps, TEMPERATURE)
-            picture.masks = masks if float(masks.amax((-3, -2, -1)).min()) > FOUND else None
+            is_found = float(masks.amax((-3, -2, -1)).min()) > FOUND
+            picture.set_masks(masks if is_found else None)
 
     # -- adapted layers ---------------------------------------------------------------------------
 
@@ -288,14 +280,14 @@ class ConceptRouter:
         if kind == "text_rows":
             return self._token_masks(call, per_row, device).transpose(1, 2).flatten(0, 1)[..., None]
         if kind == "picture":
-            grid = self._layer_grid(call, per_row * length)
+            grid = layer_grid(self.family, call, per_row * length)
             masks = self._picture_masks(call, *grid, device)
             if per_row > 1:  # frames
                 return masks.transpose(1, 2).flatten(0, 1).flatten(-2)
             return _pad(masks.flatten(-3), length)
         picture, text = self.family.token_offsets(kind, call.texts, call.grid)
         is_last = picture > text
-        self._layer_grid(call, length - picture if is_last else text)
+        layer_grid(self.family, call, length - picture if is_last else text)
         masks = torch.zeros(call.batch, self.concepts, length, device=device)
         of_picture = self._picture_masks(call, *call.grid, device).flatten(-3)
         masks[..., picture : picture + of_picture.shape[-1]] = of_picture
@@ -345,79 +337,7 @@ class ConceptRouter:
             masks[row, self.wordless] = 1.0
         return masks
 
-    def _layer_grid(self, call: RoutedCall, positions: int) -> tuple[int, int, int]:
-        grid = self.family.layer_grid(positions, call.grid)
-        if grid is None:
-            raise PipelineError(
-                f"a layer of {positions} positions is on no grid of this picture",
-                where="together",
-                fix="leave together= out on this pipeline, and reference pictures with it",
-            )
-        return grid
-
-    # -- maps -------------------------------------------------------------------------------------
-
-    def _keep_query(self, name: str, module: Any, args: Any, output: Tensor) -> None:
-        if (call := self._finding()) is not None:
-            call.queries[name] = output
-
-    def _keep_key(self, name: str, module: Any, args: Any, output: Tensor) -> None:
-        if (call := self._finding()) is not None:
-            call.keys[name] = output
-
-    def _finding(self) -> RoutedCall | None:
-        call = self._routed_call()
-        return call if call is not None and call.finds else None
-
-    @torch.no_grad()
-    def _collect(
-        self,
-        attention: TextAttention,
-        module: Any,
-        args: Any,
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
-        call = self._finding()
-        if call is None:
-            return
-        try:
-            self._collect_maps(call, attention, module, kwargs)
-        except PipelineError as error:
-            self._stop(error)
-
-    def _collect_maps(
-        self, call: RoutedCall, attention: TextAttention, module: Any, kwargs: dict[str, Any]
-    ) -> None:
-        name = attention.name
-        if name not in call.queries or name not in call.keys:
-            raise PipelineError(
-                f"the attention processor does not call {attention.query} and {attention.key}, "
-                "which together= reads",
-                where=name,
-                fix="call unfuse_qkv_projections(), or set diffusers' own processor",
-            )
-        query, key = call.queries.pop(name), call.keys.pop(name)
-        attended = attended_tokens(self.family, call, attention, module, kwargs, query, key)
-        for each, (row, picture) in zip(attended, call.pictures.items(), strict=True):
-            maps = torch.stack([each[:, list(at)].sum(-1) for at in picture.routed.tokens])
-            grid = self._layer_grid(call, maps.shape[1])
-            count = math.prod(grid)  # without padding
-            maps = maps[:, :count].unflatten(-1, grid)
-            call.maps.setdefault(row, []).append(resize_masks(maps, *mask_grid(*call.grid[1:])))
-
 
 def _pad(masks: Tensor, length: int) -> Tensor:
     """Pad the positions of (batch, concepts, positions): no concept acts on padding."""
     return functional.pad(masks, (0, length - masks.shape[-1]))
-
-
-def mask_grid(rows: int, columns: int) -> tuple[int, int]:
-    """Return the grid of masks: the latents' one, halved to about 16 cells along its shorter side.
-
-    Args:
-        rows: Of the latents.
-        columns: Of the latents.
-    """
-    halvings = max(0, math.floor(math.log2(max(1, min(rows, columns) / _GRID))))
-    return -(-rows // 2**halvings), -(-columns // 2**halvings)

@@ -22,6 +22,7 @@ class RoutedPicture:
         steps: The number of steps in the sum.
         masks: Of the same shape; None before they act, and where they are not found.
         masked: The number of steps that the masks are made of.
+        is_divided: Whether the masks have more than one value.
     """
 
     routed: RoutedPrompt
@@ -29,6 +30,12 @@ class RoutedPicture:
     steps: int = 0
     masks: Tensor | None = None
     masked: int = 0
+    is_divided: bool = False
+
+    def set_masks(self, masks: Tensor | None) -> None:
+        """Let masks of the shape of the maps act from now on; None for none."""
+        self.masks = masks
+        self.is_divided = masks is not None and bool((masks != masks[:, :1, :1, :1]).any())
 
 
 @dataclass(eq=False)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from customize.core.lowrank import LowRank, weighted_sum
 from customize.core.merges.average import average
 from customize.core.merges.fusion import fusion
 from customize.core.routing import (
+    attention_bias,
     attention_to_tokens,
     competing_masks,
     grid_of_tokens,
@@ -147,3 +150,27 @@ def test_masks_add_up_to_one_and_follow_what_is_attended_to():
 def test_maps_that_tie_share_the_picture_equally():
     for maps in (torch.rand(1, 4, 4).expand(3, 4, 4), torch.zeros(3, 4, 4)):
         assert torch.allclose(competing_masks(maps, 0.1), torch.full((3, 4, 4), 1 / 3))
+
+
+def test_attention_to_a_concept_is_in_proportion_to_its_mask():
+    masks = torch.tensor([[1.0, 0.5, 0.0, 0.5], [0.0, 0.5, 1.0, 0.1]])
+    tokens = ((1, 2), (4,))
+    bias = attention_bias(masks, tokens, 6)
+    scores = normal(4, 6)
+    attended, plain = (scores + bias).softmax(-1), scores.softmax(-1)
+    # Relative to the words that are no concept's, which keep their shares.
+    ratio = (attended / attended[:, :1]) / (plain / plain[:, :1])
+    for mask, positions in zip(masks, tokens, strict=True):
+        expected = (mask / mask.mean())[:, None].expand(-1, len(positions))
+        assert torch.allclose(ratio[:, list(positions)], expected, atol=1e-3)
+    assert torch.allclose(ratio[:, [0, 3, 5]], torch.ones(4, 3))
+
+
+@given(st.floats(0, 1), st.integers(1, 9))
+def test_masks_of_one_value_leave_attention_as_it_is(value, positions):
+    bias = attention_bias(torch.full((2, positions), value), ((0,), (2, 3)), 4)
+    assert bias.shape == (positions, 4) and float(bias.abs().max()) <= 1e-5
+
+
+def test_masks_of_ones_add_exact_zeros():
+    assert not bool(attention_bias(torch.ones(2, 7), ((0,), (2,)), 4).any())

@@ -116,6 +116,34 @@ def test_ranks_act_on_their_own_tokens_and_in_their_own_area(make):
             assert bool((grid[:, side // 2 :, ranks] == 0).all()), name
 
 
+@makers
+def test_positions_attend_to_a_concept_only_in_its_area(make):
+    pipe, calls = pair(make), {}
+    family = family_of(pipe.components)
+    with ExitStack() as stack:
+        for name in family.cross_attention_layers():
+
+            def note(module, args, kwargs, output, name=name):
+                calls[name] = partial(module, *args), kwargs
+
+            module = pipe.unet.get_submodule(name)
+            stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+        draw(pipe, together=HALVES, num_inference_steps=1)
+    assert calls.keys() == set(family.cross_attention_layers())
+    for name, (attention, kwargs) in calls.items():
+        negative, positive = kwargs["attention_mask"]
+        assert not bool(negative.any()) and bool(positive.any()), name
+        for index, tokens in enumerate(((4, 5), (7, 8))):
+            texts = kwargs["encoder_hidden_states"].clone()
+            texts[1, list(tokens)] += 1.0
+            with torch.no_grad():
+                changed = attention(**kwargs | {"encoder_hidden_states": texts})
+                change = changed - attention(**kwargs)
+            side = round(len(positive) ** 0.5)
+            halves = change[1].abs().amax(-1).unflatten(0, (side, side)).chunk(2, dim=1)
+            assert float(halves[1 - index].max()) < 0.1 * float(halves[index].min()), name
+
+
 @pytest.mark.filterwarnings("ignore:rex and tom were not found")  # in a single step
 @makers
 @pytest.mark.parametrize("areas", [True, HALVES], ids=["found", "given"])

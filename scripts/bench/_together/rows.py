@@ -28,7 +28,7 @@ _TOGETHER = (
         f"stages/{name}.py"
         for name in (
             *("areas", "articles", "attention_maps", "concept_routing", "concept_words"),
-            *("prompt_rows", "routed_call", "together"),
+            *("prompt_rows", "routed_attentions", "routed_call", "together"),
         )
     ),
 )

@@ -25,7 +25,7 @@ from customize.families import family_of
 from customize.pipeline.model_guards import ADAPTER_NAME
 from customize.pipeline.rank_channels import rank_channels
 from customize.pipeline.state import get_state
-from customize.stages import concept_routing
+from customize.stages import concept_routing, routed_attentions
 from customize.stages.concept_routing import ConceptRouter
 from customize.stages.concept_words import RoutedPrompt, encode_routed, named_concepts
 from tests.base.test_placement import offload_groups, offload_models
@@ -215,7 +215,7 @@ def test_maps_are_what_positions_attend_to_in_the_layer(name, monkeypatch):
     attended: dict[str, torch.Tensor] = {}
     calls: list[tuple] = []
     true: dict[str, tuple] = {}
-    compute = concept_routing.attended_tokens
+    compute = routed_attentions.attended_tokens
     attention_function = torch.nn.functional.scaled_dot_product_attention
 
     def note(family, call, attention, *args):
@@ -231,7 +231,7 @@ def test_maps_are_what_positions_attend_to_in_the_layer(name, monkeypatch):
         calls.append((query, key, attn_mask))
         return attention_function(query, key, value, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(concept_routing, "attended_tokens", note)
+    monkeypatch.setattr(routed_attentions, "attended_tokens", note)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     draw(pipe, together=True)
     assert set(attended) == {a.name for a in family.text_attentions(family.denoiser_key)}

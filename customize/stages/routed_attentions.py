@@ -9,7 +9,6 @@ attentions take no such argument keep their scores.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +23,7 @@ from customize.families import Family
 from customize.families.pipeline_components import uncompiled
 from customize.families.token_layout import TextAttention
 from customize.stages.attention_maps import attended_tokens
-from customize.stages.routed_call import RoutedCall, RoutedPicture
+from customize.stages.routed_call import RoutedCall
 
 #: The shorter side of the grid of masks is at most twice this number of cells.
 _GRID = 16
@@ -78,19 +77,16 @@ class RoutedAttentions:
         call = self.running()
         if call is None or not any(picture.is_divided for picture in call.pictures.values()):
             return None
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        states, texts = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        texts = kwargs["encoder_hidden_states"]
         # With an IP-Adapter, its image embeddings follow the text.
-        text = texts[0] if isinstance(texts, tuple | list) else texts
+        text = texts[0] if isinstance(texts, tuple) else texts
         try:
-            bias = self._bias_of(call, states, text.shape[1])
+            bias = self._bias_of(call, args[0], text.shape[1])
         except PipelineError as error:
             self.stop(error)
             return None
-        given = arguments.get(attention.bias)
-        arguments[attention.bias] = bias if given is None else bias + given
-        return (), arguments
+        given = kwargs.get(attention.bias)
+        return args, kwargs | {attention.bias: bias if given is None else bias + given}
 
     def _bias_of(self, call: RoutedCall, states: Tensor, length: int) -> Tensor:
         """(entries, positions, tokens) for the hidden states (entries, positions, width)."""
@@ -101,8 +97,8 @@ class RoutedAttentions:
             grid = layer_grid(self.family, call, per_row * positions)
             bias = torch.zeros(call.batch, per_row * positions, length, device=states.device)
             for row, picture in call.pictures.items():
-                if picture.is_divided:
-                    masks = _masks_of(picture, *grid[1:]).to(states.device)
+                if picture.masks is not None and picture.is_divided:
+                    masks = resize_masks(picture.masks, *grid[1:]).flatten(1).to(states.device)
                     bias[row] = attention_bias(masks, picture.routed.tokens, length)
             call.masks[key] = bias.reshape(entries, positions, length).to(states)
         return call.masks[key]
@@ -157,12 +153,6 @@ class RoutedAttentions:
             count = math.prod(grid)  # without padding
             maps = maps[:, :count].unflatten(-1, grid)
             call.maps.setdefault(row, []).append(resize_masks(maps, *mask_grid(*call.grid[1:])))
-
-
-def _masks_of(picture: RoutedPicture, rows: int, columns: int) -> Tensor:
-    """Return the masks of a picture, (concepts of the prompt, positions of a layer)."""
-    assert picture.masks is not None
-    return resize_masks(picture.masks, rows, columns).flatten(1)
 
 
 def layer_grid(family: Family, call: RoutedCall, positions: int) -> tuple[int, int, int]:

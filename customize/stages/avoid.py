@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from customize.concepts.tokens.prompt_phrases import find_phrase, mentions_phrase
+from customize.concepts.tokens.prompt_phrases import find_phrase, unmentioned_part
 from customize.core.projection import check_strength
 from customize.core.scalars import as_float
 from customize.errors import ConfigError, PipelineError
@@ -56,7 +56,8 @@ class Decor(StageSetting):
     Attributes:
         avoid: Words or phrases to avoid, separated by commas or as a list. "auto": the words that
             all captions of a concept's training images share. None: nothing, unless a call gives
-            ``avoid=``. Words that a prompt itself contains are not avoided in that prompt.
+            ``avoid=``. Words that a prompt itself contains are not avoided in that prompt: of "red
+            background", "red" is avoided in "a dog on a blue background".
         strength: From 0 (no change) over 1 (removed) to 2 (reversed). "auto": 1.25 for updates of
             concepts and for reference images; for the prompt's embeddings the largest strength up
             to 1 at which every word of the prompt keeps 90 % of its embedding's length.
@@ -191,7 +192,7 @@ def _run(context: CallContext, call: CallArguments, avoid: Any = None) -> Iterat
             update_cleaner = UpdateCleaner(
                 family,
                 state,
-                phrases,
+                list(dict.fromkeys(part for parts in unwanted.values() for part in parts)),
                 protected=() if settings.negative == "clean" else ("", *negatives),
                 unadapted=[
                     t for t in extended if t not in unwanted and not _names_concept(state, t)
@@ -227,7 +228,7 @@ STAGE = Stage(
 def _phrases_by_prompt(
     prompts: Sequence[str], phrases: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Map each prompt to the phrases to avoid in it: those that share no content word with it."""
+    """Map each prompt to the phrases to avoid in it, without the content words that it contains."""
     if not prompts:
         raise ConfigError(
             "avoid= needs the prompt as text",
@@ -243,8 +244,9 @@ def _phrases_by_prompt(
                     where="avoid",
                     fix="give words that the prompt does not ask for",
                 )
-        unwanted[prompt] = tuple(p for p in phrases if not mentions_phrase(p, prompt))
-        mentioned = [phrase for phrase in phrases if phrase not in unwanted[prompt]]
+        parts = {phrase: unmentioned_part(phrase, prompt) for phrase in phrases}
+        unwanted[prompt] = tuple(dict.fromkeys(part for part in parts.values() if part))
+        mentioned = [phrase for phrase, part in parts.items() if not part]
         if mentioned:
             warn_user(
                 f"the prompt {prompt!r} asks for {', '.join(mentioned)} itself, so this is not "

@@ -114,7 +114,7 @@ def test_the_automatic_strength_keeps_90_percent_of_each_words_length():
 @pytest.mark.parametrize("target", ["prompt", "concepts", "both"])
 def test_batches_equal_single_prompts_and_words_of_the_prompt_are_not_avoided(target):
     pipe = attached().load_custom(customize.Decor(AVOID, target=target, strength=1.0))
-    other = "<rex> wearing a red cup"  # contains words of both phrases
+    other = "<rex> with a striped cup wearing a red hat"  # contains all words of both phrases
     third = "two cats and <rex> in the forest with a blue cup"  # contains words of one phrase
     prompts = [PROMPT, other, third]
     call = {"negative_prompt": ["a dog", "", "a red hat"], "num_images_per_prompt": 2}
@@ -132,6 +132,18 @@ def test_batches_equal_single_prompts_and_words_of_the_prompt_are_not_avoided(ta
         )
         assert alike(images[2 * k], plain[0]) == (prompt == other)
         pipe.load_custom(customize.Decor(AVOID, target=target, strength=1.0))
+
+
+@pytest.mark.parametrize("target", ["prompt", "concepts", "both"])
+def test_other_words_of_a_phrase_are_avoided_where_a_prompt_contains_one(target):
+    pipe = attached().load_custom(customize.Decor(target=target, strength=1.0))
+    prompt = "a photo of <rex> with a blue hat"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        image = draw(pipe, prompt, avoid="red hat")
+    assert alike(image, draw(pipe, prompt, avoid="red"))
+    assert not alike(image, draw(pipe, prompt))
+    assert not alike(image, draw(pipe, prompt, avoid="cup"))
 
 
 @pytest.mark.parametrize("target", ["prompt", "concepts"])

@@ -96,9 +96,35 @@ def common_words(captions: Sequence[str], besides: Iterable[str]) -> list[str]:
     ]
 
 
-def mentions_phrase(phrase: str, prompt: str) -> bool:
-    """Whether a prompt contains a content word of a phrase, or a phrase without content words."""
-    return any(find_phrase(word, prompt) for word in content_words(phrase) or [phrase])
+def mentioned_spans(phrase: str, prompt: str) -> list[tuple[int, int]]:
+    """The content words of a phrase that a prompt contains, as (start, end) in the phrase.
+
+    A phrase without content words counts as one.
+    """
+    words = content_words(phrase) or [phrase]
+    shared = [word for word in words if find_phrase(word, prompt)]
+    return sorted(span for word in shared for span in find_phrase(word, phrase))
+
+
+def unmentioned_part(phrase: str, prompt: str) -> str:
+    """A phrase without the content words that a prompt contains; empty if it has no others.
+
+    ``red background`` becomes ``red`` for the prompt ``a dog on a blue background``, and ``a hat on
+    a beach`` becomes ``hat`` for ``a dog at the beach``.
+    """
+    spans = mentioned_spans(phrase, prompt)
+    if not spans:
+        return phrase
+    ends = [0, *(end for _, end in spans)]
+    starts = [*(start for start, _ in spans), len(phrase)]
+    kept = [phrase[end:start] for end, start in zip(ends, starts, strict=True)]
+    words = " ".join(kept).split()
+    while words and words[0].lower() in FUNCTION_WORDS:
+        words.pop(0)
+    while words and words[-1].lower() in FUNCTION_WORDS:
+        words.pop()
+    part = " ".join(words)
+    return part if content_words(part) else ""
 
 
 def regional_prompts(prompt: str, phrases: Sequence[str]) -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customize.concepts.tokens.prompt_phrases import mentions_phrase
+from customize.concepts.tokens.prompt_phrases import mentioned_spans, unmentioned_part
 from customize.core.projection import max_strength, principal_directions, project_out
 from customize.errors import ConfigError, PipelineError
 from customize.families import Family
@@ -33,6 +33,8 @@ from customize.pipeline.call_scope import capture_call_scope
 # Keys and indices from an encoder's output to one of its tensors.
 Path = tuple[str | int, ...]
 TokenIds = tuple[int, ...]
+# An unwanted phrase, and the indices of its tokens that a prompt contains.
+_Words = tuple[str, frozenset[int]]
 
 #: The fraction of its length that the embedding of every word keeps at the automatic strength.
 MIN_LENGTH_SHARE = 0.9
@@ -135,7 +137,7 @@ class _CleanedEncoder:
         self._unchanged: set[TokenIds] = set()
         # phrase -> of each time it was encoded, the range of its words and the hidden states.
         self._phrase_states: dict[str, list[tuple[range, dict[Path, Tensor]]]] = {}
-        self._directions: dict[tuple[Path, tuple[str, ...]], Tensor] = {}
+        self._directions: dict[tuple[Path, tuple[_Words, ...]], Tensor] = {}
 
     def before_forward(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._is_recording and _input_ids(args, kwargs) is not None:
@@ -245,20 +247,18 @@ class _CleanedEncoder:
 
     def _group_by_phrases(
         self, texts: Sequence[_EncodedText]
-    ) -> dict[tuple[str, ...], dict[int, range]]:
-        """Map unwanted phrases to the texts they are removed from: number -> range of words."""
-        groups: dict[tuple[str, ...], dict[int, range]] = {}
-        decoded: dict[TokenIds, tuple[tuple[str, ...], range] | None] = {}
+    ) -> dict[tuple[_Words, ...], dict[int, range]]:
+        """Map unwanted words to the texts they are removed from: number -> range of words."""
+        groups: dict[tuple[_Words, ...], dict[int, range]] = {}
+        decoded: dict[TokenIds, tuple[tuple[_Words, ...], range] | None] = {}
         for number, text in enumerate(texts):
             if text.ids not in decoded:
                 decoded[text.ids] = None
                 if text.unpadded not in self._unchanged:
                     words = self._word_range(text)
                     prompt = self.tokenizer.decode([text.ids[k] for k in words])
-                    phrases = self.cleaning.phrases
-                    absent = tuple(p for p in phrases if not mentions_phrase(p, prompt))
                     if prompt.strip():
-                        decoded[text.ids] = absent, words
+                        decoded[text.ids] = self._unmentioned(prompt), words
             entry = decoded[text.ids]
             if entry is not None:
                 groups.setdefault(entry[0], {})[number] = entry[1]
@@ -269,7 +269,7 @@ class _CleanedEncoder:
         path: Path,
         rows: Tensor,
         texts: Sequence[_EncodedText],
-        groups: Mapping[tuple[str, ...], Mapping[int, range]],
+        groups: Mapping[tuple[_Words, ...], Mapping[int, range]],
     ) -> Tensor:
         """Clean hidden states of shape (texts, length, width)."""
         rows = rows.clone()
@@ -295,11 +295,31 @@ class _CleanedEncoder:
         plain = [k for k in words if names[k] not in self.cleaning.added_tokens]
         return max_strength(states[plain], directions, MIN_LENGTH_SHARE)
 
-    def _unwanted_directions(self, path: Path, phrases: tuple[str, ...]) -> Tensor:
+    def _unmentioned(self, prompt: str) -> tuple[_Words, ...]:
+        """The words of the unwanted phrases that a prompt does not contain."""
+        found = []
+        for phrase in self.cleaning.phrases:
+            if unmentioned_part(phrase, prompt):
+                left_out = frozenset(
+                    token
+                    for start, end in mentioned_spans(phrase, prompt)
+                    for token in range(self._count(phrase[:start]), self._count(phrase[:end]))
+                )
+                found.append((phrase, left_out))
+        return tuple(found)
+
+    def _count(self, text: str) -> int:
+        """The number of a text's tokens, without special ones."""
+        return len(self.tokenizer(text.rstrip(), add_special_tokens=False)["input_ids"])
+
+    def _unwanted_directions(self, path: Path, phrases: tuple[_Words, ...]) -> Tensor:
         """Return orthonormal directions (k, width) that span the phrases' words in one tensor."""
         if (path, phrases) not in self._directions:
-            states = [state for phrase in phrases for state in self._phrase_states[phrase]]
-            rows = [outputs[path][words.start : words.stop] for words, outputs in states]
+            rows = [
+                outputs[path][[k for n, k in enumerate(words) if n not in left_out]]
+                for phrase, left_out in phrases
+                for words, outputs in self._phrase_states[phrase]
+            ]
             self._directions[path, phrases] = (
                 principal_directions(torch.cat(rows)) if rows else torch.zeros(0, 1)
             )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from customize.concepts.tokens.prompt_phrases import (
     check_phrases,
     common_words,
     content_words,
     find_phrase,
-    mentions_phrase,
+    mentioned_spans,
     regional_prompts,
     remove_phrases,
+    unmentioned_part,
 )
 from customize.errors import ConfigError
 
@@ -83,13 +86,42 @@ def test_common_words_of_captions():
     assert common_words([], ()) == []
 
 
-def test_any_content_word_mentions_a_phrase():
+def test_content_words():
     assert content_words("a photo of <rex> on a sun-lit beach, the beach") == [
         "<rex>",
         "sun-lit",
         "beach",
     ]
-    assert mentions_phrase("on a beach", "a dog at the Beach")
-    assert mentions_phrase("red hat", "a red car")
-    assert not mentions_phrase("on a beach", "a photo on a table")
-    assert mentions_phrase("on a", "a dog on a table")  # has no other words
+
+
+@pytest.mark.parametrize(
+    ("phrase", "prompt", "part"),
+    [
+        ("on a beach", "a dog at the Beach", ""),
+        ("on a beach", "a photo on a table", "on a beach"),
+        ("red hat", "a red car", "hat"),
+        ("striped red background", "a dog on a blue background", "striped red"),
+        ("a hat on a beach", "a dog at the beach", "hat"),
+        ("Beach, beach hat", "a hat", "Beach, beach"),
+        ("on a", "a dog on a table", ""),  # has no other words
+        ("on a", "a dog", "on a"),
+        ("sun-lit beach", "a beach", "sun-lit"),
+        ("sun-lit beach", "a sun", "sun-lit beach"),
+    ],
+)
+def test_words_of_a_prompt_are_left_out_of_a_phrase(phrase, prompt, part):
+    assert unmentioned_part(phrase, prompt) == part
+    shared = [phrase[start:end].lower() for start, end in mentioned_spans(phrase, prompt)]
+    assert all(word in prompt.lower() for word in shared) and bool(shared) == (part != phrase)
+
+
+@given(
+    st.lists(
+        st.sampled_from(["red", "hat", "on", "a", "beach", "<rex>", "near", "sun-lit"]), max_size=6
+    )
+)
+def test_what_is_left_of_a_phrase_shares_no_content_word(words):
+    prompt = "a dog with a red hat on a sun"
+    part = unmentioned_part(" ".join(words), prompt)
+    assert not set(content_words(part)) & set(content_words(prompt))
+    assert set(content_words(part)) == set(content_words(" ".join(words))) - {"red", "hat"}

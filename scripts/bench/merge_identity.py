@@ -69,6 +69,10 @@ TUNED_ON: Groups = ((3, 4, 5), (6, 7, 8))
 # Weights are tried a factor of 1.6 apart, and on past the ends of a list while the end is best.
 STEP = 1.6
 WEIGHT_RANGE = (0.05, 4.0)
+FOLDERS = {
+    "storybook": Path("runs/merge_identity"),
+    "stickers": Path("runs/merge_identity_stickers"),
+}
 LEARNED = (AVOIDING, SLICED, SAME, PLAIN)
 TOKENS = "tokens only, no weights"
 
@@ -304,14 +308,19 @@ def best_weight(
 # --- the whole --------------------------------------------------------------------------------
 
 
+def concepts_folder(args: argparse.Namespace) -> Path:
+    """The folder of the concepts that these settings and this base lead to."""
+    depends = hashlib.sha256(json.dumps(training(args), sort_keys=True).encode())
+    for path in weights_of(args.base):
+        depends.update(path.read_bytes())
+    folder: Path = args.folder / f"{depends.hexdigest()[:8]}-{args.steps}"
+    return folder
+
+
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     protocol = QUICK if args.quick else FULL
     args.steps = QUICK_STEPS if args.quick else args.steps
-    text = json.dumps(training(args), sort_keys=True).encode()
-    depends = hashlib.sha256(text)
-    for path in weights_of(args.base):
-        depends.update(path.read_bytes())
-    args.folder = args.folder / f"{depends.hexdigest()[:8]}-{args.steps}"
+    args.folder = concepts_folder(args)
     for concept in map(WORLDS[args.world].concept, range(protocol.total)):
         concept.write(args.folder / "pictures" / concept.name)
 
@@ -373,7 +382,7 @@ def figures(
 def main() -> None:
     parser = _common.parser(__doc__)
     _workers.add_arguments(parser, "runs/merge_identity", "learn", "score")
-    parser.set_defaults(base=None, judges=None)  # those of the world
+    parser.set_defaults(base=None, judges=None, folder=None)  # those of the world
     parser.add_argument(
         "--world", choices=list(WORLDS), default="storybook", help="whose concepts are merged"
     )
@@ -383,6 +392,7 @@ def main() -> None:
     args = parser.parse_args()
     world = WORLDS[args.world]
     args.base, args.judges = args.base or world.base, args.judges or world.judges
+    args.folder = args.folder or FOLDERS[args.world]
     if args.learn is None and args.score is None:
         rows, measured = run(args)
         if args.world == "stickers":

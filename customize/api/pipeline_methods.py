@@ -232,7 +232,7 @@ def record_inputs(
         pipe: As for :func:`load_custom`, of the concept's base.
         concept: As for :func:`load_custom`.
         prompts: Prompts with ``{}`` for the concept's words; the base draws them with "a" and the
-            class word. Default: a dozen of places and clothes.
+            class word. Default: a dozen, the caption of its training in varied places and clothes.
         words: Words that call the concept. Default: its trigger, or the words that a LoRA's file
             records.
 

@@ -20,7 +20,7 @@ def record(
         typer.Option(
             metavar="TEXT",
             help="Prompt to record with; {} stands for the concept's words. Repeatable (default:"
-            " a dozen prompts with varied backgrounds and clothes)",
+            " the caption of its training with varied backgrounds and clothes, a dozen)",
             show_default=False,
         ),
     ] = None,

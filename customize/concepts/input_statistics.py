@@ -54,13 +54,16 @@ CONTEXTS = (
     "wearing glasses",
     "wearing a scarf",
 )
+
+
+def contexts_of(caption: str) -> tuple[str, ...]:
+    """A caption such as "a photo of {}" in varied contexts."""
+    in_contexts = (f"{caption} {context}" for context in CONTEXTS)
+    return (caption, "a picture of {}", *in_contexts, "a painting of {}")
+
+
 #: The prompts; {} is replaced by the concept's trigger words, and by its class word.
-PROMPTS = (
-    "a photo of {}",
-    "a picture of {}",
-    *(f"a photo of {{}} {context}" for context in CONTEXTS),
-    "a painting of {}",
-)
+PROMPTS = contexts_of("a photo of {}")
 #: Number of directions stored per layer.
 DIRECTIONS = 32
 STEPS = 8

@@ -10,11 +10,12 @@ import torch
 
 from customize.base.offload import check_not_offloaded
 from customize.concepts.adapter import LayerFactors
+from customize.concepts.caption_template import caption_template
 from customize.concepts.formats.lora_file import LoraFile
 from customize.concepts.input_statistics import (
-    PROMPTS,
     LayerInputs,
     base_prompts,
+    contexts_of,
     digest_updates,
     fill_prompts,
     record_layer_inputs,
@@ -76,8 +77,7 @@ def record_concepts(
     Raises:
         ConfigError: A prompt has no ``{}``, or truncates the words; or a concept records no words.
     """
-    prompts = PROMPTS if prompts is None else tuple(prompts)
-    if not prompts or any("{}" not in prompt for prompt in prompts):
+    if prompts is not None and (not prompts or any("{}" not in prompt for prompt in prompts)):
         raise ConfigError(
             "a prompt to record with has no {} for the concept's words",
             where="prompts",
@@ -105,13 +105,13 @@ def record_concepts(
             updates, info = concept.updates, concept.info
             layers = updated_layers(family, updates)
             concept_words = words or info.trigger_words
-            concept_prompts = fill_prompts(concept_words, prompts)
-            key = f"{info.class_word} {layers}"
+            templates = contexts_of(caption_template(info.training)) if prompts is None else prompts
+            concept_prompts = fill_prompts(concept_words, templates)
+            plain_prompts = base_prompts(info.class_word, templates)
+            key = f"{plain_prompts} {layers}"
             if key not in of_base:
                 apply_attachments(family, state, {}, MergePlan())
-                of_base[key] = record_layer_inputs(
-                    family, layers, base_prompts(info.class_word, prompts), shape
-                )
+                of_base[key] = record_layer_inputs(family, layers, plain_prompts, shape)
             alone = {info.name: AttachedConcept(concept, 1.0, fused=False)}
             apply_attachments(family, state, alone, MergePlan())
             if concept.subjects:  # a part of the words of an ordinary LoRA suffices

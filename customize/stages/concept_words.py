@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from customize.concepts.caption_template import DEFAULT_CAPTION, caption_template, prefix_of
 from customize.concepts.tokens.prompt_phrases import find_phrase
 from customize.core.routing import rank_mask
 from customize.errors import ConfigError
@@ -40,9 +41,6 @@ from customize.pipeline.tokenizer_subclass import expand_text
 from customize.stages.articles import begins_phrase
 from customize.stages.decor.phrase_rows import count_tokens
 from customize.text import quote, with_article
-
-#: What stands before a concept in the default caption, by which it is learned.
-_ALONE = "a photo of "
 
 Span = tuple[int, int]
 # The index of the concept whose update a text is encoded with, or None, and the text.
@@ -58,12 +56,14 @@ class NamedConcept:
         name: The concept's name.
         class_word: Its class; empty if unknown.
         spans: (start, end) of its words in the prompt.
+        prefix: What stands before it in the caption that it was learned by.
     """
 
     index: int
     name: str
     class_word: str
     spans: tuple[Span, ...]
+    prefix: str = prefix_of(DEFAULT_CAPTION)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,8 @@ def named_concepts(prompt: str, state: AttachedState) -> tuple[NamedConcept, ...
                     fix="load one of them with a name of its own: names=",
                 )
         if spans:
-            named.append(NamedConcept(index, name, info.class_word, spans))
+            prefix = prefix_of(caption_template(info.training))
+            named.append(NamedConcept(index, name, info.class_word, spans, prefix))
     return tuple(named)
 
 
@@ -338,9 +339,9 @@ def _readings(family: Family, prompt: str, named: Sequence[NamedConcept]) -> Ite
             text, moved = with_classes(prompt, named, each)
             yield to, [_Term((each.index, text), _clip_positions(family, text, moved[index]))]
             continue
-        plain, class_at = _read_alone(family, with_article(each.class_word))
+        plain, class_at = _read_alone(family, each.prefix, with_article(each.class_word))
         for span, class_span in zip(each.spans, spans[index], strict=True):
-            alone, alone_at = _read_alone(family, prompt[slice(*span)])
+            alone, alone_at = _read_alone(family, each.prefix, prompt[slice(*span)])
             in_place = _clip_positions(family, classes, [class_span])
             yield (
                 _clip_positions(family, prompt, [span]),
@@ -352,10 +353,10 @@ def _readings(family: Family, prompt: str, named: Sequence[NamedConcept]) -> Ite
             )
 
 
-def _read_alone(family: Family, words: str) -> tuple[str, tuple[int, ...]]:
+def _read_alone(family: Family, prefix: str, words: str) -> tuple[str, tuple[int, ...]]:
     """Return the caption by which words are learned, and their tokens."""
-    text = f"{_ALONE}{words}"
-    return text, _clip_positions(family, text, [(len(_ALONE), len(text))])
+    text = f"{prefix}{words}"
+    return text, _clip_positions(family, text, [(len(prefix), len(text))])
 
 
 def _clip_length(family: Family) -> int:

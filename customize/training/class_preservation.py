@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from customize.concepts.caption_template import DEFAULT_CAPTION
 from customize.concepts.input_statistics import CONTEXTS, PROMPTS, fill_prompts
 from customize.core.preservation import PRESERVATIONS, select_losses
 from customize.core.preservation.positions import (
@@ -172,7 +173,7 @@ def phrases_for_loss(config: TrainConfig, loss: str) -> list[str]:
     prompts.
     """
     compares = PRESERVATIONS[loss].compares
-    caption = config.caption or "a photo of {}"
+    caption = config.caption or DEFAULT_CAPTION
     if config.preserve_phrases:
         return fill_prompts(config.trigger, config.preserve_phrases)
     if compares == "phrase_feature":

@@ -12,6 +12,7 @@ from pydantic import (
     model_validator,
 )
 
+from customize.concepts.caption_template import DEFAULT_CAPTION
 from customize.core.preservation import PRESERVATIONS, TEXT_COMPARISONS, select_losses
 from customize.safe_read import as_path
 from customize.training import field_values
@@ -71,7 +72,7 @@ class TrainConfig(SettingsModel):
         max_length=64, description="Class of the subject in one or two words, such as dog"
     )
     caption: str | None = Field(
-        default="a photo of {}",
+        default=DEFAULT_CAPTION,
         description="Caption template for images without a caption file, with {} for the trigger"
         "; with none, every image needs a .txt or .caption file, or a row in metadata.jsonl or"
         " metadata.csv",

@@ -305,14 +305,13 @@ def train_and_save(
     words = [word for config in run.configs for word in (config.trigger, config.class_word)]
     concepts = []
     for number, trained in enumerate(run.trainable.concepts):
-        config, numbers = trained.config, run.concept_images[number]
+        config = trained.config
         training = training_facts(settings[number], history, seconds_per_step, run.device)
         if config.samples:
             with run.progress.phase(f"measuring what {config.name} has learned"):
                 training["fixed_loss"] = measure_fixed_noise_loss(run, number)
             training["samples"] = samples[number].facts()
-        captions = run.images.captions[numbers.start : numbers.stop]
-        training["captions_share"] = common_words(captions, words)
+        training["captions_share"] = common_words(run.captions_by_concept[number], words)
         if len(run.configs) > 1:
             training["learned_with"] = sorted(settings[number][JOINT_CONCEPTS])
         info = concept_info(run, trained, training)

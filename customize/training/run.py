@@ -61,3 +61,9 @@ class Run:
     def config(self) -> TrainConfig:
         """The first concept's settings, for everything that belongs to the run."""
         return self.configs[0]
+
+    @property
+    def captions_by_concept(self) -> list[list[str]]:
+        """The captions of each concept's images."""
+        captions = self.images.captions
+        return [list(captions[numbers.start : numbers.stop]) for numbers in self.concept_images]

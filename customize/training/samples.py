@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
+from customize.concepts.caption_template import DEFAULT_CAPTION
 from customize.core.objectives import weighted_mse
 from customize.decode_image import decode_image
 from customize.errors import storage_error
@@ -41,7 +42,7 @@ def sample_prompts(config: TrainConfig) -> list[str]:
     """Return the prompts of the concept and of the base; empty if samples are off."""
     if not config.samples:
         return []
-    prompt = (config.caption or "a photo of {}").replace("{}", config.trigger)
+    prompt = (config.caption or DEFAULT_CAPTION).replace("{}", config.trigger)
     return [prompt, replace_trigger(prompt, config.trigger, config.class_word)]
 
 

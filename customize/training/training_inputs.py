@@ -156,7 +156,7 @@ def cache_prompts(run: Run) -> PreservationTargets:
         *run.images.captions,
         "",
         *drawn_prompts,
-        *(prompt for config in configs for prompt in recording_prompts(config)),
+        *recording_prompts(configs, run.captions_by_concept),
         *base_captions(configs, captions),
         *fixed_noise_captions(config, configs, captions),
         *chain.from_iterable(context_prompts(configs)),

@@ -126,11 +126,14 @@ def test_rows_of_a_concept_are_those_of_its_class_plus_what_it_changed_alone(mak
     assert not torch.allclose(routed.encoded, expected, atol=1e-2)
 
 
-def test_a_concept_in_the_caption_that_it_was_learned_by_is_read_as_without_routing():
+@pytest.mark.parametrize("caption", ["a photo of {}", "the picture of {} on a beach"])
+def test_a_concept_in_the_caption_that_it_was_learned_by_is_read_as_without_routing(caption):
     pipe = tiny_sd()
-    pipe.load_custom(concept(pipe, class_word="dog"))
+    training = {"settings": {"caption": caption}}
+    pipe.load_custom(concept(pipe, class_word="dog", training=training))
     family, state = family_of(pipe.components), get_state(pipe)
-    (routed,) = encode_routed(family, state, rank_channels(family, state), ["a photo of <rex>"])
+    prompt = caption.replace("{}", "<rex>")
+    (routed,) = encode_routed(family, state, rank_channels(family, state), [prompt])
     assert routed.tokens == ((4, 5),)
     assert torch.allclose(routed.rows[4:6], routed.encoded[4:6], atol=1e-4)
 

@@ -5,16 +5,65 @@ import torch
 
 import customize
 import customize.errors
-from customize.concepts.input_statistics import LayerInputs, digest_updates, layer_inputs_path
+from customize.concepts.input_statistics import (
+    LayerInputs,
+    contexts_of,
+    digest_updates,
+    fill_prompts,
+    layer_inputs_path,
+    record_layer_inputs,
+)
 from customize.concepts.io.read_concept import load_concept
 from customize.families import family_of
+from customize.training.layer_input_recording import (
+    MAX_CAPTIONS,
+    class_prompts,
+    concept_prompts,
+)
 from customize.training.recipe import train
 from tests.tiny import tiny_flux, tiny_sd, tiny_sd3
 from tests.training.runs import same, settings, snapshot, tensors
 
 pytestmark = pytest.mark.usefixtures("quick_recordings")
 
-FAMILIES = {"sd": (tiny_sd, {"layerwise_tokens": True}), "sd3": (tiny_sd3, {"method": "lora"})}
+FAMILIES = {
+    "sd": (tiny_sd, {"layerwise_tokens": True, "caption": "a picture of {}"}),
+    "sd3": (tiny_sd3, {"method": "lora"}),
+}
+
+
+def test_prompts_are_the_caption_in_contexts_and_some_captions(tmp_path):
+    config = settings(tmp_path, caption="a sticker of {}")
+    captions = [f"a sticker of <rex> on a {k} background" for k in range(20)]
+    prompts = concept_prompts(config, [*captions, *captions, "a sticker of a dog"])
+    varied = fill_prompts("<rex>", contexts_of("a sticker of {}"))
+    assert prompts[: len(varied)] == varied and "a sticker of <rex> on a beach" in varied
+    assert prompts[len(varied) :] == [captions[k * 20 // MAX_CAPTIONS] for k in range(MAX_CAPTIONS)]
+    plain = class_prompts(config, prompts)
+    assert plain[0] == "a sticker of a dog" and not any("<rex>" in prompt for prompt in plain)
+    # Captions that name another concept of the run are left out, and repeated ones.
+    others = concept_prompts(
+        config, ["<rex> and <tom>", "a sticker of <rex> on a beach"], ["<tom>"]
+    )
+    assert others == varied
+
+
+def test_a_run_records_with_its_captions(tmp_path, monkeypatch):
+    pipe = tiny_sd()
+    config = settings(tmp_path, record_inputs=True)
+    for number, path in enumerate(sorted(config.images.glob("*.png"))):
+        path.with_suffix(".txt").write_text(f"<rex> the dog number {number}")
+    seen = []
+
+    def record(family, layers, prompts, *args, **kwargs):
+        seen.append(list(prompts))
+        return record_layer_inputs(family, layers, prompts, *args, **kwargs)
+
+    monkeypatch.setattr("customize.training.layer_input_recording.record_layer_inputs", record)
+    train(config, pipe.components, progress=False)
+    with_trigger, plain = seen
+    assert "<rex> the dog number 0" in with_trigger and "a photo of <rex>" in with_trigger
+    assert "a dog the dog number 0" in plain and len(plain) == len(with_trigger)
 
 
 @pytest.mark.parametrize(("make", "changes"), FAMILIES.values(), ids=FAMILIES)

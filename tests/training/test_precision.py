@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from customize.concepts.input_statistics import (
-    PROMPTS,
     LayerInputs,
-    base_prompts,
-    fill_prompts,
+    contexts_of,
     generic_prompts,
     layer_inputs_path,
 )
@@ -45,10 +43,7 @@ def few_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use 4 prompts instead of 64 for shared directions, and 2 instead of 24 for recordings."""
     monkeypatch.setattr(library_directions, "generic_prompts", lambda: generic_prompts(4))
     monkeypatch.setattr(
-        layer_input_recording, "fill_prompts", lambda words: fill_prompts(words, PROMPTS[:1])
-    )
-    monkeypatch.setattr(
-        layer_input_recording, "base_prompts", lambda word: base_prompts(word, PROMPTS[:1])
+        layer_input_recording, "contexts_of", lambda caption: contexts_of(caption)[:1]
     )
 
 

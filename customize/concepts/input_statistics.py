@@ -57,9 +57,9 @@ CONTEXTS = (
 
 
 def contexts_of(caption: str) -> tuple[str, ...]:
-    """A caption such as "a photo of {}" in varied contexts."""
+    """A caption such as "a photo of {}" in varied contexts, all different."""
     in_contexts = (f"{caption} {context}" for context in CONTEXTS)
-    return (caption, "a picture of {}", *in_contexts, "a painting of {}")
+    return tuple(dict.fromkeys((caption, "a picture of {}", *in_contexts, "a painting of {}")))
 
 
 #: The prompts; {} is replaced by the concept's trigger words, and by its class word.

@@ -13,6 +13,7 @@ from scripts.bench_tables import (
     storybook,
     together,
     training,
+    worlds,
 )
 from scripts.bench_tables.markdown import format_table
 from scripts.bench_tables.results import RESULTS, read_result
@@ -66,6 +67,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "rewrite_cost": rewriting.rewrite_cost_table,
     "class_preservation": training.class_preservation_table,
     "composition": training.composition_table,
+    "worlds": worlds.worlds_table,
+    "sticker_merging": worlds.sticker_merging_table,
+    "sticker_leak": worlds.sticker_leak_table,
+    "sticker_hand": worlds.sticker_hand_table,
     "library": loading.library_table,
     "train_step": training.train_step_table,
     "families": training.families_table,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from scripts.bench_tables.markdown import decimals, format_table
 from scripts.bench_tables.results import find_row, read_result
 
+_STORYBOOK = "merge_identity"
 _OURS, _PAPER, _LORA = "slices that avoid what is shared", "the paper's slices", "ordinary LoRA"
 _MERGES = ("fusion", "sum", "average", "truncate", "magnitude", "dare", "ties")
 _PEFT = ("linear", "ties", "dare_linear")
@@ -18,49 +19,51 @@ _GROUPS = (
 )
 
 
-def _identity(method: str, k: int, classes: str) -> str:
-    return decimals(find_row("merge_identity", method=method, k=k, classes=classes)["identity"])
+def _identity(method: str, k: int, classes: str, result: str = _STORYBOOK) -> str:
+    return decimals(find_row(result, method=method, k=k, classes=classes)["identity"])
 
 
-def _sum_identity(learned: str, k: int, classes: str) -> str:
+def _sum_identity(learned: str, k: int, classes: str, result: str) -> str:
     """The identity of a sum at weight 1 and at the tuned weight, with that weight."""
-    tuned = find_row("merge_identity", method=f"{learned}, sum", k=k, classes=classes)
+    tuned = find_row(result, method=f"{learned}, sum", k=k, classes=classes)
     text = f"{decimals(tuned['identity'])} ({tuned['weight']:.2g})"
     if tuned["weight"] == 1:
         return f"{decimals(tuned['identity'])}; {text}"
     try:
         method = f"{learned}, sum, at full weight"
-        at_one = find_row("merge_identity", method=method, k=k, classes=classes)
+        at_one = find_row(result, method=method, k=k, classes=classes)
     except LookupError:
         return f"-; {text}"
     return f"{decimals(at_one['identity'])}; {text}"
 
 
-def _best_other(k: int, classes: str) -> str:
+def _best_other(k: int, classes: str, result: str) -> str:
     """The best merge besides fusion and the plain sum, and its name."""
     names = [f"{_LORA}, {merge}" for merge in _MERGES[2:]] + [f"peft {name}" for name in _PEFT]
-    rows = [find_row("merge_identity", method=name, k=k, classes=classes) for name in names]
+    rows = [find_row(result, method=name, k=k, classes=classes) for name in names]
     best = max(rows, key=lambda row: row["identity"])
     return f"{decimals(best['identity'])}, {best['method'].removeprefix(_LORA + ', ')}"
 
 
-def merge_identity_table() -> str:
+def merge_identity_table(result: str = _STORYBOOK) -> str:
+    """The identity of merged concepts of the world of a result, by K and by method."""
     ours, paper, lora = (
-        _identity(f"alone, {learned}", 1, "mixed classes") for learned in (_OURS, _PAPER, _LORA)
+        _identity(f"alone, {learned}", 1, "mixed classes", result)
+        for learned in (_OURS, _PAPER, _LORA)
     )
     rows = [["1", ours, "", paper, "", lora, "", ""]]
     for label, k, classes in _GROUPS:
-        lora = find_row("merge_identity", method=f"{_LORA}, sum", k=k, classes=classes)
+        lora = find_row(result, method=f"{_LORA}, sum", k=k, classes=classes)
         rows.append(
             [
                 label,
-                f"**{_identity(f'{_OURS}, fusion', k, classes)}**",
-                _sum_identity(_OURS, k, classes),
-                _identity(f"{_PAPER}, fusion", k, classes),
-                _sum_identity(_PAPER, k, classes),
-                _identity(f"{_LORA}, fusion", k, classes),
+                f"**{_identity(f'{_OURS}, fusion', k, classes, result)}**",
+                _sum_identity(_OURS, k, classes, result),
+                _identity(f"{_PAPER}, fusion", k, classes, result),
+                _sum_identity(_PAPER, k, classes, result),
+                _identity(f"{_LORA}, fusion", k, classes, result),
                 f"{decimals(lora['identity'])} ({lora['weight']:.2g})",
-                _best_other(k, classes),
+                _best_other(k, classes, result),
             ]
         )
     head = [

@@ -69,6 +69,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "composition": training.composition_table,
     "worlds": worlds.worlds_table,
     "sticker_merging": worlds.sticker_merging_table,
+    "sticker_pairs": worlds.sticker_pairs_table,
     "sticker_leak": worlds.sticker_leak_table,
     "sticker_hand": worlds.sticker_hand_table,
     "library": loading.library_table,

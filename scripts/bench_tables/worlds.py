@@ -104,6 +104,16 @@ def _claim_table(claim: str, columns: dict[str, str], head: str) -> str:
     return format_table([head, *columns], rows)
 
 
+def sticker_pairs_table() -> str:
+    columns = {
+        "Both, two classes": "two classes",
+        "Both, one class": "one class",
+        "Left one": "left",
+        "Right one": "right",
+    }
+    return _claim_table("pairs from words", columns, "Drawn by")
+
+
 def sticker_leak_table() -> str:
     columns = {"Leak": "leak", "Identity": "identity", "Prompt": "prompt"}
     return _claim_table("leaked content", columns, "Drawn")

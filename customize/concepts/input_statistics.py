@@ -29,6 +29,7 @@ from customize.concepts.adapter import (
     match_to_model,
     saved_module_name,
 )
+from customize.concepts.caption_template import DEFAULT_CAPTION
 from customize.concepts.io.data_files import safetensors_bytes
 from customize.concepts.io.file_layout import LAYER_INPUTS_FILE
 from customize.concepts.io.find_files import locate
@@ -63,7 +64,7 @@ def contexts_of(caption: str) -> tuple[str, ...]:
 
 
 #: The prompts; {} is replaced by the concept's trigger words, and by its class word.
-PROMPTS = contexts_of("a photo of {}")
+PROMPTS = contexts_of(DEFAULT_CAPTION)
 #: Number of directions stored per layer.
 DIRECTIONS = 32
 STEPS = 8

@@ -25,13 +25,9 @@ import _workers
 import torch
 from _claims import CLAIMS
 from _claims.claim import Bench, Training
+from _leaky import save
 from _worlds.bench_world import WORLDS
 from _worlds.sticker_concepts import installed
-from torch import Tensor
-
-from customize.image_tensors import tensor_to_images
-
-_COLUMNS = 12
 
 
 def trainings(bench: Bench, claims: Sequence[str]) -> dict[str, Training]:
@@ -75,24 +71,10 @@ def score(bench: Bench, jobs: Sequence[str]) -> None:
         started = time.time()
         claim, _, way = job.partition("/")
         rates, samples = CLAIMS[claim].score(bench, way)
-        save_sheet(samples, path.with_suffix(".png"))
+        save(samples, path.with_suffix(".png"))
         _workers.keep(path, rates)
         text = " ".join(f"{key} {value:.3f}" for key, value in rates.items())
         print(f"{job}: {text} ({time.time() - started:.0f} s)", flush=True)
-
-
-def save_sheet(images: Tensor, path: Path) -> None:
-    """Save images (n, 3, 64, 64) in [-1, 1] in lines of twelve."""
-    from PIL import Image
-
-    pictures, gap = tensor_to_images(images), 2
-    side = pictures[0].width + gap
-    lines = -(-len(pictures) // _COLUMNS)
-    sheet = Image.new("RGB", (side * min(_COLUMNS, len(pictures)), side * lines), "white")
-    for k, picture in enumerate(pictures):
-        sheet.paste(picture, (k % _COLUMNS * side, k // _COLUMNS * side))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
 
 
 def run(bench: Bench, claims: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, float]]:

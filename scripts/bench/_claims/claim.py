@@ -16,6 +16,7 @@ from _scorer import open_quietly
 from _workers import weights_of
 from _worlds.bench_world import WORLDS
 from _worlds.sticker_concepts import GUIDANCE
+from _worlds.subjects import trained_prototypes
 from torch import Tensor
 
 from customize.api.pipeline_methods import load_custom, unload_custom
@@ -73,11 +74,7 @@ class Bench:
     @cached_property
     def trained_subjects(self) -> Prototypes:
         """The judges' prototypes of the subjects that the base was trained on."""
-        known = self.judges.prototypes
-        ids = {subject.id for subject in self.split.training}
-        rows = [k for k, subject in enumerate(known.subjects) if subject in ids]
-        names = tuple(known.subjects[k] for k in rows)
-        return Prototypes(names, known.hands, known.vectors[rows])
+        return trained_prototypes(self.judges, self.split)
 
     def subject_id(self, name: str) -> str:
         """The id of a subject of training."""

@@ -89,7 +89,7 @@ def rates(
     found = judges.find_stickers(images)
     largest = [[max(boxes, key=lambda box: box.size)] if boxes else [] for boxes in found]
     vectors = iter(judges.embed(images, largest))
-    known = _only(judges.prototypes, {subject.id for subject in split.training})
+    known = trained_prototypes(judges, split)
     hits: dict[str, list[bool]] = {}
     for request, boxes, (colour, _) in zip(
         wanted, largest, judges.read_grounds(images), strict=True
@@ -108,7 +108,9 @@ def rates(
     return {key: sum(values) / len(values) for key, values in hits.items()}
 
 
-def _only(prototypes: Prototypes, subjects: set[str]) -> Prototypes:
-    rows = [k for k, subject in enumerate(prototypes.subjects) if subject in subjects]
-    names = tuple(prototypes.subjects[k] for k in rows)
-    return Prototypes(names, prototypes.hands, prototypes.vectors[rows])
+def trained_prototypes(judges: StickerJudges, split: Split) -> Prototypes:
+    """The judges' prototypes of the subjects that a base was trained on."""
+    known, trained = judges.prototypes, {subject.id for subject in split.training}
+    rows = [k for k, subject in enumerate(known.subjects) if subject in trained]
+    names = tuple(known.subjects[k] for k in rows)
+    return Prototypes(names, known.hands, known.vectors[rows])

@@ -19,7 +19,6 @@ from customize.concepts.input_statistics import (
     contexts_of,
     digest_updates,
     fill_prompts,
-    generic_prompts,
     record_layer_inputs,
     updated_layers,
 )
@@ -58,9 +57,7 @@ def concept_prompts(
 
 
 def class_prompts(config: TrainConfig, prompts: Sequence[str]) -> list[str]:
-    """The same prompts with the class word; generic ones for a concept without a class."""
-    if not config.class_word:
-        return generic_prompts(len(prompts))
+    """The same prompts with the class word."""
     return [replace_trigger(prompt, config.trigger, config.class_word) for prompt in prompts]
 
 
